@@ -1,0 +1,20 @@
+"""Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
+
+from .callback import FLeRMCallback
+from .config import FLeRMConfig
+from .estimators import Measurement
+from .matching import match_rates
+from .probes import measure_rates
+from .rate_profile import RateProfile, RateProfileError
+from .trainer import FLeRMTrainer
+
+__all__ = [
+    "FLeRMCallback",
+    "FLeRMConfig",
+    "FLeRMTrainer",
+    "Measurement",
+    "RateProfile",
+    "RateProfileError",
+    "match_rates",
+    "measure_rates",
+]

@@ -1,0 +1,327 @@
+"""`FLeRMCallback`: when to snapshot, measure, match, log and save; the only room that knows the Trainer's events."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .config import FLeRMConfig
+from .estimators import Measurement
+from .matching import pooled_scales
+from .names import preview, tensor_kinds, trainable_parameters
+from .optimizer import StepScales, learning_rates, raw_optimizer, split_param_groups
+from .outputs import Batch
+from .probes import RateProbe
+from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
+
+logger = logging.get_logger(__name__)
+
+_PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
+_RECORDED_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+class FLeRMCallback(TrainerCallback):
+    """Records function-space learning rates on any `Trainer`, or matches them to a profile.
+
+    At a measured step it keeps the weights from before the update, lets the optimizer step, puts the old weights back
+    for the probes (by reference, so bit for bit), and then the new ones. In `match` mode the step at which scales are
+    computed is redone at these scales.
+
+    Args:
+        config: What to measure, when, and what to do with it.
+        probe_dataset: Examples to probe with. None: the training set's, drawn by the callback's own generator.
+
+    Raises:
+        RateProfileError: If the profile to match cannot be loaded.
+    """
+
+    def __init__(self, config: FLeRMConfig, probe_dataset: Dataset[Any] | None = None) -> None:
+        self.config = config
+        self.probe_dataset = probe_dataset
+        self.base = RateProfile.from_pretrained(config.profile) if config.profile is not None else None
+        self.last_measurement: Measurement | None = None
+        self.scales: dict[str, float] = {}
+        self._resume_from: Path | None = None
+        self._recorded: RateProfile | None = None
+        self._pending_logs: dict[str, float] = {}
+        self._before: dict[str, Tensor] = {}
+        self._step_scales: StepScales | None = None
+
+    @property
+    def rate_profile(self) -> RateProfile:
+        """The rates that this run has measured so far.
+
+        Raises:
+            RateProfileError: If training has not begun.
+        """
+        if self._recorded is None:
+            raise RateProfileError("nothing is recorded yet: call train() first.")
+        return self._recorded
+
+    def resume_from(self, checkpoint: str | os.PathLike[str]) -> None:
+        """Continue the profile of a checkpoint when training begins.
+
+        Args:
+            checkpoint: A `checkpoint-N` folder.
+        """
+        self._resume_from = Path(checkpoint)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the profile so far beside a checkpoint; nothing if training has not begun.
+
+        Args:
+            directory: The folder.
+        """
+        if self._recorded is not None:
+            self._recorded.save_pretrained(directory)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check everything that can be wrong, before the first step."""
+        model: nn.Module = kwargs["model"]
+        self._model = model
+        self._parameters = trainable_parameters(model)
+        self._kinds = tensor_kinds(model)
+        self._optimizer = raw_optimizer(kwargs["optimizer"])
+        learning_rates(self._optimizer, self._parameters)
+        self._find_probe_examples(args, kwargs.get("train_dataloader"))
+        self._probe = RateProbe(model, estimator=self.config.estimator, output=self.config.output)
+        self._recorded = self._resumed(args, state) or RateProfile(
+            [], {name: [] for name in self._parameters}, self._provenance(args)
+        )
+        self._before = {}
+        if self._step_scales is not None:
+            self._step_scales.remove()
+            self._step_scales = None
+        self.scales = dict.fromkeys(self._parameters, 1.0)
+        if self.base is not None:
+            self._check_base(self.base)
+            split_param_groups(self._optimizer, self._parameters, kwargs.get("lr_scheduler"))
+            self._step_scales = StepScales(self._optimizer)
+            self._update_scales(self.base, self._step_scales)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the weights from before the update, if it will be measured."""
+        if self.config.measures_at(state.global_step):
+            self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the update that was just made; a probe that fails leaves the training as it was."""
+        if not self._before:
+            return
+        before, self._before = self._before, {}
+        try:
+            self._measure(before, state.global_step)
+        except Exception as error:
+            logger.warning_once(
+                f"a measurement failed at step {state.global_step}, and training goes on without it: {error!r}. "
+                "Further failures are not reported."
+            )
+            logger.debug("the measurement's traceback:", exc_info=True)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add what was measured since the last log, by tensor kind."""
+        logs = kwargs.get("logs")
+        if logs is None or not self._pending_logs:
+            return
+        logs.update(self._pending_logs)
+        if state.log_history:
+            state.log_history[-1].update(self._pending_logs)
+        self._pending_logs = {}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the profile into the checkpoint, where `FLeRMTrainer` has not done so."""
+        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        if args.should_save and folder.is_dir() and not (folder / PROFILE_NAME).exists():
+            self.save(folder)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the profile into the output folder and let go of the optimizer."""
+        if args.should_save:
+            self.save(str(args.output_dir))
+        if self._step_scales is not None:
+            self._step_scales.remove()
+            self._step_scales = None
+
+    def _measure(self, before: Mapping[str, Tensor], step: int) -> None:
+        nominal = learning_rates(self._optimizer, self._parameters)
+        used = {name: rate * self.scales[name] for name, rate in nominal.items()}
+        after = {name: parameter.data for name, parameter in self._parameters.items()}
+        if not any(used.values()) or all(torch.equal(before[name], after[name]) for name in after):
+            return  # warm-up at learning rate 0, or a step that was skipped
+        updates = {
+            name: (after[name] - before[name]) / used[name] if used[name] else torch.zeros_like(after[name])
+            for name in after
+        }
+        random_numbers = random.Random(f"{self.config.seed} {step}")
+        generator = torch.Generator(next(iter(after.values())).device).manual_seed(random_numbers.getrandbits(63))
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.data = before[name]
+            batches = self._probe_batches(random_numbers)
+            measurement = self._probe.measure(updates, batches, generator)
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = after[name]
+        broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
+        if broken:
+            raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
+        self.last_measurement = measurement
+        self._recorded = self.rate_profile.appended(step, measurement.rates)
+        self._pending_logs.update(self._by_kind("rate", measurement.rates))
+        self._pending_logs["flerm/rate/total"] = measurement.total
+        if self.base is not None and self._step_scales is not None:
+            old = self.scales
+            self._update_scales(self.base, self._step_scales)
+            self._pending_logs.update(self._by_kind("scale", self.scales))
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    ratio = self.scales[name] / old[name]
+                    if ratio != 1.0:
+                        parameter.copy_(before[name] + (after[name] - before[name]) * ratio)
+
+    def _update_scales(self, base: RateProfile, step_scales: StepScales) -> None:
+        names = [name for name in self._parameters if name in base.rates]
+        target = RateProfile(self.rate_profile.steps, {name: self.rate_profile.rates[name] for name in names})
+        scales = pooled_scales(base, target, self._kinds, pool=self.config.pool, beta=self.config.beta)
+        self.scales = {name: scales.get(name, 1.0) for name in self._parameters}
+        step_scales.scales = self.scales
+
+    def _by_kind(self, what: str, values: Mapping[str, float]) -> dict[str, float]:
+        """Geometric means over the tensors of each kind, under the names of log entries."""
+        groups: dict[str, list[float]] = {}
+        for name, value in values.items():
+            if value > 0:
+                groups.setdefault(self._kinds[name], []).append(math.log(value))
+        return {f"flerm/{what}/{kind}": math.exp(sum(logs) / len(logs)) for kind, logs in groups.items()}
+
+    def _check_base(self, base: RateProfile) -> None:
+        if self.config.unmatched == "error":
+            try:
+                check_names(base.rates, self._parameters, "the profile", "the model")
+            except RateProfileError as error:
+                raise RateProfileError(
+                    f"{error} Record a base whose trainable parameters have these names, or pass "
+                    "unmatched='keep' to leave those without a rate at the nominal learning rate."
+                ) from None
+        if not base.rates.keys() & self._parameters.keys():
+            raise RateProfileError(
+                f"profile and model share no parameter: the profile has {preview(base.rates)}, "
+                f"the model {preview(self._parameters)}."
+            )
+        if not len(base.steps):
+            raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
+
+    def _find_probe_examples(self, args: TrainingArguments, dataloader: Any) -> None:
+        """Choose the examples, the collator and the size of probe batches, and try one."""
+        dataset: Any = self.probe_dataset if self.probe_dataset is not None else getattr(dataloader, "dataset", None)
+        if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
+                "(a few hundred examples will do)."
+            )
+        size = self.config.probe_batch_size or args.per_device_train_batch_size
+        if len(dataset) < size:
+            raise ValueError(
+                f"the probe data set has {len(dataset)} examples, a probe batch needs {size}. "
+                "Pass a larger probe_dataset or a smaller probe_batch_size."
+            )
+        self._examples = dataset
+        self._collate = dataloader.collate_fn
+        self._probe_batch_size = size
+
+    def _probe_batches(self, random_numbers: random.Random) -> Iterator[Batch]:
+        for _ in range(self.config.probes):
+            chosen = random_numbers.sample(range(len(self._examples)), self._probe_batch_size)
+            yield self._collate([self._examples[index] for index in chosen])
+
+    def _resumed(self, args: TrainingArguments, state: TrainerState) -> RateProfile | None:
+        """The profile of the checkpoint that training goes on from."""
+        folder = self._resume_from or Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        self._resume_from = None
+        if state.global_step == 0 or not (folder / PROFILE_NAME).is_file():
+            return None
+        profile = RateProfile.from_pretrained(folder)
+        check_names(profile.rates, self._parameters, "the checkpoint's profile", "the model")
+        return profile
+
+    def _provenance(self, args: TrainingArguments) -> dict[str, Any]:
+        """What a reader must know to judge the rates; nothing that differs between two equal runs."""
+        config: Any = getattr(self._model, "config", None)
+        adapters = getattr(self._model, "peft_config", None) or {}
+        arguments = args.to_dict()
+        known = {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments}
+        defaults = {k: v for k, v in self._optimizer.defaults.items() if isinstance(v, (int, float, str, bool))}
+        provenance: dict[str, Any] = _plain(
+            {
+                "packages": {name: version(name) for name in _PACKAGES},
+                "model": type(self._model).__name__,
+                "model_config": config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
+                "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+                "optimizer": {"class": type(self._optimizer).__name__, **defaults},
+                "training_arguments": known,
+                "flerm": {
+                    "mode": self.config.mode,
+                    "estimator": self.config.estimator,
+                    "probes": self.config.probes,
+                    "probe_batch_size": self._probe_batch_size,
+                    "seed": self.config.seed,
+                },
+                "dataset_fingerprint": getattr(self._examples, "_fingerprint", None),
+                "shapes": {name: list(parameter.shape) for name, parameter in self._parameters.items()},
+                "kinds": {name: self._kinds[name] for name in self._parameters},
+            }
+        )
+        return provenance
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: sets sorted, everything unknown as text, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(getattr(value, "value", value))

@@ -1,0 +1,142 @@
+"""`FLeRMConfig`: every choice of a run, checked when it is made."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .estimators import ESTIMATORS
+from .matching import POOLS
+from .outputs import OutputFunction
+from .rate_profile import RateProfile
+
+_ALLOWED = {
+    "mode": ("record", "match"),
+    "estimator": ESTIMATORS,
+    "granularity": ("tensor",),
+    "pool": POOLS,
+    "unmatched": ("error", "keep"),
+}
+
+_EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass
+class FLeRMConfig:
+    """What to measure, when, and what to do with it. The defaults are what most people should use.
+
+    Args:
+        mode: `record` measures and changes nothing; `match` also sets one learning rate per tensor so that it moves
+            the outputs as far as it did in the run of `profile`.
+        profile: For `match`: a `RateProfile`, a folder or file that holds one, or a repository id on the Hub.
+        estimator: How a probe becomes a rate; see `measure_rates`.
+        granularity: What gets a learning rate of its own.
+        pool: What log-scales are averaged over: all tensors of one `kind` (a name without its block's index), or not
+            at all (`tensor`).
+        beta: Decay of the bias-corrected average of log-scales over measurements: 1 is the plain mean of all so far,
+            0 the latest alone.
+        measure_every: Steps between measurements, once they are no longer dense.
+        measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, ...,
+            32 and then every `measure_every`.
+        probes: Probe batches per measurement.
+        probe_batch_size: Examples in a probe batch. None: as many as in a training batch of one device.
+        unmatched: What to do if profile and model do not have the same parameters: `error`, or `keep` the nominal
+            learning rate for those that only the model has.
+        output: What "the function" is; see `measure_rates`. A callable is not kept in JSON.
+        seed: Of the probes' own random numbers.
+
+    Raises:
+        ValueError: If a value is not allowed, or the mode and the profile do not fit.
+    """
+
+    mode: str = "record"
+    profile: RateProfile | str | os.PathLike[str] | None = None
+    estimator: str = "per_example"
+    granularity: str = "tensor"
+    pool: str = "kind"
+    beta: float = 1.0
+    measure_every: int = 100
+    measure_steps: Sequence[int] | None = None
+    probes: int = 1
+    probe_batch_size: int | None = None
+    unmatched: str = "error"
+    output: OutputFunction | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if self.mode == "match" and self.profile is None:
+            raise ValueError("mode 'match' needs a profile: the folder, file or repository of the base run's profile.")
+        if self.mode == "record" and self.profile is not None:
+            raise ValueError("mode 'record' takes no profile. Use mode='match' to train at a profile's rates.")
+        for name in ("measure_every", "probes", "probe_batch_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if not math.isfinite(self.beta) or not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1.")
+        if self.output is not None and not callable(self.output):
+            raise ValueError(f"output is {self.output!r}; it must be a callable (model, batch) -> tensor.")
+        if self.measure_steps is not None:
+            steps = list(self.measure_steps)
+            if not steps or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in steps):
+                raise ValueError(f"measure_steps is {steps}; it must hold whole numbers from 0, at least one.")
+            self.measure_steps = tuple(sorted(set(steps)))
+
+    def measures_at(self, step: int) -> bool:
+        """Tell whether a step is measured.
+
+        Args:
+            step: Optimizer step, 0 = the first update.
+
+        Returns:
+            Whether it is.
+        """
+        if self.measure_steps is not None:
+            return step in self.measure_steps
+        return step % self.measure_every == 0 or step in _EARLY_STEPS
+
+    def to_json_string(self) -> str:
+        """Write as JSON.
+
+        Returns:
+            Sorted JSON of every field.
+
+        Raises:
+            ValueError: If `profile` is an object and not a place, or `output` is a callable.
+        """
+        if isinstance(self.profile, RateProfile) or self.output is not None:
+            raise ValueError(
+                "a profile object or an output callable has no JSON form. Save the profile and give its folder; "
+                "set output in code."
+            )
+        values = asdict(self)
+        values["profile"] = None if self.profile is None else os.fspath(self.profile)
+        return json.dumps(values, indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json_string(cls, text: str) -> FLeRMConfig:
+        """Read what `to_json_string` wrote.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The config.
+
+        Raises:
+            ValueError: If it is not a JSON object of known fields.
+        """
+        values: Any = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"an FLeRMConfig is a JSON object, not {type(values).__name__}.")
+        known = {field.name for field in fields(cls)}
+        if values.keys() - known:
+            raise ValueError(f"unknown fields {sorted(values.keys() - known)}; known are {sorted(known)}.")
+        return cls(**values)

@@ -1,0 +1,141 @@
+"""Skip the vocabulary: probe a model whose output is one last linear map without ever building that output.
+
+Where the output is h V^T + b (h [N, T, d], V [K, d]), the gradient that omega sends into h is omega V, a Gaussian with
+covariance V^T V at every position. Drawing it from that d x d matrix gives the same distribution as drawing the K
+numbers of omega, and needs neither logits nor omega. A trained head adds columns for what its own update does to the
+output: (omega V, omega U_V, omega . U_b) is jointly Gaussian with the Gram matrix of the columns [V, U_V, U_b].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .outputs import Output
+
+
+class LinearHead:
+    """The last linear map of a model, and how omega reaches its input and its own tensors.
+
+    Args:
+        module: The map.
+        updates: Unit updates of its measured tensors: of `{"weight": (name, U), "bias": (name, U)}` those it has.
+    """
+
+    def __init__(self, module: nn.Linear, updates: Mapping[str, tuple[str, Tensor]]) -> None:
+        self.module = module
+        self._names = {attribute: name for attribute, (name, _) in updates.items()}
+        blocks = {"hidden": module.weight.detach()}
+        blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        scaled, self._scales = [], {}
+        for key, block in blocks.items():
+            block = block.to(dtype)
+            # Blocks of equal size keep the Gram matrix well conditioned whatever the unit of the update.
+            self._scales[key] = block.norm().clamp_min(torch.finfo(dtype).tiny)
+            scaled.append(block / self._scales[key])
+        columns = torch.cat(scaled, 1)
+        self._widths = {key: block.shape[1] for key, block in zip(blocks, scaled, strict=True)}
+        self._root = _square_root(columns.T @ columns)
+
+    @staticmethod
+    def pays(module: nn.Linear, attributes: int) -> bool:
+        """Tell whether the map is wide enough that skipping it saves work.
+
+        Args:
+            module: The map.
+            attributes: How many of its tensors are measured.
+
+        Returns:
+            Whether K exceeds the number of columns that are drawn instead.
+        """
+        return module.out_features > module.in_features * (1 + attributes)
+
+    def draw(self, hidden: Output, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw what omega sends into the head's input and into its tensors.
+
+        Args:
+            hidden: The head's input h, [N, ..., d], where its output would be.
+            generator: Source of randomness.
+
+        Returns:
+            omega V, the gradient of phi with respect to h, shaped like h and 0 where an output does not count; and
+            the head's own part of D phi_n for each of its measured tensors, [N] each.
+        """
+        h = hidden.values.detach()
+        shape = (*h.shape[:-1], len(self._root))
+        noise = torch.randn(shape, generator=generator, device=generator.device, dtype=self._root.dtype).to(h.device)
+        drawn = ((noise * hidden.weight) @ self._root.T).split(list(self._widths.values()), -1)
+        draws = {key: part * self._scales[key] for key, part in zip(self._widths, drawn, strict=True)}
+        derivatives = {
+            name: (draws[attribute] * h if attribute == "weight" else draws[attribute]).flatten(1).sum(1)
+            for attribute, name in self._names.items()
+        }
+        return draws["hidden"].to(h.dtype), derivatives
+
+
+@contextmanager
+def bypassed(module: nn.Module) -> Iterator[None]:
+    """Make a module hand on its input in place of its output.
+
+    Args:
+        module: Any module with one input.
+
+    Yields:
+        Nothing.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> nn.Linear | None:
+    """Find the `nn.Linear` whose output is, untouched, the output of the model.
+
+    Args:
+        model: The model.
+        forward: Runs it and returns its output.
+
+    Returns:
+        The map, or None if there is none: whatever is done to its output afterwards (a soft-cap, a softmax, a cast)
+        makes another tensor of it.
+    """
+    last: list[tuple[nn.Linear, Tensor]] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if type(module) is nn.Linear:
+            last[:] = [(module, output)]
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if type(m) is nn.Linear]
+    try:
+        with torch.no_grad():
+            output = forward()
+            if not last or last[0][1] is not output:
+                return None
+            module = last[0][0]
+            with bypassed(module):
+                output = forward()
+        return module if last[0][0] is module and last[0][1] is output else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _square_root(gram: Tensor) -> Tensor:
+    """A matrix R with R R^T = gram, for a positive semidefinite matrix that may be singular."""
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if not bool(failed):
+        return root
+    values, vectors = torch.linalg.eigh(gram.double())
+    root = (vectors * values.clamp_min(0).sqrt()).to(gram.dtype)
+    return root

@@ -1,0 +1,173 @@
+"""Canonical parameter names, and which tensors are of one kind.
+
+Everything in the package is keyed by canonical name: the name in `named_parameters()` without what a wrapper
+(`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`) or PEFT (the adapter's name) put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+_WRAPPER_COMPONENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Map every name in `model.named_parameters()` to its canonical name.
+
+    Args:
+        model: Any module, wrapped or not, with or without PEFT adapters.
+
+    Returns:
+        `{name: canonical name}` in the order of `named_parameters()`. Two adapters of one model share canonical names.
+    """
+    adapters = _adapter_names(model)
+    modules = dict(model.named_modules())
+    containers = (nn.ModuleDict, nn.ParameterDict)
+
+    def canonical(name: str) -> str:
+        parts = name.split(".")
+        kept = [
+            part
+            for i, part in enumerate(parts)
+            if part not in _WRAPPER_COMPONENTS
+            and not (part in adapters and isinstance(modules.get(".".join(parts[:i])), containers))
+        ]
+        while len(kept) > 1 and kept[0] == "module":
+            kept = kept[1:]
+        return ".".join(kept)
+
+    return {name: canonical(name) for name, _ in model.named_parameters()}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Map canonical names to the parameters of `model` that require a gradient.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        `{canonical name: parameter}`; a tied parameter appears once.
+
+    Raises:
+        ValueError: If nothing is trainable, or two trainable parameters share a canonical name.
+    """
+    canonical = canonical_names(model)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if canonical[name] in parameters:
+            raise ValueError(
+                f"two trainable parameters share the canonical name {canonical[name]!r} (one is {name!r}). "
+                "Leave only one adapter trainable."
+            )
+        parameters[canonical[name]] = parameter
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameters: every requires_grad is False. "
+            "Unfreeze some, or add an adapter."
+        )
+    return parameters
+
+
+def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Find the parameters of `model` that `names` mean.
+
+    Args:
+        model: Any module.
+        names: Names as `named_parameters()` gives them, or canonical ones.
+
+    Returns:
+        `{canonical name: name in named_parameters()}` in the order of `names`.
+
+    Raises:
+        ValueError: If a name is unknown, stands for several parameters, or two names mean one parameter.
+    """
+    canonical = canonical_names(model)
+    candidates: dict[str, list[str]] = {}
+    for raw, short in canonical.items():
+        candidates.setdefault(short, []).append(raw)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    resolved: dict[str, str] = {}
+    unknown = []
+    for name in names:
+        found = [name] if name in canonical else candidates.get(name, [])
+        if len(found) > 1:
+            found = [raw for raw in found if raw in trainable] or found
+        if not found:
+            unknown.append(name)
+            continue
+        if len(found) > 1:
+            raise ValueError(f"{name!r} may be any of {found}. Give the full name.")
+        if canonical[found[0]] in resolved:
+            raise ValueError(f"{name!r} names a parameter that is already there as {canonical[found[0]]!r}.")
+        resolved[canonical[found[0]]] = found[0]
+    if unknown:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters {preview(unknown)}. Use names from model.named_parameters()."
+        )
+    return resolved
+
+
+def tensor_kinds(model: nn.Module) -> dict[str, str]:
+    """Map canonical names to kinds: the name with the index of every repeated block replaced by `*`.
+
+    A component is the index of a repeated block if its container is an `nn.ModuleList`, or an `nn.Sequential` of
+    modules that all are of one class and have parts of their own.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        `{canonical name: kind}`, for instance `h.3.attn.c_attn.lora_B.weight -> h.*.attn.c_attn.lora_B.weight`.
+    """
+    modules = dict(model.named_modules())
+    canonical = canonical_names(model)
+    kinds = {}
+    for name in canonical:
+        parts = name.split(".")
+        stars = {i for i in range(1, len(parts)) if _holds_blocks(modules.get(".".join(parts[:i])))}
+        kept = canonical[name].split(".")
+        numeric = [part for i, part in enumerate(parts) if part.isdigit() and i in stars]
+        kind = []
+        for part in kept:
+            if numeric and part == numeric[0]:
+                numeric.pop(0)
+                part = "*"
+            kind.append(part)
+        kinds[canonical[name]] = ".".join(kind)
+    return kinds
+
+
+def preview(names: Iterable[str], limit: int = 5) -> str:
+    """Write names for an error message: the first `limit`, then how many more there are.
+
+    Args:
+        names: Names.
+        limit: How many to write out.
+
+    Returns:
+        A bracketed list.
+    """
+    names = sorted(names)
+    more = f", … {len(names) - limit} more" if len(names) > limit else ""
+    return f"[{', '.join(names[:limit])}{more}]"
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    for module in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
+        config = getattr(module, "peft_config", None)
+        if isinstance(config, Mapping):
+            return set(config)
+    return set()
+
+
+def _holds_blocks(module: nn.Module | None) -> bool:
+    if isinstance(module, nn.ModuleList):
+        return True
+    if not isinstance(module, nn.Sequential):
+        return False
+    children = list(module)
+    return len({type(child) for child in children}) == 1 and len(children) > 1 and any(children[0].children())

@@ -1,0 +1,373 @@
+"""A measurement on a model: how far unit updates of its tensors move its outputs.
+
+The data's way: updates and batches -> probes (one forward and one backward with random output weights omega) ->
+samples -> `Measurement`. The model is left exactly as it was: weights, gradients, modes, hooks and random streams.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.utils import logging
+
+from .estimators import ESTIMATORS, Measurement, Samples
+from .gates import Gates, Site
+from .heads import LinearHead, bypassed, find_linear_head
+from .names import resolve_names
+from .outputs import Batch, Output, OutputFunction, model_output, num_examples
+
+logger = logging.get_logger(__name__)
+
+FALLBACK = "kronecker"
+
+
+def measure_rates(
+    model: nn.Module,
+    updates: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    *,
+    estimator: str = "per_example",
+    probes_per_batch: int = 1,
+    output: OutputFunction | None = None,
+    generator: torch.Generator | None = None,
+) -> Measurement:
+    """Measure function-space learning rates at the weights that the model has now.
+
+    Args:
+        model: Any `nn.Module`. It runs in eval mode and is left exactly as it was.
+        updates: `{parameter name: unit update}` (weight per unit learning rate), names as `named_parameters()` gives
+            them or canonical.
+        batches: Dicts of model inputs, examples along the first dimension. Labels are left out of the call.
+        estimator: One of `hf_flerm.estimators.ESTIMATORS`: `per_example`, the paper's `kronecker`, `full`, `iid`,
+            `kronecker_output` (`kronecker`, but the output layer's known independence is used), `exact`.
+        probes_per_batch: Probes (draws of omega) that share one forward pass. `exact` has none.
+        output: What "the function" is, `(model, batch) -> tensor` with examples first, all of whose entries count.
+            None: the logits at unpadded positions.
+        generator: Source of omega. None goes on from the state of torch's global generator and then puts it back.
+
+    Returns:
+        Rates in output units per unit learning rate. M * rate^2 is averaged over all probes.
+
+    Raises:
+        ValueError: If a name, a shape or an argument is wrong, or there is no batch.
+    """
+    probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, output=output)
+    return probe.measure(updates, batches, generator)
+
+
+class RateProbe:
+    """Measures again and again on one model, and remembers how each tensor can be measured.
+
+    A `per_example` tensor gets gates at the modules that own it. They are verified before they are trusted, on the
+    first batch that moves the tensor: with omega on one example alone, the gates of all others must stay zero and
+    the one's must equal <U, G> from the weight gradient. Where they do not (the module is never called, or called
+    with something other than the examples), the enclosing module takes its place, and where none is left the tensor
+    falls back to its weight gradient.
+
+    Args:
+        model: As for `measure_rates`.
+        estimator: As for `measure_rates`.
+        probes_per_batch: As for `measure_rates`.
+        output: As for `measure_rates`.
+
+    Raises:
+        ValueError: If an argument is not one of those allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        estimator: str = "per_example",
+        probes_per_batch: int = 1,
+        output: OutputFunction | None = None,
+    ) -> None:
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {estimator!r}. Choose one of {', '.join(ESTIMATORS)}.")
+        if probes_per_batch < 1:
+            raise ValueError(f"probes_per_batch is {probes_per_batch}; it must be at least 1.")
+        self.model = model
+        self.estimator = estimator
+        self.probes_per_batch = probes_per_batch
+        self.output = output
+        self._sites: dict[str, list[Site]] = {}
+        self._verified: set[str] = set()
+        self._fallback: set[str] = set()
+        self._head: tuple[str, nn.Linear] | None = None
+        self._head_sought = False
+
+    def measure(
+        self, updates: Mapping[str, Tensor], batches: Iterable[Batch], generator: torch.Generator | None = None
+    ) -> Measurement:
+        """Measure the rates of some tensors.
+
+        Args:
+            updates: As for `measure_rates`.
+            batches: As for `measure_rates`.
+            generator: As for `measure_rates`.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            ValueError: As for `measure_rates`.
+        """
+        raw = resolve_names(self.model, updates)
+        if not raw:
+            raise ValueError("updates is empty: pass a unit update for at least one parameter.")
+        parameters = {name: self.model.get_parameter(path) for name, path in raw.items()}
+        moves = {}
+        for (name, parameter), update in zip(parameters.items(), updates.values(), strict=True):
+            if update.shape != parameter.shape:
+                raise ValueError(
+                    f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}."
+                )
+            moves[name] = update.detach().to(parameter)
+        device = next(iter(moves.values())).device
+        samples = Samples(moves)
+        with undisturbed(self.model, device):
+            if generator is None:
+                generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+            head = None
+            for batch in batches:
+                batch = send_to_device(dict(batch), device)
+                self._seek_head(batch)
+                if self.estimator == "exact":
+                    self._differentiate(raw, moves, batch, samples)
+                    continue
+                if self.estimator == "per_example":
+                    self._verify(parameters, moves, batch)
+                    head = head or self._linear_head(moves)
+                self._probe(parameters, moves, batch, head, generator, samples)
+        return samples.measurement()
+
+    def _probe(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        updates: Mapping[str, Tensor],
+        batch: Batch,
+        head: LinearHead | None,
+        generator: torch.Generator,
+        samples: Samples,
+    ) -> None:
+        """Add the samples of `probes_per_batch` probes on one batch."""
+        sites = {name: self._sites[name] for name in updates if name in self._sites}
+        if head is not None and self._head is not None:
+            path, _ = self._head
+            sites = {name: [site for site in places if site.module != path] for name, places in sites.items()}
+        by_gradient = [name for name in updates if name not in sites]
+        with trainable(parameters[name] for name in by_gradient):
+            with (
+                Gates(self.model, sites, updates, num_examples(batch)) as gates,
+                bypassed(head.module) if head else nullcontext(),
+            ):
+                out = model_output(self.model, batch, self.output)
+            num_outputs = out.count(head.module.out_features if head else out.values.shape[-1])
+            leaves = [*gates.leaves, *(parameters[name] for name in by_gradient)]
+            for probe in range(self.probes_per_batch):
+                last = probe + 1 == self.probes_per_batch
+                omega, own = (out.omega(generator), {}) if head is None else head.draw(out, generator)
+                gradients = _gradients(out.values, leaves, omega, retain_graph=not last)
+                derivatives = gates.derivatives(gradients[: len(gates.leaves)])
+                for name, values in own.items():
+                    derivatives[name] = derivatives[name] + values if name in derivatives else values
+                samples.add_derivatives(derivatives)
+                for name, gradient in zip(by_gradient, gradients[len(gates.leaves) :], strict=True):
+                    estimator, dims = self._weight_gradient_estimator(parameters[name])
+                    samples.add_products(name, updates[name] * gradient, estimator, dims)
+                samples.count_outputs(num_outputs)
+
+    def _differentiate(
+        self, raw: Mapping[str, str], updates: Mapping[str, Tensor], batch: Batch, samples: Samples
+    ) -> None:
+        """Add the exact derivative of the outputs along every update: one JVP for each tensor."""
+        whole = _AsModule(self.model, self.output)
+        tangents = []
+        for name, update in updates.items():
+            key = f"model.{raw[name]}"
+
+            def function(parameter: Tensor, key: str = key) -> tuple[Tensor, Tensor]:
+                out: Output = torch.func.functional_call(whole, {key: parameter}, (batch,))
+                return out.values, out.weight.detach()
+
+            parameter = self.model.get_parameter(raw[name]).detach()
+            with sdpa_kernel(SDPBackend.MATH):
+                result = torch.func.jvp(function, (parameter,), (update,))
+            (values, weight), (tangent, _) = result[0], result[1]
+            tangents.append(tangent * weight)
+        samples.add_tangents(torch.stack(tangents))
+        samples.count_outputs(Output(values, weight).count(values.shape[-1]))
+
+    def _verify(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
+        """Find sites for the tensors that have none yet, and check those that could not be checked before."""
+        for name in updates:
+            if name not in self._sites and name not in self._fallback:
+                self._sites[name] = self._owners(parameters[name])
+        pending = [name for name in updates if name in self._sites and name not in self._verified]
+        while pending:
+            sites = {name: self._sites[name] for name in pending}
+            with (
+                trainable(parameters[name] for name in pending),
+                Gates(self.model, sites, updates, num_examples(batch)) as gates,
+            ):
+                out = model_output(self.model, batch, self.output)
+                index, omega = out.of_one_example(torch.Generator(out.values.device).manual_seed(0))
+                leaves = [*gates.leaves, *(parameters[name] for name in pending)]
+                gradients = _gradients(out.values, leaves, omega)
+            derivatives = gates.derivatives(gradients[: len(gates.leaves)])
+            retry = []
+            for name, gradient in zip(pending, gradients[len(gates.leaves) :], strict=True):
+                products = updates[name] * gradient
+                if not bool(products.isfinite().all()):
+                    raise ValueError(f"the outputs' derivative with respect to {name} is not finite on a probe batch.")
+                expected = torch.zeros_like(derivatives[name])
+                expected[index] = products.sum()
+                scale = expected.abs() + derivatives[name].abs() + products.norm()
+                error = (derivatives[name] - expected).abs()
+                if bool((error <= gates.precision**0.5 * scale.max()).all()):
+                    if bool(products.any()):
+                        self._verified.add(name)
+                    continue
+                wider = [site.enclosing() for site in self._sites[name]]
+                if None in wider or not wider:
+                    del self._sites[name]
+                    self._fallback.add(name)
+                    logger.warning_once(
+                        f"{name} cannot be told apart by example in {type(self.model).__name__}; "
+                        f"its rate comes from its weight gradient ({FALLBACK})."
+                    )
+                    continue
+                self._sites[name] = _outermost([site for site in wider if site is not None])
+                retry.append(name)
+            pending = retry
+
+    def _owners(self, parameter: nn.Parameter) -> list[Site]:
+        """The modules that hold a parameter; a tied one has several."""
+        return [
+            Site(path, attribute)
+            for path, module in self.model.named_modules()
+            for attribute, value in module.named_parameters(recurse=False, remove_duplicate=False)
+            if value is parameter
+        ]
+
+    def _seek_head(self, batch: Batch) -> None:
+        if self._head_sought:
+            return
+        self._head_sought = True
+        module = find_linear_head(self.model, lambda: model_output(self.model, batch, self.output).values)
+        if module is not None:
+            self._head = next((path, module) for path, other in self.model.named_modules() if other is module)
+
+    def _linear_head(self, updates: Mapping[str, Tensor]) -> LinearHead | None:
+        """The head to skip, if there is one, all its measured tensors have gates there, and it pays."""
+        if self._head is None:
+            return None
+        path, module = self._head
+        own = {
+            attribute: (name, updates[name])
+            for attribute in ("weight", "bias")
+            for name in updates
+            if Site(path, attribute) in self._sites.get(name, ())
+        }
+        if not LinearHead.pays(module, len(own)):
+            return None
+        return LinearHead(module, own)
+
+    def _weight_gradient_estimator(self, parameter: nn.Parameter) -> tuple[str, tuple[int, ...]]:
+        """Which estimator a tensor gets when it is measured by its weight gradient, and its independent dimensions."""
+        if self.estimator == "per_example":
+            return FALLBACK, ()
+        if self.estimator == "kronecker_output":
+            is_output = self._head is not None and len(self._owners(parameter)) == 1
+            if is_output and any(parameter is own for own in self._head[1].parameters()):  # type: ignore[index]
+                return self.estimator, (0,)
+            return "kronecker", ()
+        return self.estimator, ()
+
+
+class _AsModule(nn.Module):
+    """A model and what is taken of its output, as one module that `functional_call` can run."""
+
+    def __init__(self, model: nn.Module, output: OutputFunction | None) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+
+    def forward(self, batch: Batch) -> Output:
+        return model_output(self.model, batch, self.output)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a block in eval mode with nothing trainable, and leave no trace of it.
+
+    Args:
+        model: The model whose modes and `requires_grad` flags are put back.
+        device: The device whose random stream is put back, beside those of Python, NumPy and torch's CPU.
+
+    Yields:
+        Nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    accelerator = torch.accelerator.current_accelerator()
+    devices = [device] if accelerator is not None and device.type == accelerator.type else []
+    with torch.random.fork_rng(devices, device_type=accelerator.type if devices and accelerator else "cuda"):
+        try:
+            model.eval()
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let some parameters require a gradient for a block.
+
+    Args:
+        parameters: Parameters that do not require one outside of it.
+
+    Yields:
+        Nothing.
+    """
+    parameters = list(parameters)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def _gradients(values: Tensor, leaves: Sequence[Tensor], omega: Tensor, *, retain_graph: bool = False) -> list[Tensor]:
+    """The gradients of sum(omega * values); zero where a leaf takes no part."""
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if values.requires_grad:
+        found = torch.autograd.grad(values, leaves, omega, retain_graph=retain_graph, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def _outermost(sites: Iterable[Site]) -> list[Site]:
+    """Drop the sites that lie inside another one."""
+    kept: list[Site] = []
+    for site in sorted(set(sites), key=lambda site: site.module):
+        if not any(site.module == other.module or site.module.startswith(f"{other.module}.") for other in kept):
+            kept.append(site)
+    return kept

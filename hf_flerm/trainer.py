@@ -1,0 +1,60 @@
+"""`FLeRMTrainer`: `Trainer` that records or matches function-space learning rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from .callback import FLeRMCallback
+from .config import FLeRMConfig
+from .names import trainable_parameters
+from .optimizer import raw_optimizer, split_param_groups
+from .rate_profile import RateProfile
+
+
+class FLeRMTrainer(Trainer):
+    """`Trainer` with function-space learning rates.
+
+    Args:
+        *args: As for `transformers.Trainer`.
+        flerm: What to measure, when, and what to do with it.
+        probe_dataset: Examples to probe with. None: drawn from the training set.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        RateProfileError: If the profile to match cannot be loaded.
+    """
+
+    def __init__(
+        self, *args: Any, flerm: FLeRMConfig, probe_dataset: Dataset[Any] | None = None, **kwargs: Any
+    ) -> None:
+        self._flerm = FLeRMCallback(flerm, probe_dataset)
+        super().__init__(*args, **kwargs)
+        # First in the list, so that what it adds to a log reaches every tracker.
+        self.callback_handler.callbacks.insert(0, self._flerm)
+
+    @property
+    def rate_profile(self) -> RateProfile:
+        """The rates that this run has measured so far."""
+        return self._flerm.rate_profile
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._flerm.config.mode == "match":
+            model: Any = self.model
+            split_param_groups(raw_optimizer(optimizer), trainable_parameters(model), self.lr_scheduler)
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer` does, with `rate_profile.safetensors` beside the weights."""
+        if self.args.should_save:
+            self._flerm.save(str(output_dir if output_dir is not None else self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._flerm.resume_from(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
