@@ -10,8 +10,11 @@ import pydoc_data.topics
 import shutil
 import sysconfig
 import tempfile
+import warnings
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -19,12 +22,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile
+from hf_flerm import FLeRMConfig, FLeRMTrainer
 
 VOCABULARY = 1024
 LENGTH = 48
 PYTHON_FILES = 120
+ALPHA = 32
 CACHE = Path(os.environ.get("HF_FLERM_CACHE", Path.home() / ".cache" / "hf_flerm"))
 
 
@@ -38,7 +43,12 @@ class Run:
     init: str = "default"
     steps: int = 100
     batch_size: int = 8
-    alpha: int = 8
+
+
+def quiet() -> None:
+    """No warnings or progress bars from the libraries below; the demo has its own."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def english() -> str:
@@ -84,20 +94,35 @@ def arguments(folder: str, **options: object) -> TrainingArguments:
 
 def pretrained(progress: bool = True) -> Path:
     """The folder of the pretrained model, trained the first time."""
-    folder = CACHE / f"gpt2-english-{VOCABULARY}-{LENGTH}-{os.environ.get('PRE','400')}"
+    folder = CACHE / f"gpt2-english-{VOCABULARY}-{LENGTH}"
     if (folder / "model.safetensors").exists():
         return folder
     set_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
     config = GPT2Config(
-        n_layer=4, n_embd=96, n_head=4, vocab_size=VOCABULARY, n_positions=LENGTH, bos_token_id=0, eos_token_id=0,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_layer=4,
+        n_embd=96,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        bos_token_id=0,
+        eos_token_id=0,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(action="ignore"):
         trainer = Trainer(
             GPT2LMHeadModel(config),
             arguments(
-                scratch, learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=30, max_steps=int(os.environ.get("PRE","400")),
-                per_device_train_batch_size=16, disable_tqdm=not progress,
+                scratch,
+                learning_rate=3e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=30,
+                max_steps=400,
+                per_device_train_batch_size=16,
+                disable_tqdm=not progress,
             ),
             train_dataset=blocks([english()]),
         )
@@ -109,11 +134,14 @@ def pretrained(progress: bool = True) -> Path:
 
 
 def adapted(run: Run) -> torch.nn.Module:
-    """The pretrained model with LoRA on every linear layer; alpha = 8 and alpha / r scaling at every rank."""
+    """The pretrained model with LoRA on every linear layer; one alpha and alpha / r scaling at every rank."""
     set_seed(run.seed)
     model = GPT2LMHeadModel.from_pretrained(pretrained())
     lora = LoraConfig(
-        r=run.rank, lora_alpha=run.alpha, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
+        r=run.rank,
+        lora_alpha=ALPHA,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,
         init_lora_weights="gaussian" if run.init == "gaussian" else True,
     )
     return get_peft_model(model, lora)
@@ -122,18 +150,21 @@ def adapted(run: Run) -> torch.nn.Module:
 def fine_tune(run: Run, flerm: FLeRMConfig | None = None) -> tuple[float, Trainer]:
     """Train one run; its validation loss and its trainer."""
     train, validation = python_data()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
         options = {
             "args": arguments(
-                scratch, learning_rate=run.learning_rate, max_steps=run.steps, seed=run.seed, disable_tqdm=True,
-                per_device_train_batch_size=run.batch_size, per_device_eval_batch_size=64,
+                scratch,
+                learning_rate=run.learning_rate,
+                max_steps=run.steps,
+                seed=run.seed,
+                disable_tqdm=True,
+                per_device_train_batch_size=run.batch_size,
+                per_device_eval_batch_size=64,
             ),
-            "model": adapted(run), "train_dataset": train, "eval_dataset": validation,
+            "model": adapted(run),
+            "train_dataset": train,
+            "eval_dataset": validation,
         }
         trainer = Trainer(**options) if flerm is None else FLeRMTrainer(**options, flerm=flerm)
         trainer.train()
         return trainer.evaluate()["eval_loss"], trainer
-
-
-def record(run: Run) -> RateProfile:
-    return fine_tune(run, FLeRMConfig(mode="record"))[1].rate_profile

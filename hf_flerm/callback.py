@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import random
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset as HubDataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -57,6 +59,11 @@ class FLeRMCallback(TrainerCallback):
     for the probes (by reference, so bit for bit), and then the new ones. In `match` mode the step at which scales are
     computed is redone at these scales.
 
+    Attributes:
+        scales: `{canonical name: factor on the learning rate}`, all 1 when recording.
+        last_measurement: The latest measurement.
+        seconds: Wall time that measuring has taken in this training.
+
     Args:
         config: What to measure, when, and what to do with it.
         probe_dataset: Examples to probe with. None: the training set's, drawn by the callback's own generator.
@@ -71,6 +78,8 @@ class FLeRMCallback(TrainerCallback):
         self.base = RateProfile.from_pretrained(config.profile) if config.profile is not None else None
         self.last_measurement: Measurement | None = None
         self.scales: dict[str, float] = {}
+        self.seconds = 0.0
+        self._failure_reported = False
         self._resume_from: Path | None = None
         self._recorded: RateProfile | None = None
         self._pending_logs: dict[str, float] = {}
@@ -121,6 +130,7 @@ class FLeRMCallback(TrainerCallback):
             [], {name: [] for name in self._parameters}, self._provenance(args)
         )
         self._before = {}
+        self.seconds = 0.0
         if self._step_scales is not None:
             self._step_scales.remove()
             self._step_scales = None
@@ -145,14 +155,20 @@ class FLeRMCallback(TrainerCallback):
         if not self._before:
             return
         before, self._before = self._before, {}
+        start = time.perf_counter()
         try:
             self._measure(before, state.global_step)
         except Exception as error:
-            logger.warning_once(
-                f"a measurement failed at step {state.global_step}, and training goes on without it: {error!r}. "
-                "Further failures are not reported."
-            )
-            logger.debug("the measurement's traceback:", exc_info=True)
+            if not self._failure_reported:
+                self._failure_reported = True
+                logger.warning(
+                    f"a measurement failed at step {state.global_step}; training goes on as it would have without it, "
+                    f"and further failures are not reported: {error!r}",
+                    exc_info=True,
+                )
+        finally:
+            self.seconds += time.perf_counter() - start
+            self._pending_logs["flerm/seconds"] = self.seconds
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add what was measured since the last log, by tensor kind."""
@@ -250,8 +266,11 @@ class FLeRMCallback(TrainerCallback):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
 
     def _find_probe_examples(self, args: TrainingArguments, dataloader: Any) -> None:
-        """Choose the examples, the collator and the size of probe batches, and try one."""
-        dataset: Any = self.probe_dataset if self.probe_dataset is not None else getattr(dataloader, "dataset", None)
+        """Choose the examples, the collator and the size of probe batches."""
+        training: Any = getattr(dataloader, "dataset", None)
+        dataset: Any = training if self.probe_dataset is None else self.probe_dataset
+        if isinstance(dataset, HubDataset) and isinstance(training, HubDataset):
+            dataset = dataset.select_columns([c for c in training.column_names if c in dataset.column_names])
         if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise ValueError(
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "

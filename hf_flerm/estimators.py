@@ -257,8 +257,12 @@ class Samples:
             estimator: A key of `WEIGHT_GRADIENT_ESTIMATORS`.
             independent_dims: Dimensions along which Z is known to be uncorrelated.
         """
+        statistics = WEIGHT_GRADIENT_ESTIMATORS[estimator].statistics(products, independent_dims)
+        if self._examples[name]:  # not verified until now, because it moved no output before
+            self._examples[name].clear()
+            self._statistics[name] = [torch.zeros_like(statistics)] * len(self._num_outputs)
         self._estimators[name] = estimator
-        self._statistics[name].append(WEIGHT_GRADIENT_ESTIMATORS[estimator].statistics(products, independent_dims))
+        self._statistics[name].append(statistics)
         self._sums[name].append(products.sum(dtype=torch.float64))
 
     def add_tangents(self, tangents: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 Tangent = Callable[[nn.Module, Tensor, tuple[Any, ...]], Tensor]
@@ -98,6 +98,8 @@ class Gates(AbstractContextManager["Gates"]):
 
     Attributes:
         precision: The machine epsilon of the coarsest output that was gated, 0 before any was.
+        broadcast: Tensors whose site puts out one row for all examples; it is given a row for each.
+        failures: Tensors whose site could not be differentiated, and why. They have no gate there.
 
     Args:
         model: The model.
@@ -116,6 +118,8 @@ class Gates(AbstractContextManager["Gates"]):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._measuring = False
         self.precision = 0.0
+        self.broadcast: set[str] = set()
+        self.failures: dict[str, Exception] = {}
         for name, places in sites.items():
             for site in places:
                 self._tensors.setdefault(model.get_submodule(site.module), []).append((name, site.attribute))
@@ -161,31 +165,35 @@ class Gates(AbstractContextManager["Gates"]):
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._measuring:
             return output
-        leaf = self._leaves[module]
+        tensors = self._tensors[module]
+        outputs, spec = tree_flatten(output)
+        tangents = []
         self._measuring = True
         try:
-            with torch.no_grad():
-                tangents = [
-                    _tangents(module, attribute, self._updates[name], args, kwargs)
-                    for name, attribute in self._tensors[module]
-                ]
+            for name, attribute in tensors:
+                try:
+                    tangents.append(_tangents(module, attribute, self._updates[name], args, kwargs))
+                except (RuntimeError, NotImplementedError) as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self.failures[name] = error
+                    tangents.append([torch.zeros((), device=self._updates[name].device)] * len(outputs))
         finally:
             self._measuring = False
-        outputs, spec = tree_flatten(output)
-        gated = [
-            self._gate(value, leaf, [tangent[i] for tangent in tangents]) if _is_float(value) else value
-            for i, value in enumerate(outputs)
-        ]
-        return tree_unflatten(gated, spec)
+        for i, value in enumerate(outputs):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:
+                outputs[i] = self._gate(module, value, [tangent[i] for tangent in tangents])
+        return tree_unflatten(outputs, spec)
 
-    def _gate(self, output: Tensor, leaf: Tensor, tangents: Sequence[Tensor]) -> Tensor:
-        if output.ndim == 0 or output.shape[0] % self._num_examples:
-            if output.ndim == 0 or output.shape[0] != 1:
+    def _gate(self, module: nn.Module, output: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+        if output.shape[0] % self._num_examples:
+            if output.shape[0] != 1:
                 return output
             # One row that is broadcast over the examples later on (position embeddings): broadcast it here.
             output = output.expand(self._num_examples, *output.shape[1:])
+            self.broadcast.update(name for name, _ in self._tensors[module])
         self.precision = max(self.precision, torch.finfo(output.dtype).eps)
-        gated: Tensor = _Gate.apply(output, leaf, *tangents)
+        gated: Tensor = _Gate.apply(output, self._leaves[module], *tangents)
         return gated
 
 
@@ -195,17 +203,36 @@ def _tangents(
     """The derivative of every tensor in the module's output along `update` of one of its parameters."""
     linear = _TANGENTS.get(type(module), {}).get(attribute)
     if linear is not None and not kwargs:
-        return [linear(module, update, args)]
+        with torch.no_grad():
+            return [linear(module, update, args)]
+    args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
 
-    def forward(parameter: Tensor) -> list[Tensor]:
+    def forward(parameter: Tensor) -> tuple[Tensor, ...]:
         flat, _ = tree_flatten(torch.func.functional_call(module, {attribute: parameter}, args, kwargs))
-        return [value if isinstance(value, Tensor) else torch.zeros(()) for value in flat]
+        return tuple(value if isinstance(value, Tensor) else torch.zeros(()) for value in flat)
 
-    parameter = module.get_parameter(attribute)
-    with sdpa_kernel(SDPBackend.MATH):
-        tangents: list[Tensor] = torch.func.jvp(forward, (parameter.detach(),), (update.to(parameter.dtype),))[1]
-    return tangents
+    return list(jvp(forward, module.get_parameter(attribute), update))
 
 
-def _is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def jvp(function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
+    """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
+
+    Args:
+        function: Tensor to tensors.
+        primal: Where.
+        tangent: Along what, shaped like `primal`.
+
+    Returns:
+        The derivative of each output.
+    """
+    primal = primal.detach()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
+        try:
+            with torch.no_grad():
+                tangents: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            with torch.enable_grad():
+                tangents = torch.autograd.functional.jvp(function, primal, tangent)[1]
+        return tangents

@@ -53,19 +53,15 @@ class Output:
         """
         return float(self.weight.sum()) * (width if self.values.ndim > 1 else 1)
 
-    def of_one_example(self, generator: torch.Generator) -> tuple[int, Tensor]:
-        """Draw an omega that is zero on all examples but one.
-
-        Args:
-            generator: Source of randomness.
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Split the examples that have outputs that count.
 
         Returns:
-            The index of the first example that has outputs that count, and omega.
+            Two masks over examples, bool [N]; the second is empty if there is one such example.
         """
-        index = int(self.weight.reshape(len(self.values), -1).any(1).int().argmax())
-        omega = torch.zeros_like(self.values)
-        omega[index] = self.omega(generator)[index]
-        return index, omega
+        counted = self.weight.reshape(len(self.values), -1).any(1)
+        first = counted & (counted.cumsum(0) <= (counted.sum() + 1) // 2)
+        return first, counted & ~first
 
 
 def model_output(model: nn.Module, batch: Batch, function: OutputFunction | None) -> Output:

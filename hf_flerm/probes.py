@@ -6,24 +6,20 @@ samples -> `Measurement`. The model is left exactly as it was: weights, gradient
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.utils import logging
 
 from .estimators import ESTIMATORS, Measurement, Samples
-from .gates import Gates, Site
+from .gates import Gates, Site, jvp
 from .heads import LinearHead, bypassed, find_linear_head
+from .modes import trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, model_output, num_examples
-
-logger = logging.get_logger(__name__)
+from .sites import VerifiedSites, gradients, owners
 
 FALLBACK = "kronecker"
 
@@ -65,12 +61,6 @@ def measure_rates(
 class RateProbe:
     """Measures again and again on one model, and remembers how each tensor can be measured.
 
-    A `per_example` tensor gets gates at the modules that own it. They are verified before they are trusted, on the
-    first batch that moves the tensor: with omega on one example alone, the gates of all others must stay zero and
-    the one's must equal <U, G> from the weight gradient. Where they do not (the module is never called, or called
-    with something other than the examples), the enclosing module takes its place, and where none is left the tensor
-    falls back to its weight gradient.
-
     Args:
         model: As for `measure_rates`.
         estimator: As for `measure_rates`.
@@ -97,9 +87,7 @@ class RateProbe:
         self.estimator = estimator
         self.probes_per_batch = probes_per_batch
         self.output = output
-        self._sites: dict[str, list[Site]] = {}
-        self._verified: set[str] = set()
-        self._fallback: set[str] = set()
+        self._sites = VerifiedSites(model, output)
         self._head: tuple[str, nn.Linear] | None = None
         self._head_sought = False
 
@@ -143,9 +131,10 @@ class RateProbe:
                     self._differentiate(raw, moves, batch, samples)
                     continue
                 if self.estimator == "per_example":
-                    self._verify(parameters, moves, batch)
+                    self._sites.find(parameters, moves, batch)
                     head = head or self._linear_head(moves)
                 self._probe(parameters, moves, batch, head, generator, samples)
+        self._sites.close_measurement()
         return samples.measurement()
 
     def _probe(
@@ -158,7 +147,7 @@ class RateProbe:
         samples: Samples,
     ) -> None:
         """Add the samples of `probes_per_batch` probes on one batch."""
-        sites = {name: self._sites[name] for name in updates if name in self._sites}
+        sites = {name: self._sites.sites[name] for name in updates if name in self._sites.sites}
         if head is not None and self._head is not None:
             path, _ = self._head
             sites = {name: [site for site in places if site.module != path] for name, places in sites.items()}
@@ -169,17 +158,19 @@ class RateProbe:
                 bypassed(head.module) if head else nullcontext(),
             ):
                 out = model_output(self.model, batch, self.output)
+            if gates.failures:
+                raise next(iter(gates.failures.values()))
             num_outputs = out.count(head.module.out_features if head else out.values.shape[-1])
             leaves = [*gates.leaves, *(parameters[name] for name in by_gradient)]
             for probe in range(self.probes_per_batch):
                 last = probe + 1 == self.probes_per_batch
                 omega, own = (out.omega(generator), {}) if head is None else head.draw(out, generator)
-                gradients = _gradients(out.values, leaves, omega, retain_graph=not last)
-                derivatives = gates.derivatives(gradients[: len(gates.leaves)])
+                found = gradients(out.values, leaves, omega, retain_graph=not last)
+                derivatives = gates.derivatives(found[: len(gates.leaves)])
                 for name, values in own.items():
                     derivatives[name] = derivatives[name] + values if name in derivatives else values
                 samples.add_derivatives(derivatives)
-                for name, gradient in zip(by_gradient, gradients[len(gates.leaves) :], strict=True):
+                for name, gradient in zip(by_gradient, found[len(gates.leaves) :], strict=True):
                     estimator, dims = self._weight_gradient_estimator(parameters[name])
                     samples.add_products(name, updates[name] * gradient, estimator, dims)
                 samples.count_outputs(num_outputs)
@@ -189,73 +180,19 @@ class RateProbe:
     ) -> None:
         """Add the exact derivative of the outputs along every update: one JVP for each tensor."""
         whole = _AsModule(self.model, self.output)
+        with torch.no_grad():
+            out = model_output(self.model, batch, self.output)
         tangents = []
         for name, update in updates.items():
             key = f"model.{raw[name]}"
 
-            def function(parameter: Tensor, key: str = key) -> tuple[Tensor, Tensor]:
-                out: Output = torch.func.functional_call(whole, {key: parameter}, (batch,))
-                return out.values, out.weight.detach()
+            def values(parameter: Tensor, key: str = key) -> tuple[Tensor, ...]:
+                return (torch.func.functional_call(whole, {key: parameter}, (batch,)).values,)
 
-            parameter = self.model.get_parameter(raw[name]).detach()
-            with sdpa_kernel(SDPBackend.MATH):
-                result = torch.func.jvp(function, (parameter,), (update,))
-            (values, weight), (tangent, _) = result[0], result[1]
-            tangents.append(tangent * weight)
+            (tangent,) = jvp(values, self.model.get_parameter(raw[name]), update)
+            tangents.append(tangent * out.weight)
         samples.add_tangents(torch.stack(tangents))
-        samples.count_outputs(Output(values, weight).count(values.shape[-1]))
-
-    def _verify(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
-        """Find sites for the tensors that have none yet, and check those that could not be checked before."""
-        for name in updates:
-            if name not in self._sites and name not in self._fallback:
-                self._sites[name] = self._owners(parameters[name])
-        pending = [name for name in updates if name in self._sites and name not in self._verified]
-        while pending:
-            sites = {name: self._sites[name] for name in pending}
-            with (
-                trainable(parameters[name] for name in pending),
-                Gates(self.model, sites, updates, num_examples(batch)) as gates,
-            ):
-                out = model_output(self.model, batch, self.output)
-                index, omega = out.of_one_example(torch.Generator(out.values.device).manual_seed(0))
-                leaves = [*gates.leaves, *(parameters[name] for name in pending)]
-                gradients = _gradients(out.values, leaves, omega)
-            derivatives = gates.derivatives(gradients[: len(gates.leaves)])
-            retry = []
-            for name, gradient in zip(pending, gradients[len(gates.leaves) :], strict=True):
-                products = updates[name] * gradient
-                if not bool(products.isfinite().all()):
-                    raise ValueError(f"the outputs' derivative with respect to {name} is not finite on a probe batch.")
-                expected = torch.zeros_like(derivatives[name])
-                expected[index] = products.sum()
-                scale = expected.abs() + derivatives[name].abs() + products.norm()
-                error = (derivatives[name] - expected).abs()
-                if bool((error <= gates.precision**0.5 * scale.max()).all()):
-                    if bool(products.any()):
-                        self._verified.add(name)
-                    continue
-                wider = [site.enclosing() for site in self._sites[name]]
-                if None in wider or not wider:
-                    del self._sites[name]
-                    self._fallback.add(name)
-                    logger.warning_once(
-                        f"{name} cannot be told apart by example in {type(self.model).__name__}; "
-                        f"its rate comes from its weight gradient ({FALLBACK})."
-                    )
-                    continue
-                self._sites[name] = _outermost([site for site in wider if site is not None])
-                retry.append(name)
-            pending = retry
-
-    def _owners(self, parameter: nn.Parameter) -> list[Site]:
-        """The modules that hold a parameter; a tied one has several."""
-        return [
-            Site(path, attribute)
-            for path, module in self.model.named_modules()
-            for attribute, value in module.named_parameters(recurse=False, remove_duplicate=False)
-            if value is parameter
-        ]
+        samples.count_outputs(out.count(out.values.shape[-1]))
 
     def _seek_head(self, batch: Batch) -> None:
         if self._head_sought:
@@ -274,7 +211,7 @@ class RateProbe:
             attribute: (name, updates[name])
             for attribute in ("weight", "bias")
             for name in updates
-            if Site(path, attribute) in self._sites.get(name, ())
+            if Site(path, attribute) in self._sites.sites.get(name, ())
         }
         if not LinearHead.pays(module, len(own)):
             return None
@@ -285,7 +222,7 @@ class RateProbe:
         if self.estimator == "per_example":
             return FALLBACK, ()
         if self.estimator == "kronecker_output":
-            is_output = self._head is not None and len(self._owners(parameter)) == 1
+            is_output = self._head is not None and len(owners(self.model, parameter)) == 1
             if is_output and any(parameter is own for own in self._head[1].parameters()):  # type: ignore[index]
                 return self.estimator, (0,)
             return "kronecker", ()
@@ -302,72 +239,3 @@ class _AsModule(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         return model_output(self.model, batch, self.output)
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block in eval mode with nothing trainable, and leave no trace of it.
-
-    Args:
-        model: The model whose modes and `requires_grad` flags are put back.
-        device: The device whose random stream is put back, beside those of Python, NumPy and torch's CPU.
-
-    Yields:
-        Nothing.
-    """
-    modes = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    accelerator = torch.accelerator.current_accelerator()
-    devices = [device] if accelerator is not None and device.type == accelerator.type else []
-    with torch.random.fork_rng(devices, device_type=accelerator.type if devices and accelerator else "cuda"):
-        try:
-            model.eval()
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            with torch.enable_grad():
-                yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-
-
-@contextmanager
-def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let some parameters require a gradient for a block.
-
-    Args:
-        parameters: Parameters that do not require one outside of it.
-
-    Yields:
-        Nothing.
-    """
-    parameters = list(parameters)
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-
-def _gradients(values: Tensor, leaves: Sequence[Tensor], omega: Tensor, *, retain_graph: bool = False) -> list[Tensor]:
-    """The gradients of sum(omega * values); zero where a leaf takes no part."""
-    found: Sequence[Tensor | None] = [None] * len(leaves)
-    if values.requires_grad:
-        found = torch.autograd.grad(values, leaves, omega, retain_graph=retain_graph, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
-
-
-def _outermost(sites: Iterable[Site]) -> list[Site]:
-    """Drop the sites that lie inside another one."""
-    kept: list[Site] = []
-    for site in sorted(set(sites), key=lambda site: site.module):
-        if not any(site.module == other.module or site.module.startswith(f"{other.module}.") for other in kept):
-            kept.append(site)
-    return kept

@@ -1,0 +1,182 @@
+"""Where each tensor can be told apart by example: sites are proposed by ownership and believed only when verified."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .gates import Gates, Site
+from .modes import trainable
+from .outputs import Batch, Output, OutputFunction, model_output, num_examples
+
+logger = logging.get_logger(__name__)
+
+_PATIENCE = 8
+
+
+class VerifiedSites:
+    """Sites of tensors, each checked on the first batch on which the tensor moves the outputs.
+
+    A tensor is first given gates at the modules that own it. With omega on half of the examples, the gates of the
+    others must stay zero and these must add up to <U, G> from the weight gradient. Where they do not (the module is
+    never called, or called with something other than the examples), the enclosing module takes its place. Where none
+    is left, or the tensor moved no output in `_PATIENCE` measurements, only its weight gradient is to be trusted.
+
+    Attributes:
+        sites: `{name: sites}` of the tensors that gates can measure.
+        unmeasurable: Tensors that gates cannot measure.
+
+    Args:
+        model: The model.
+        output: What "the function" is; see `measure_rates`.
+    """
+
+    def __init__(self, model: nn.Module, output: OutputFunction | None) -> None:
+        self.sites: dict[str, list[Site]] = {}
+        self.unmeasurable: set[str] = set()
+        self._model = model
+        self._output = output
+        self._verified: set[str] = set()
+        self._attempts: Counter[str] = Counter()
+        self._largest_gradient = 0.0
+
+    def find(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
+        """Find sites for the tensors that have none yet, and check those that could not be checked before.
+
+        Args:
+            parameters: `{name: parameter}`, none of which requires a gradient.
+            updates: Their unit updates.
+            batch: Model inputs.
+
+        Raises:
+            ValueError: If the outputs' derivatives are not finite.
+        """
+        for name, parameter in parameters.items():
+            if name not in self.sites and name not in self.unmeasurable:
+                self.sites[name] = owners(self._model, parameter)
+        pending = [name for name in parameters if name in self.sites and name not in self._verified]
+        while pending:
+            gates = Gates(self._model, {name: self.sites[name] for name in pending}, updates, num_examples(batch))
+            with trainable(parameters[name] for name in pending):
+                try:
+                    with gates:
+                        out = model_output(self._model, batch, self._output)
+                except RuntimeError as error:
+                    if not gates.broadcast or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    wrong, retry = gates.broadcast, set(pending)  # a row per example does not fit what comes after
+                else:
+                    wrong = self._refuted(gates, out, {name: parameters[name] for name in pending}, updates)
+                    retry = wrong
+            for name in wrong:
+                self._widen(name)
+            pending = [name for name in pending if name in retry and name in self.sites]
+
+    def close_measurement(self) -> None:
+        """Count a measurement against the tensors that are still not verified, and give up on the oldest of them."""
+        for name in self.sites.keys() - self._verified:
+            self._attempts[name] += 1
+            if self._attempts[name] == _PATIENCE:
+                del self.sites[name]
+                self.unmeasurable.add(name)
+
+    def _refuted(
+        self, gates: Gates, out: Output, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor]
+    ) -> set[str]:
+        """The tensors whose gates contradict their weight gradients.
+
+        A tensor whose gradient is rounding noise (attention is blind to a bias of its keys) can be neither verified
+        nor refuted, on this half of the examples at least.
+        """
+        wrong: set[str] = set()
+        omega = out.omega(torch.Generator(out.values.device).manual_seed(0))
+        pending = dict(parameters)
+        for half in out.halves():
+            leaves = [*gates.leaves, *pending.values()]
+            seen = omega * half.reshape(-1, *[1] * (omega.ndim - 1))
+            found = gradients(out.values, leaves, seen, retain_graph=True)
+            derivatives = gates.derivatives(found[: len(gates.leaves)])
+            by_weight = dict(zip(list(pending), found[len(gates.leaves) :], strict=True))
+            if not all(bool(gradient.isfinite().all()) for gradient in by_weight.values()):
+                raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
+            self._largest_gradient = max(self._largest_gradient, *map(_rms, by_weight.values()))
+            noise = 100 * gates.precision * self._largest_gradient
+            for name, gradient in by_weight.items():
+                values, expected = derivatives[name], (updates[name] * gradient).sum()
+                size = expected.abs() + values.abs().sum()
+                tolerance = gates.precision**0.5 * (size + (updates[name] * gradient).norm())
+                if bool(size <= noise * updates[name].norm()):
+                    continue
+                if bool((values[~half].abs() > tolerance).any() or (values.sum() - expected).abs() > tolerance):
+                    wrong.add(name)
+                else:
+                    self._verified.add(name)
+                del pending[name]
+            if not pending:
+                break
+        return wrong
+
+    def _widen(self, name: str) -> None:
+        """See a tensor from the modules around its sites; around the model itself there is nothing."""
+        wider = [site.enclosing() for site in self.sites[name]]
+        self.sites[name] = _outermost(site for site in wider if site is not None)
+        if None in wider or not wider:
+            del self.sites[name]
+            self.unmeasurable.add(name)
+            logger.warning(
+                f"{name} cannot be told apart by example in {type(self._model).__name__}: "
+                "its rate comes from its weight gradient."
+            )
+
+
+def owners(model: nn.Module, parameter: nn.Parameter) -> list[Site]:
+    """Find the modules that hold a parameter.
+
+    Args:
+        model: The model.
+        parameter: One of its parameters.
+
+    Returns:
+        A site for each; a tied parameter has several.
+    """
+    return [
+        Site(path, attribute)
+        for path, module in model.named_modules()
+        for attribute, value in module.named_parameters(recurse=False, remove_duplicate=False)
+        if value is parameter
+    ]
+
+
+def gradients(values: Tensor, leaves: Sequence[Tensor], omega: Tensor, *, retain_graph: bool = False) -> list[Tensor]:
+    """Differentiate sum(omega * values).
+
+    Args:
+        values: Outputs.
+        leaves: What to differentiate by.
+        omega: Shaped like `values`.
+        retain_graph: Whether the graph is needed again.
+
+    Returns:
+        One gradient for each leaf; zero where it takes no part.
+    """
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if values.requires_grad:
+        found = torch.autograd.grad(values, leaves, omega, retain_graph=retain_graph, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+
+
+def _outermost(sites: Iterable[Site]) -> list[Site]:
+    """Drop the sites that lie inside another one."""
+    kept: list[Site] = []
+    for site in sorted(set(sites), key=lambda site: site.module):
+        if not any(site.module == other.module or site.module.startswith(f"{other.module}.") for other in kept):
+            kept.append(site)
+    return kept

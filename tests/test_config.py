@@ -1,0 +1,148 @@
+"""`FLeRMConfig` refuses what cannot work, says what would, and survives JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_flerm import FLeRMConfig, RateProfile
+from hf_flerm.estimators import ESTIMATORS
+
+EARLY = {0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32}
+
+
+def logits(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    return model(**batch).logits
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FLeRMConfig(),
+        FLeRMConfig(
+            mode="match",
+            profile="runs/base",
+            estimator="kronecker",
+            pool="tensor",
+            beta=0.9,
+            measure_every=7,
+            measure_steps=(5, 0, 5),
+            probes=3,
+            probe_batch_size=2,
+            unmatched="keep",
+            seed=11,
+        ),
+    ],
+    ids=["default", "every field"],
+)
+def test_json_round_trip(config: FLeRMConfig) -> None:
+    text = config.to_json_string()
+    assert FLeRMConfig.from_json_string(text) == config
+    assert FLeRMConfig.from_json_string(text).to_json_string() == text
+
+
+def test_json_is_sorted_and_holds_every_field() -> None:
+    values = json.loads(FLeRMConfig().to_json_string())
+    assert list(values) == sorted(FLeRMConfig.__dataclass_fields__)
+    assert values["mode"] == "record"
+    assert values["seed"] == 0
+
+
+def test_json_writes_a_path_as_text(tmp_path: Path) -> None:
+    text = FLeRMConfig(mode="match", profile=tmp_path).to_json_string()
+    assert FLeRMConfig.from_json_string(text).profile == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FLeRMConfig(mode="match", profile=RateProfile([0], {"w": [1.0]})), FLeRMConfig(output=logits)],
+    ids=["profile object", "output callable"],
+)
+def test_what_has_no_json_form_is_refused(config: FLeRMConfig) -> None:
+    with pytest.raises(ValueError, match="no JSON form"):
+        config.to_json_string()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "JSON object, not list"),
+        ('{"moed": "record"}', r"unknown fields \['moed'\]; known are \[.*'mode'.*\]"),
+        ('{"mode": "watch"}', "mode is 'watch'; it must be one of record, match"),
+        ("{", "Expecting"),
+    ],
+)
+def test_bad_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FLeRMConfig.from_json_string(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mode", "watch", "mode is 'watch'; it must be one of record, match"),
+        ("mode", None, "mode is None; it must be one of record, match"),
+        ("estimator", "kfac", f"estimator is 'kfac'; it must be one of {', '.join(ESTIMATORS)}"),
+        ("granularity", "row", "granularity is 'row'; it must be one of tensor"),
+        ("pool", "layer", "pool is 'layer'; it must be one of kind, tensor"),
+        ("unmatched", "drop", "unmatched is 'drop'; it must be one of error, keep"),
+        ("unmatched", ["error"], r"unmatched is \['error'\]; it must be one of error, keep"),
+        ("measure_every", 0, "measure_every is 0; it must be a whole number of at least 1"),
+        ("measure_every", 2.0, "measure_every is 2.0"),
+        ("measure_every", True, "measure_every is True"),
+        ("probes", 0, "probes is 0; it must be a whole number of at least 1"),
+        ("probes", "3", "probes is '3'"),
+        ("probe_batch_size", -1, "probe_batch_size is -1; it must be a whole number of at least 1"),
+        ("beta", -0.1, "beta is -0.1; it must lie between 0 and 1"),
+        ("beta", 1.5, "beta is 1.5"),
+        ("beta", float("nan"), "beta is nan"),
+        ("beta", float("inf"), "beta is inf"),
+        ("beta", "0.9", "beta is '0.9'"),
+        ("beta", None, "beta is None"),
+        ("output", "logits", "output is 'logits'; it must be a callable"),
+        ("measure_steps", [], r"measure_steps is \[\]"),
+        ("measure_steps", [0, -1], r"measure_steps is \[0, -1\]; it must hold whole numbers from 0"),
+        ("measure_steps", [0.5], r"measure_steps is \[0.5\]"),
+        ("measure_steps", [True], r"measure_steps is \[True\]"),
+        ("measure_steps", "012", "measure_steps is"),
+        ("measure_steps", 5, "measure_steps is 5"),
+        ("seed", "one", "seed is 'one'"),
+        ("seed", 1.5, "seed is 1.5"),
+        ("seed", None, "seed is None"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_bad_values_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FLeRMConfig(**{field: value})
+
+
+def test_match_needs_a_profile() -> None:
+    with pytest.raises(ValueError, match="mode 'match' needs a profile"):
+        FLeRMConfig(mode="match")
+
+
+def test_record_takes_no_profile() -> None:
+    with pytest.raises(ValueError, match="mode 'record' takes no profile"):
+        FLeRMConfig(profile="runs/base")
+
+
+def test_a_profile_that_is_no_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="profile is 5"):
+        FLeRMConfig(mode="match", profile=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("every", [1, 50, 100])
+def test_measures_densely_at_first_and_then_every_so_often(every: int) -> None:
+    config = FLeRMConfig(measure_every=every)
+    assert {step for step in range(401) if config.measures_at(step)} == EARLY | set(range(0, 401, every))
+
+
+def test_explicit_steps_take_the_place_of_the_schedule() -> None:
+    config = FLeRMConfig(measure_steps=[7, 2, 7])
+    assert config.measure_steps == (2, 7)
+    assert {step for step in range(401) if config.measures_at(step)} == {2, 7}

@@ -1,0 +1,362 @@
+"""One param group per tensor and scales around the step, on optimizers and schedulers that somebody else made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop, lr_scheduler
+from training import assert_identical
+from transformers.optimization import Adafactor, GreedyLR
+
+from hf_flerm.names import trainable_parameters
+from hf_flerm.optimizer import StepScales, learning_rates, raw_optimizer, split_param_groups
+
+NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
+ORDER = ["0.weight", "1.weight", "0.bias", "1.bias"]  # the optimizer's: matrices first
+SCALES = {"0.weight": 2.0, "0.bias": 0.5, "1.weight": 3.0}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """As the Trainer makes them; the second with a learning rate of its own, to tell the groups apart."""
+    parameters = trainable_parameters(model)
+    return [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters.values() if p.ndim == 1], "weight_decay": 0.0, "lr": 0.25},
+    ]
+
+
+def sgd(model: nn.Module) -> SGD:
+    return SGD(two_groups(model), lr=0.5, momentum=0.9)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "adamw": lambda model: AdamW(two_groups(model), lr=1e-2, foreach=False),
+    "adamw-foreach": lambda model: AdamW(two_groups(model), lr=1e-2, foreach=True),
+    "adamw-fused": lambda model: AdamW(two_groups(model), lr=1e-2, fused=True),
+    "sgd": sgd,
+    "sgd-foreach": lambda model: SGD(two_groups(model), lr=0.5, momentum=0.9, foreach=True),
+    "adafactor": lambda model: Adafactor(two_groups(model), lr=1e-2, scale_parameter=False, relative_step=False),
+    "adagrad": lambda model: Adagrad(two_groups(model), lr=1e-2),
+    "rmsprop": lambda model: RMSprop(two_groups(model), lr=1e-2),
+}
+
+
+def rates(optimizer: Optimizer, model: nn.Module) -> dict[str, float]:
+    return learning_rates(optimizer, trainable_parameters(model))
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    model.zero_grad()
+    model(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def spy(optimizer: Optimizer, model: nn.Module) -> list[dict[str, float]]:
+    """The learning rates that every step from now on uses."""
+    seen: list[dict[str, float]] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(rates(optimizer, model)))
+    return seen
+
+
+def test_unwraps_what_wraps_an_optimizer() -> None:
+    optimizer = sgd(net())
+    assert raw_optimizer(optimizer) is optimizer
+    assert raw_optimizer(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))) is optimizer
+
+
+@pytest.mark.parametrize("what", [None, object(), SimpleNamespace(optimizer=None)])
+def test_refuses_what_is_no_optimizer(what: Any) -> None:
+    with pytest.raises(ValueError, match=f"{type(what).__name__} is not a torch optimizer"):
+        raw_optimizer(what)
+
+
+def test_reads_the_learning_rate_of_every_tensor() -> None:
+    model = net()
+    assert rates(sgd(model), model) == {"0.weight": 0.5, "0.bias": 0.25, "1.weight": 0.5, "1.bias": 0.25}
+
+
+@pytest.mark.parametrize("function", [learning_rates, split_param_groups])
+def test_names_the_parameters_that_the_optimizer_lacks(function: Callable[..., Any]) -> None:
+    model = net()
+    optimizer = SGD([model.get_parameter("0.weight"), model.get_parameter("1.bias")], lr=1.0)
+    with pytest.raises(ValueError, match=r"SGD does not hold the trainable parameters \[0.bias, 1.weight\]"):
+        function(optimizer, trainable_parameters(model))
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_split_keeps_order_options_and_state() -> None:
+    model = net()
+    optimizer = sgd(model)
+    backward(model)
+    optimizer.step()
+    before = optimizer.state_dict()
+    split_param_groups(optimizer, trainable_parameters(model))
+    assert [group["flerm_name"] for group in optimizer.param_groups] == ORDER
+    parameters = trainable_parameters(model)
+    for group in optimizer.param_groups:
+        assert len(group["params"]) == 1
+        assert group["params"][0] is parameters[group["flerm_name"]]
+        parent = before["param_groups"][0 if group["params"][0].ndim > 1 else 1]
+        assert {**group, "params": 0} == {**parent, "params": 0, "flerm_name": group["flerm_name"]}
+    assert_identical(optimizer.state_dict()["state"], before["state"])
+
+
+def test_a_second_split_changes_nothing() -> None:
+    model = net()
+    optimizer = sgd(model)
+    scheduler = lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step, lambda step: 0.1**step])
+    split_param_groups(optimizer, trainable_parameters(model), scheduler)
+    groups, base_lrs = list(optimizer.param_groups), list(scheduler.base_lrs)
+    split_param_groups(optimizer, trainable_parameters(model), scheduler)
+    assert len(optimizer.param_groups) == len(groups)
+    assert all(left is right for left, right in zip(optimizer.param_groups, groups, strict=True))
+    assert scheduler.base_lrs == base_lrs
+
+
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_an_empty_group_disappears_from_optimizer_and_scheduler(empty_first: bool) -> None:
+    """LoRA leaves the Trainer's group without weight decay empty."""
+    model = net()
+    full: dict[str, Any] = {"params": list(model.parameters()), "lr": 0.5}
+    empty: dict[str, Any] = {"params": [], "lr": 0.125}
+    optimizer = SGD([empty, full] if empty_first else [full, empty], lr=1.0)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    split_param_groups(optimizer, trainable_parameters(model), scheduler)
+    assert [group["flerm_name"] for group in optimizer.param_groups] == NAMES
+    assert scheduler.base_lrs == [0.5] * 4
+    optimizer.step()
+    scheduler.step()
+    assert rates(optimizer, model) == dict.fromkeys(NAMES, 0.25)
+    assert scheduler.get_last_lr() == [0.25] * 4
+
+
+def test_frozen_tensors_in_the_optimizer_keep_groups_of_their_own() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for name in ("0.weight", "0.bias"):
+        model.get_parameter(name).requires_grad_(False)
+    split_param_groups(optimizer, trainable_parameters(model))
+    names = [group["flerm_name"] for group in optimizer.param_groups]
+    assert {"1.weight", "1.bias"} < set(names)
+    assert len(names) == len(set(names)) == 4
+    StepScales(optimizer).scales = {"1.weight": 2.0}
+    backward(model)
+    before = bits(model)
+    optimizer.step()
+    after = bits(model)
+    assert [name for name in NAMES if not torch.equal(before[name], after[name])] == ["1.weight", "1.bias"]
+
+
+def sequential(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    parts: list[lr_scheduler.LRScheduler] = [
+        lr_scheduler.LinearLR(optimizer, 0.25, total_iters=2),
+        lr_scheduler.ExponentialLR(optimizer, 0.5),
+    ]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+
+
+def chained(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=3), lr_scheduler.ExponentialLR(optimizer, 0.75)]
+    )
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, [lambda step: 1 / (step + 1), lambda step: 1 / (step + 2)]),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, [lambda step: 0.5, lambda step: 0.75]),
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 5),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, [1.0, 2.0], total_steps=8),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, [0.1, 0.2], [1.0, 2.0], step_size_up=2),
+    "sequential": sequential,
+    "chained": chained,
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0, min_lr=[0.2, 0.01]),
+    "greedy": lambda o: GreedyLR(o, factor=0.5, patience=0, min_lr=[0.2, 0.01], max_lr=[0.6, 2.0], reset_start=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [*((name, [1.0] * 6) for name in SCHEDULERS), ("greedy", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])],
+    ids=[*SCHEDULERS, "greedy-improving"],
+)
+def test_a_scheduler_goes_on_as_if_nothing_had_been_split(name: str, metrics: list[float]) -> None:
+    """Split after two of its steps; from then on every tensor gets what an unsplit twin gives it."""
+    models = net(), net()
+    optimizers = [sgd(model) for model in models]
+    schedulers = [SCHEDULERS[name](optimizer) for optimizer in optimizers]
+    takes_metrics = name in ("plateau", "greedy")
+    trajectory = []
+    for step, metric in enumerate(metrics):
+        if step == 2:
+            split_param_groups(optimizers[1], trainable_parameters(models[1]), schedulers[1])
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step(*[metric] if takes_metrics else [])
+        expected = rates(optimizers[0], models[0])
+        assert rates(optimizers[1], models[1]) == expected
+        assert set(schedulers[1].get_last_lr()) == set(schedulers[0].get_last_lr())
+        trajectory.append(tuple(expected.values()))
+    assert len(set(trajectory)) > 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("scales", [{}, dict.fromkeys(NAMES, 1.0)], ids=["none", "ones"])
+def test_split_groups_and_scales_of_one_change_no_bit(name: str, scales: Mapping[str, float]) -> None:
+    plain, split = net(), net()
+    optimizers = [OPTIMIZERS[name](plain), OPTIMIZERS[name](split)]
+    split_param_groups(optimizers[1], trainable_parameters(split))
+    StepScales(optimizers[1]).scales = dict(scales)
+    for step in range(4):
+        for model, optimizer in zip((plain, split), optimizers, strict=True):
+            backward(model, step)
+            optimizer.step()
+    assert_identical(bits(split), bits(plain))
+    assert_identical(optimizers[1].state_dict()["state"], optimizers[0].state_dict()["state"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scaled_step_is_the_step_at_the_scaled_learning_rate(name: str) -> None:
+    """Bit for bit what the optimizer does when the scale is baked into the group's learning rate."""
+    models = net(), net()
+    optimizers = [OPTIMIZERS[name](model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        split_param_groups(optimizer, trainable_parameters(model))
+    for group in optimizers[0].param_groups:
+        group["lr"] *= SCALES.get(group["flerm_name"], 1.0)
+    StepScales(optimizers[1]).scales = dict(SCALES)
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            backward(model, step)
+            optimizer.step()
+    assert_identical(bits(models[1]), bits(models[0]))
+
+
+def test_scales_stand_in_the_groups_during_a_step_only() -> None:
+    model = net()
+    optimizer = sgd(model)
+    split_param_groups(optimizer, trainable_parameters(model))
+    nominal = rates(optimizer, model)
+    scales = StepScales(optimizer)
+    seen = spy(optimizer, model)
+    scales.scales = dict(SCALES)
+    optimizer.step()
+    assert rates(optimizer, model) == nominal
+    scales.scales = {"1.bias": 4.0}
+    optimizer.step()
+    assert rates(optimizer, model) == nominal
+    scales.remove()
+    optimizer.step()
+    assert seen == [
+        {"0.weight": 1.0, "0.bias": 0.125, "1.weight": 1.5, "1.bias": 0.25},
+        {**nominal, "1.bias": 1.0},
+        nominal,
+    ]
+
+
+def test_scales_follow_a_schedule() -> None:
+    model = net()
+    optimizer = sgd(model)
+    split_param_groups(optimizer, trainable_parameters(model))
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    StepScales(optimizer).scales = {"0.weight": 3.0}
+    seen = spy(optimizer, model)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    assert [step["0.weight"] for step in seen] == [1.5, 0.75, 0.375]
+    assert [step["1.weight"] for step in seen] == [0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize("then", ["remove", "step"])
+def test_a_step_that_raises_leaves_no_scale_behind(then: str) -> None:
+    model = net()
+    optimizer = sgd(model)
+    split_param_groups(optimizer, trainable_parameters(model))
+    nominal = rates(optimizer, model)
+    scales = StepScales(optimizer)
+    scales.scales = dict(SCALES)
+    seen = spy(optimizer, model)
+
+    def broken() -> float:
+        raise RuntimeError("broken closure")
+
+    with pytest.raises(RuntimeError, match="broken closure"):
+        optimizer.step(broken)
+    if then == "remove":
+        scales.remove()
+    else:
+        optimizer.step()
+        assert seen[0] == seen[1]
+    assert rates(optimizer, model) == nominal
+
+
+def test_scales_survive_groups_that_were_replaced() -> None:
+    model = net()
+    optimizer = sgd(model)
+    split_param_groups(optimizer, trainable_parameters(model))
+    scales = StepScales(optimizer)
+    scales.scales = dict(SCALES)
+    nominal = rates(optimizer, model)
+    optimizer.load_state_dict(optimizer.state_dict())
+    seen = spy(optimizer, model)
+    optimizer.step()
+    assert seen == [{name: rate * SCALES.get(name, 1.0) for name, rate in nominal.items()}]
+    assert rates(optimizer, model) == nominal
+
+
+def test_scales_go_by_name_where_groups_step_one_at_a_time() -> None:
+    """ZeRO 1 and 2 step the optimizer once per group, with `param_groups` cut to that one."""
+    model = net()
+    optimizer = sgd(model)
+    split_param_groups(optimizer, trainable_parameters(model))
+    nominal = rates(optimizer, model)
+    StepScales(optimizer).scales = dict(SCALES)
+    seen: dict[str, float] = {}
+    optimizer.register_step_pre_hook(lambda *_: seen.update({g["flerm_name"]: g["lr"] for g in optimizer.param_groups}))
+    groups = optimizer.param_groups
+    for group in groups:
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = groups
+    assert seen == {name: rate * SCALES.get(name, 1.0) for name, rate in nominal.items()}
+    assert rates(optimizer, model) == nominal
+
+
+def test_learning_rates_that_are_tensors_are_scaled_one_by_one() -> None:
+    """`lr=torch.tensor(...)` is one tensor that all of an optimizer's groups may share."""
+    model = net()
+    optimizer = AdamW(list(model.parameters()), lr=torch.tensor(0.5), foreach=False, capturable=False)
+    split_param_groups(optimizer, trainable_parameters(model))
+    StepScales(optimizer).scales = dict(SCALES)
+    seen = spy(optimizer, model)
+    for _ in range(2):
+        backward(model)
+        optimizer.step()
+        assert rates(optimizer, model) == dict.fromkeys(NAMES, 0.5)
+    assert seen == [{name: 0.5 * SCALES.get(name, 1.0) for name in NAMES}] * 2
+    assert all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+
+
+def test_without_a_learning_rate_there_is_nothing_to_scale() -> None:
+    """Adafactor with `relative_step` sets its own."""
+    model = net()
+    optimizer = Adafactor(list(model.parameters()), lr=None, relative_step=True)
+    with pytest.raises(ValueError, match="learning rate"):
+        rates(optimizer, model)
