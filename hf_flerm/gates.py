@@ -141,6 +141,19 @@ class Gates(AbstractContextManager["Gates"]):
         for handle in self._handles:
             handle.remove()
 
+    def checked(self) -> Gates:
+        """Hand on these gates, if all sites could be differentiated.
+
+        Returns:
+            These gates.
+
+        Raises:
+            Exception: The first failure.
+        """
+        for error in self.failures.values():
+            raise error
+        return self
+
     @property
     def leaves(self) -> list[Tensor]:
         """The gates, one [tensors of the site, N] for each module with a site: what to differentiate phi by."""

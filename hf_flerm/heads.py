@@ -78,19 +78,25 @@ class LinearHead:
 
 
 @contextmanager
-def bypassed(module: nn.Module) -> Iterator[None]:
+def bypassed(module: nn.Module) -> Iterator[list[Tensor]]:
     """Make a module hand on its input in place of its output.
 
     Args:
         module: Any module with one input.
 
     Yields:
-        Nothing.
+        The inputs that it handed on.
     """
     own = module.__dict__.get("forward")
-    module.forward = lambda hidden: hidden
+    handed_on: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        handed_on.append(hidden)
+        return hidden
+
+    module.forward = forward
     try:
-        yield
+        yield handed_on
     finally:
         if own is None:
             del module.forward
@@ -98,7 +104,7 @@ def bypassed(module: nn.Module) -> Iterator[None]:
             module.forward = own
 
 
-def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> nn.Linear | None:
+def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
     """Find the `nn.Linear` whose output is, untouched, the output of the model.
 
     Args:
@@ -106,25 +112,24 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> nn.Line
         forward: Runs it and returns its output.
 
     Returns:
-        The map, or None if there is none: whatever is done to its output afterwards (a soft-cap, a softmax, a cast)
-        makes another tensor of it.
+        Its name in `named_modules()`, or None: whatever is done to its output afterwards (a soft-cap, a softmax, a
+        cast) makes another tensor of it, or another version of the same one.
     """
-    last: list[tuple[nn.Linear, Tensor]] = []
+    last: tuple[str, Tensor, int] | None = None
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if type(module) is nn.Linear:
-            last[:] = [(module, output)]
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal last
+            last = (name, output, output._version)
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if type(m) is nn.Linear]
+        return hook
+
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    handles = [module.register_forward_hook(watch(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():
             output = forward()
-            if not last or last[0][1] is not output:
-                return None
-            module = last[0][0]
-            with bypassed(module):
-                output = forward()
-        return module if last[0][0] is module and last[0][1] is output else None
+        return last[0] if last is not None and last[1] is output and last[2] == output._version else None
     finally:
         for handle in handles:
             handle.remove()

@@ -53,15 +53,14 @@ class Output:
         """
         return float(self.weight.sum()) * (width if self.values.ndim > 1 else 1)
 
-    def halves(self) -> tuple[Tensor, Tensor]:
-        """Split the examples that have outputs that count.
+    def first_half(self) -> Tensor:
+        """Choose half of the examples that have outputs that count.
 
         Returns:
-            Two masks over examples, bool [N]; the second is empty if there is one such example.
+            A mask over examples, bool [N].
         """
         counted = self.weight.reshape(len(self.values), -1).any(1)
-        first = counted & (counted.cumsum(0) <= (counted.sum() + 1) // 2)
-        return first, counted & ~first
+        return counted & (counted.cumsum(0) <= (counted.sum() + 1) // 2)
 
 
 def model_output(model: nn.Module, batch: Batch, function: OutputFunction | None) -> Output:

@@ -7,7 +7,7 @@ samples -> `Measurement`. The model is left exactly as it was: weights, gradient
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -88,7 +88,9 @@ class RateProbe:
         self.probes_per_batch = probes_per_batch
         self.output = output
         self._sites = VerifiedSites(model, output)
-        self._head: tuple[str, nn.Linear] | None = None
+        self._asked: list[str] = []
+        self._raw: dict[str, str] = {}
+        self._head: str | None = None
         self._head_sought = False
 
     def measure(
@@ -107,10 +109,11 @@ class RateProbe:
         Raises:
             ValueError: As for `measure_rates`.
         """
-        raw = resolve_names(self.model, updates)
-        if not raw:
+        if not updates:
             raise ValueError("updates is empty: pass a unit update for at least one parameter.")
-        parameters = {name: self.model.get_parameter(path) for name, path in raw.items()}
+        if list(updates) != self._asked:
+            self._raw, self._asked = resolve_names(self.model, updates), list(updates)
+        parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
         moves = {}
         for (name, parameter), update in zip(parameters.items(), updates.values(), strict=True):
             if update.shape != parameter.shape:
@@ -123,17 +126,15 @@ class RateProbe:
         with undisturbed(self.model, device):
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-            head = None
             for batch in batches:
                 batch = send_to_device(dict(batch), device)
-                self._seek_head(batch)
                 if self.estimator == "exact":
-                    self._differentiate(raw, moves, batch, samples)
+                    self._differentiate(moves, batch, samples)
                     continue
+                self._seek_head(batch)
                 if self.estimator == "per_example":
                     self._sites.find(parameters, moves, batch)
-                    head = head or self._linear_head(moves)
-                self._probe(parameters, moves, batch, head, generator, samples)
+                self._probe(parameters, moves, batch, generator, samples)
         self._sites.close_measurement()
         return samples.measurement()
 
@@ -142,25 +143,14 @@ class RateProbe:
         parameters: Mapping[str, nn.Parameter],
         updates: Mapping[str, Tensor],
         batch: Batch,
-        head: LinearHead | None,
         generator: torch.Generator,
         samples: Samples,
     ) -> None:
         """Add the samples of `probes_per_batch` probes on one batch."""
-        sites = {name: self._sites.sites[name] for name in updates if name in self._sites.sites}
-        if head is not None and self._head is not None:
-            path, _ = self._head
-            sites = {name: [site for site in places if site.module != path] for name, places in sites.items()}
-        by_gradient = [name for name in updates if name not in sites]
+        by_gradient = [name for name in updates if name not in self._sites.sites]
         with trainable(parameters[name] for name in by_gradient):
-            with (
-                Gates(self.model, sites, updates, num_examples(batch)) as gates,
-                bypassed(head.module) if head else nullcontext(),
-            ):
-                out = model_output(self.model, batch, self.output)
-            if gates.failures:
-                raise next(iter(gates.failures.values()))
-            num_outputs = out.count(head.module.out_features if head else out.values.shape[-1])
+            gates, out, head = self._forward(parameters, updates, batch)
+            num_outputs = out.count(out.values.shape[-1] if head is None else head.module.out_features)
             leaves = [*gates.leaves, *(parameters[name] for name in by_gradient)]
             for probe in range(self.probes_per_batch):
                 last = probe + 1 == self.probes_per_batch
@@ -175,58 +165,72 @@ class RateProbe:
                     samples.add_products(name, updates[name] * gradient, estimator, dims)
                 samples.count_outputs(num_outputs)
 
-    def _differentiate(
-        self, raw: Mapping[str, str], updates: Mapping[str, Tensor], batch: Batch, samples: Samples
-    ) -> None:
+    def _forward(
+        self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Gates, Output, LinearHead | None]:
+        """Run the model with gates; where its output is one last wide linear map, up to that map's input."""
+        sites = {name: self._sites.sites[name] for name in updates if name in self._sites.sites}
+        head = self._linear_head(parameters, updates)
+        if head is not None:
+            inner = {name: [site for site in places if site.module != self._head] for name, places in sites.items()}
+            gates = Gates(self.model, inner, updates, num_examples(batch))
+            try:
+                with gates, bypassed(head.module) as hidden:
+                    out = model_output(self.model, batch, self.output)
+                if [out.values] == hidden:
+                    return gates.checked(), out, head
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+            self._head = None  # something looks at the logits on their way out
+        gates = Gates(self.model, sites, updates, num_examples(batch))
+        with gates:
+            out = model_output(self.model, batch, self.output)
+        return gates.checked(), out, None
+
+    def _differentiate(self, updates: Mapping[str, Tensor], batch: Batch, samples: Samples) -> None:
         """Add the exact derivative of the outputs along every update: one JVP for each tensor."""
         whole = _AsModule(self.model, self.output)
         with torch.no_grad():
             out = model_output(self.model, batch, self.output)
         tangents = []
         for name, update in updates.items():
-            key = f"model.{raw[name]}"
+            key = f"model.{self._raw[name]}"
 
             def values(parameter: Tensor, key: str = key) -> tuple[Tensor, ...]:
                 return (torch.func.functional_call(whole, {key: parameter}, (batch,)).values,)
 
-            (tangent,) = jvp(values, self.model.get_parameter(raw[name]), update)
+            (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update)
             tangents.append(tangent * out.weight)
         samples.add_tangents(torch.stack(tangents))
         samples.count_outputs(out.count(out.values.shape[-1]))
 
     def _seek_head(self, batch: Batch) -> None:
-        if self._head_sought:
-            return
-        self._head_sought = True
-        module = find_linear_head(self.model, lambda: model_output(self.model, batch, self.output).values)
-        if module is not None:
-            self._head = next((path, module) for path, other in self.model.named_modules() if other is module)
+        if not self._head_sought:
+            self._head_sought = True
+            self._head = find_linear_head(self.model, lambda: model_output(self.model, batch, self.output).values)
 
-    def _linear_head(self, updates: Mapping[str, Tensor]) -> LinearHead | None:
-        """The head to skip, if there is one, all its measured tensors have gates there, and it pays."""
-        if self._head is None:
+    def _linear_head(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor]) -> LinearHead | None:
+        """The head to skip, if there is one, gates measure all its tensors, and it pays."""
+        if self._head is None or self.estimator != "per_example":
             return None
-        path, module = self._head
-        own = {
-            attribute: (name, updates[name])
-            for attribute in ("weight", "bias")
-            for name in updates
-            if Site(path, attribute) in self._sites.sites.get(name, ())
-        }
-        if not LinearHead.pays(module, len(own)):
-            return None
-        return LinearHead(module, own)
+        module: Any = self.model.get_submodule(self._head)
+        own = {}
+        for attribute, parameter in module.named_parameters():
+            for name in (name for name in updates if parameters[name] is parameter):
+                if Site(self._head, attribute) not in self._sites.sites.get(name, ()):
+                    return None
+                own[attribute] = (name, updates[name])
+        return LinearHead(module, own) if LinearHead.pays(module, len(own)) else None
 
     def _weight_gradient_estimator(self, parameter: nn.Parameter) -> tuple[str, tuple[int, ...]]:
         """Which estimator a tensor gets when it is measured by its weight gradient, and its independent dimensions."""
         if self.estimator == "per_example":
             return FALLBACK, ()
-        if self.estimator == "kronecker_output":
-            is_output = self._head is not None and len(owners(self.model, parameter)) == 1
-            if is_output and any(parameter is own for own in self._head[1].parameters()):  # type: ignore[index]
-                return self.estimator, (0,)
-            return "kronecker", ()
-        return self.estimator, ()
+        if self.estimator != "kronecker_output":
+            return self.estimator, ()
+        holders = [site.module for site in owners(self.model, parameter)]
+        return (self.estimator, (0,)) if holders == [self._head] else ("kronecker", ())
 
 
 class _AsModule(nn.Module):

@@ -21,8 +21,8 @@ _PATIENCE = 8
 class VerifiedSites:
     """Sites of tensors, each checked on the first batch on which the tensor moves the outputs.
 
-    A tensor is first given gates at the modules that own it. With omega on half of the examples, the gates of the
-    others must stay zero and these must add up to <U, G> from the weight gradient. Where they do not (the module is
+    A tensor is first given gates at the modules that own it. They must add up to <U, G> from the weight gradient,
+    and with omega on half of the examples those of the others must stay zero. Where they do not (the module is
     never called, or called with something other than the examples), the enclosing module takes its place. Where none
     is left, or the tensor moved no output in `_PATIENCE` measurements, only its weight gradient is to be trusted.
 
@@ -89,35 +89,32 @@ class VerifiedSites:
     ) -> set[str]:
         """The tensors whose gates contradict their weight gradients.
 
-        A tensor whose gradient is rounding noise (attention is blind to a bias of its keys) can be neither verified
-        nor refuted, on this half of the examples at least.
+        With omega on half of the examples, the gates of the others must stay zero, and the other way round (by
+        difference). A tensor whose gradient is rounding noise (attention is blind to a bias of its keys) can be
+        neither verified nor refuted.
         """
         wrong: set[str] = set()
+        half = out.first_half().reshape(-1, *[1] * (out.values.ndim - 1))
         omega = out.omega(torch.Generator(out.values.device).manual_seed(0))
-        pending = dict(parameters)
-        for half in out.halves():
-            leaves = [*gates.leaves, *pending.values()]
-            seen = omega * half.reshape(-1, *[1] * (omega.ndim - 1))
-            found = gradients(out.values, leaves, seen, retain_graph=True)
-            derivatives = gates.derivatives(found[: len(gates.leaves)])
-            by_weight = dict(zip(list(pending), found[len(gates.leaves) :], strict=True))
-            if not all(bool(gradient.isfinite().all()) for gradient in by_weight.values()):
-                raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
-            self._largest_gradient = max(self._largest_gradient, *map(_rms, by_weight.values()))
-            noise = 100 * gates.precision * self._largest_gradient
-            for name, gradient in by_weight.items():
-                values, expected = derivatives[name], (updates[name] * gradient).sum()
-                size = expected.abs() + values.abs().sum()
-                tolerance = gates.precision**0.5 * (size + (updates[name] * gradient).norm())
-                if bool(size <= noise * updates[name].norm()):
-                    continue
-                if bool((values[~half].abs() > tolerance).any() or (values.sum() - expected).abs() > tolerance):
-                    wrong.add(name)
-                else:
-                    self._verified.add(name)
-                del pending[name]
-            if not pending:
-                break
+        found = gradients(out.values, [*gates.leaves, *parameters.values()], omega, retain_graph=True)
+        whole = gates.derivatives(found[: len(gates.leaves)])
+        by_weight = dict(zip(parameters, found[len(gates.leaves) :], strict=True))
+        if not all(bool(gradient.isfinite().all()) for gradient in by_weight.values()):
+            raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
+        self._largest_gradient = max(self._largest_gradient, *map(_rms, by_weight.values()))
+        noise = gates.precision * self._largest_gradient
+        part = gates.derivatives(gradients(out.values, gates.leaves, omega * half))
+        for name, gradient in by_weight.items():
+            expected = (updates[name] * gradient).sum()
+            size = expected.abs() + whole[name].abs().sum()
+            if bool(size <= noise * updates[name].norm()):
+                continue
+            tolerance = gates.precision**0.5 * (size + (updates[name] * gradient).norm())
+            strays = torch.where(half.flatten(), whole[name] - part[name], part[name])
+            if bool((strays.abs() > tolerance).any() or (whole[name].sum() - expected).abs() > tolerance):
+                wrong.add(name)
+            else:
+                self._verified.add(name)
         return wrong
 
     def _widen(self, name: str) -> None:

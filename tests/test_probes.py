@@ -6,6 +6,7 @@ the standard error that theory gives it, computed from the reference.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +21,7 @@ from peft import LoraConfig, get_peft_model
 from reference import Batch, Change, OutputFunction, finite_difference, kronecker_loop, weight_gradient_products
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_flerm import Measurement, measure_rates
@@ -37,14 +31,15 @@ from hf_flerm.probes import RateProbe
 
 VOCABULARY, WIDTH = 20, 8
 RANDOM = ("per_example", "full")
-PROBES = {"per_example": 100, "full": 200}
+PROBES = {"per_example": 100, "full": 100}
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# models
+# ------
 
 
 class RMSNorm(nn.Module):
@@ -83,26 +78,19 @@ class EveryKind(nn.Module):
         return self.head(self.rms_norm(h) + self.shift)
 
 
-def gpt2(**settings: Any) -> GPT2LMHeadModel:
+def gpt2(layers: int = 1) -> GPT2LMHeadModel:
     config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=WIDTH,
-        n_head=2,
-        n_layer=2,
-        n_positions=8,
-        bos_token_id=0,
-        eos_token_id=0,
-        **settings,
+        vocab_size=VOCABULARY, n_embd=WIDTH, n_head=2, n_layer=layers, n_positions=8, bos_token_id=0, eos_token_id=0
     )
     return GPT2LMHeadModel(config)
 
 
-def llama(**settings: Any) -> LlamaForCausalLM:
+def llama(layers: int = 1, **settings: Any) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=12,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         bos_token_id=0,
@@ -132,7 +120,8 @@ def features(*shape: int, seed: int = 0) -> dict[str, Tensor]:
     return {"x": torch.randn(shape, generator=seeded(seed))}
 
 
-# ----------------------------------------------------------------------------------------------------------------- cases
+# cases
+# -----
 
 
 @dataclass(frozen=True)
@@ -180,7 +169,7 @@ def lora(base: Callable[[], nn.Module], targets: list[str], padding: str, **sett
     model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, **settings))
     if settings.get("init_lora_weights") != "gaussian":  # which is left as it is: B = 0
         generator = seeded(1)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return Case(model, [text(padding)])
@@ -192,9 +181,9 @@ LLAMA_TARGETS = ["q_proj", "down_proj"]
 NAMED: dict[str, Callable[[], Case]] = {
     "every kind": lambda: Case(perturb(EveryKind()), [text("right"), text("left", 1, examples=2)]),
     "gpt2, tied, right padding": lambda: Case(perturb(gpt2()), [text("right")]),
-    "gpt2, tied, left padding": lambda: Case(perturb(gpt2()), [text("left")]),
+    "gpt2, tied, left padding": lambda: Case(perturb(gpt2(2)), [text("left")]),
     "llama, tied": lambda: Case(perturb(llama(tie_word_embeddings=True)), [text("left")]),
-    "gpt2 lora": lambda: lora(gpt2, GPT2_TARGETS, "right", fan_in_fan_out=True),
+    "gpt2 lora": lambda: lora(lambda: gpt2(2), GPT2_TARGETS, "right", fan_in_fan_out=True),
     "gpt2 lora_bias": lambda: lora(gpt2, GPT2_TARGETS, "left", fan_in_fan_out=True, lora_bias=True),
     "gpt2 dora": lambda: lora(gpt2, GPT2_TARGETS, "right", fan_in_fan_out=True, use_dora=True),
     "gpt2 gaussian": lambda: lora(gpt2, GPT2_TARGETS, "right", fan_in_fan_out=True, init_lora_weights="gaussian"),
@@ -203,7 +192,7 @@ NAMED: dict[str, Callable[[], Case]] = {
     ),
     "gpt2 lora on embeddings": lambda: lora(gpt2, ["wte", "wpe"], "left"),
     "gpt2 lora and biases": lambda: lora(gpt2, GPT2_TARGETS, "right", fan_in_fan_out=True, bias="all"),
-    "llama lora": lambda: lora(llama, LLAMA_TARGETS, "right"),
+    "llama lora": lambda: lora(lambda: llama(2), LLAMA_TARGETS, "right"),
     "llama lora_bias": lambda: lora(llama, LLAMA_TARGETS, "left", lora_bias=True),
     "llama dora": lambda: lora(llama, LLAMA_TARGETS, "left", use_dora=True),
     "llama gaussian": lambda: lora(llama, LLAMA_TARGETS, "left", init_lora_weights="gaussian"),
@@ -240,6 +229,30 @@ def mlp(*middle: nn.Module, width: int = 4, outputs: int = 3) -> nn.Sequential:
 
 def time_major(inner: nn.Module, x: Tensor) -> Tensor:
     return inner(x.transpose(0, 1)).cumsum(0).tanh().transpose(0, 1)
+
+
+class PositionBias(nn.Module):
+    """Mixes positions by learned weights that depend on their distance, as T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(11, 1)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        distances = torch.arange(6).unsqueeze(1) - torch.arange(6) + 5
+        return self.out(self.bias(distances).squeeze(-1).softmax(-1) @ x)
+
+
+class Attention(nn.Module):
+    """Attention whose key bias shifts all scores of a query alike, so that it has no effect but round-off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.query(x) @ self.key(x).transpose(1, 2)).softmax(-1) @ self.value(x)
 
 
 class FusedGain(torch.autograd.Function):
@@ -324,20 +337,8 @@ class Residual(nn.Module):
 
 
 def normalized_over_batch(model: nn.Module, batch: Batch) -> Tensor:
-    out = model(**batch)
-    return (out - out.mean(0)).tanh()
-
-
-def t5() -> Case:
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    model = perturb(T5ForConditionalGeneration(config)).requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("relative_attention_bias" in name)
-    # As many positions as examples: the bias table's [T, T, heads] output looks as if it had examples.
-    ids = torch.randint(1, VOCABULARY, (4, 4), generator=seeded(0))
-    return Case(model, [{"input_ids": ids, "decoder_input_ids": ids.flip(0)}])
+    out = model(**batch).tanh()
+    return out - out.mean(0)
 
 
 def batch_norm() -> Case:
@@ -376,7 +377,8 @@ OTHERS: dict[str, Callable[[], Case]] = {
     "weight norm": lambda: Case(
         Wrap(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), lambda m, x: m(x)), [features(3, 5, 4)]
     ),
-    "t5 position bias": t5,
+    # The bias's [T, T, 1] output looks as if it had examples.
+    "position bias": lambda: Case(PositionBias(), [features(3, 6, 4)]),
     "output of one number": lambda: Case(
         Wrap(mlp(nn.Tanh()), lambda m, x: m(x)), [features(3, 5, 4)], lambda m, batch: m(**batch).sum((1, 2))
     ),
@@ -390,15 +392,19 @@ OTHERS: dict[str, Callable[[], Case]] = {
         frozenset({"inner.weight", "inner.bias"}),
     ),
     "examples mixed in the model": lambda: Case(
-        Wrap(nn.Linear(4, 3), lambda m, x: (m(x) - m(x).mean(0)).tanh()), [features(3, 5, 4)]
+        Wrap(nn.Linear(4, 3), lambda m, x: m(x).tanh() - m(x).tanh().mean(0)), [features(3, 5, 4)]
     ),
     "in-place relu": lambda: Case(Wrap(mlp(nn.ReLU(inplace=True)), lambda m, x: m(x)), [features(3, 5, 4)]),
     "in-place residual": lambda: Case(Residual(), [features(3, 5, 4)]),
     "first batch of one example": lambda: Case(
-        Wrap(nn.Linear(4, 4), time_major), [features(1, 6, 4), features(3, 6, 4, seed=1)]
+        Wrap(nn.Linear(4, 4), time_major), [features(1, 8, 4), features(4, 8, 4, seed=1)]
     ),
     "later examples mixed": lambda: Case(
         Wrap(nn.Linear(4, 4), lambda m, x: m(x).cumsum(0).tanh()), [features(3, 5, 4)]
+    ),
+    "neighbors mixed": lambda: Case(
+        Wrap(nn.Linear(4, 4), lambda m, x: m(x).unflatten(0, (2, 2)).cumsum(1).flatten(0, 1).tanh()),
+        [features(4, 5, 4)],
     ),
     "one number for the batch": lambda: Case(Scaled(), [features(4, 5, 4)]),
     "encoder layer": lambda: Case(
@@ -430,7 +436,8 @@ def changes(name: str) -> dict[str, Change]:
     }
 
 
-# ------------------------------------------------------------------------------------------- numbers against the reference
+# numbers against the reference
+# -----------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -519,17 +526,19 @@ def test_an_update_that_the_first_example_does_not_see() -> None:
     assert abs(result.rates["inner.table"] - change.rate) < 4 * change.error("per_example", 100)
 
 
-def test_an_update_that_the_first_batch_does_not_see() -> None:
+@pytest.mark.parametrize("others", [(), ("inner.1.bias",)], ids=["alone", "with another"])
+def test_an_update_that_the_first_batch_does_not_see(others: tuple[str, ...]) -> None:
     # Only the second batch shows that the table cannot be told apart by example.
     torch.manual_seed(0)
-    model = Wrap(nn.Embedding(6, 4), lambda m, x: m(x))
+    model = Wrap(nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4)), lambda m, x: m(x))
     update = torch.zeros(6, 4)
     update[3:] = torch.randn(3, 4)
+    updates = {"inner.0.weight": update} | {name: torch.randn(4) for name in others}
     batches = [{"x": torch.tensor([[0, 1, 2], [2, 1, 1]])}, {"x": torch.tensor([[3, 4, 5], [5, 2, 2]])}]
     by_example, kronecker = (
         measure_rates(
             model,
-            {"inner.weight": update},
+            updates,
             batches,
             estimator=estimator,
             probes_per_batch=5,
@@ -538,8 +547,40 @@ def test_an_update_that_the_first_batch_does_not_see() -> None:
         )
         for estimator in ("per_example", "kronecker")
     )
-    assert by_example.estimators == {"inner.weight": "kronecker"}
-    assert by_example.rates["inner.weight"] == pytest.approx(kronecker.rates["inner.weight"], rel=1e-5)
+    for name, rate in kronecker.rates.items():
+        assert by_example.estimators[name] == "kronecker"
+        assert by_example.rates[name] == pytest.approx(rate, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda model, batch: model(**batch).flatten(0, 1)[::2],
+        lambda model, batch: model(**batch).flatten(0, 1),
+        lambda model, batch: model(**batch)[0::2] - model(**batch)[1::2],
+        lambda model, batch: model(**batch).mean(0, keepdim=True),
+    ],
+    ids=["chosen positions", "all positions", "pairs of examples", "mean over examples"],
+)
+def test_outputs_whose_rows_are_not_the_examples(output: OutputFunction) -> None:
+    torch.manual_seed(0)
+    made = Case(Wrap(mlp(nn.Tanh()), lambda m, x: m(x).tanh()), [features(4, 6, 4)], output)
+    by_example, kronecker = (made.measure(estimator, probes=50) for estimator in ("per_example", "kronecker"))
+    for name, update in made.updates.items():
+        if by_example.estimators[name] == "kronecker":
+            assert by_example.rates[name] == pytest.approx(kronecker.rates[name], rel=1e-5)
+        else:  # which varies no more than `full` whatever the examples are
+            change = finite_difference(made.model, {name: update}, made.batches, output)
+            assert abs(by_example.rates[name] - change.rate) < 4 * change.error("full", 50)
+
+
+def test_an_effect_of_round_off_alone_needs_no_fallback() -> None:
+    # Attention ignores a bias of its keys; a relative comparison of one round-off with another proves nothing.
+    torch.manual_seed(0)
+    made = Case(perturb(Attention()), [features(4, 6, 4)])
+    result = made.measure("per_example")
+    assert set(result.estimators.values()) == {"per_example"}
+    assert result.rates["key.bias"] < 1e-6 * result.rates["key.weight"]
 
 
 @pytest.mark.parametrize("probes", [1, 3])
@@ -600,55 +641,32 @@ def test_kronecker_is_full_where_the_products_have_rank_one() -> None:
 
 def test_iid_is_right_for_a_diagonal_and_wrong_elsewhere() -> None:
     # With one-hot inputs that occur once each, the entries of a layer's own gradient are independent.
-    model = nn.Linear(4, 3, bias=False)
-    update = torch.randn(3, 4, generator=seeded(0))
+    model = Wrap(nn.Linear(4, 3, bias=False), lambda m, x: m(x))
+    update = {"inner.weight": torch.rand(3, 4, generator=seeded(0))}
     for inputs, right in [(torch.eye(4), True), (torch.ones(4, 4), False)]:
-        batch = {"input": inputs}
-        change = finite_difference(model, {"weight": update}, [batch])
-        result = measure_rates(
-            model, {"weight": update}, [batch], estimator="iid", probes_per_batch=200, generator=seeded(1)
-        )
-        assert (abs(result.rates["weight"] - change.rate) < 4 * result.standard_errors["weight"]) == right
-
-
-class Uneven(nn.Module):
-    """A head whose input is the same at every position, so that its gradient's columns are strongly correlated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(1.0 + 0.1 * self.body(x))
+        batch = {"x": inputs}
+        change = finite_difference(model, update, [batch])
+        result = measure_rates(model, update, [batch], estimator="iid", probes_per_batch=200, generator=seeded(1))
+        (rate,), (error,) = result.rates.values(), result.standard_errors.values()
+        assert (abs(rate - change.rate) < 4 * error) == right
 
 
 @pytest.mark.parametrize("tensor", ["head.weight", "head.bias"])
-def test_kronecker_output_is_unbiased_for_the_output_layer_where_kronecker_is_not(tensor: str) -> None:
-    torch.manual_seed(0)
-    model = Uneven()
-    # One row moves every output its own way (their sum cancels), so the rows' covariances differ in shape.
-    update = torch.zeros(6, 4) if tensor == "head.weight" else torch.tensor([2.0, -2.0, 1.0, -1.0, 0.5, -0.5])
-    if tensor == "head.weight":
-        update[:3] = 1.0
-        update[3:] = torch.tensor([1.0, -1.0, 1.0, -1.0]) * 3
-    updates = {"body.weight": torch.randn(4, 4), tensor: update}
-    batch = features(3, 5, 4)
-    change = finite_difference(model, {tensor: update}, [batch])
-    results = {
-        estimator: measure_rates(
-            model, updates, [batch], estimator=estimator, probes_per_batch=400, generator=seeded(0)
-        )
-        for estimator in ("kronecker", "kronecker_output")
+def test_kronecker_output_is_unbiased_for_the_output_layer_and_varies_less(tensor: str) -> None:
+    made, change = case("every kind"), changes("every kind")[tensor]
+    seeds, probes = 60, 4
+    rates: dict[str, list[float]] = {}
+    for estimator in ("kronecker", "kronecker_output"):
+        probe = RateProbe(made.model, estimator=estimator, probes_per_batch=probes)
+        results = [probe.measure(made.updates, made.batches, seeded(seed)) for seed in range(seeds)]
+        rates[estimator] = [result.rates[tensor] for result in results]
+    assert results[0].estimators == {
+        name: "kronecker_output" if name.startswith("head.") else "kronecker" for name in made.updates
     }
-    output = results["kronecker_output"]
-    assert output.estimators == {"body.weight": "kronecker", tensor: "kronecker_output"}
-    assert abs(output.rates[tensor] - change.rate) < 4 * output.standard_errors[tensor]
-    assert output.standard_errors[tensor] < 0.05 * change.rate
-    assert output.rates["body.weight"] == results["kronecker"].rates["body.weight"]
-    if tensor == "head.weight":
-        plain = results["kronecker"]
-        assert abs(plain.rates[tensor] - change.rate) > 4 * plain.standard_errors[tensor]
+    squares = torch.tensor(rates["kronecker_output"]).square()
+    assert abs(squares.mean() - change.rate**2) < 4 * squares.std() / seeds**0.5
+    spread = {estimator: torch.tensor(values).std().item() for estimator, values in rates.items()}
+    assert spread["kronecker_output"] < 0.7 * spread["kronecker"]
 
 
 def test_a_tied_head_is_no_output_layer() -> None:
@@ -656,13 +674,14 @@ def test_a_tied_head_is_no_output_layer() -> None:
     assert set(result.estimators.values()) == {"kronecker"}
 
 
-# --------------------------------------------------------------------------------------------------------- standard errors
+# standard errors
+# ---------------
 
 
 @pytest.mark.parametrize(("estimator", "probes", "seeds"), [("per_example", 30, 150), ("full", 100, 100)])
 def test_standard_errors_are_calibrated(estimator: str, probes: int, seeds: int) -> None:
     torch.manual_seed(0)
-    made = Case(nn.Linear(3, 4), [{"input": torch.randn(4, 2, 3)}])
+    made = Case(Wrap(nn.Linear(3, 4), lambda m, x: m(x)), [features(4, 2, 3)])
     expected = {name: finite_difference(made.model, {name: u}, made.batches) for name, u in made.updates.items()}
     probe = RateProbe(made.model, estimator=estimator, probes_per_batch=probes)
     z: dict[str, list[float]] = {name: [] for name in expected}
@@ -677,7 +696,8 @@ def test_standard_errors_are_calibrated(estimator: str, probes: int, seeds: int)
         assert abs(spread.mean()) < 0.45, (name, spread.mean())
 
 
-# -------------------------------------------------------------------------------------------------------------- joint rates
+# joint rates
+# -----------
 
 
 def joint(name: str, tensors: list[str]) -> float:
@@ -712,8 +732,8 @@ def test_exact_joint_rates(name: str) -> None:
 @pytest.mark.parametrize("estimator", ["per_example", "full", "kronecker"])
 @pytest.mark.parametrize("name", JOINT)
 def test_estimated_joint_rates(name: str, estimator: str) -> None:
-    # M * rate^2 of a group is unbiased, so the mean over repetitions must meet the finite difference of the joint update.
-    repetitions, probes = 25, 8
+    # M * rate^2 of a group is unbiased: its mean over repetitions must meet the finite difference of the joint update.
+    repetitions, probes = 20, 6
     made = case(name)
     probe = RateProbe(made.model, estimator=estimator, probes_per_batch=probes, output=made.output)
     results = [probe.measure(made.updates, made.batches, seeded(seed)) for seed in range(repetitions)]
@@ -765,7 +785,8 @@ def test_joint_rates_of_tensors_with_different_estimators() -> None:
     assert abs(squares.mean() - joint_rate**2) < 4 * squares.std() / len(squares) ** 0.5
 
 
-# -------------------------------------------------------------------------------------------------- how the work is split
+# how the work is split
+# ---------------------
 
 
 def test_exact_does_not_depend_on_how_the_batch_is_split() -> None:
@@ -817,7 +838,7 @@ def test_without_a_generator_the_global_stream_decides() -> None:
 def test_the_order_and_choice_of_tensors_do_not_matter() -> None:
     made = case("every kind")
     whole = made.measure("per_example", probes=2).rates
-    chosen = ["gain", "conv.weight", "token.weight"]
+    chosen = ["gain", "head.bias", "conv.weight", "head.weight"]  # the head's tensors decide if it is skipped
     some = measure_rates(
         made.model,
         {name: made.updates[name] for name in chosen},
@@ -888,7 +909,8 @@ def test_outputs_are_counted_exactly_in_low_precision(dtype: torch.dtype) -> Non
         assert counted == 3 * examples * positions
 
 
-# ------------------------------------------------------------------------------------------------------------ nothing left
+# nothing left
+# ------------
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -998,9 +1020,13 @@ def test_a_measurement_leaves_no_trace_on_adapters(estimator: str) -> None:
     assert_unchanged(before, made.model)
 
 
+class OutOfOrderError(Exception):
+    pass
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("estimator", ["per_example", "full", "exact"])
-@pytest.mark.parametrize("calls", range(5))
+@pytest.mark.parametrize("calls", range(4))
 def test_an_error_in_the_middle_of_a_forward_leaves_no_trace(estimator: str, calls: int, dtype: torch.dtype) -> None:
     # The head is looked for in two passes; then come verification and probes, or JVPs.
     model = stateful(dtype)
@@ -1010,13 +1036,13 @@ def test_an_error_in_the_middle_of_a_forward_leaves_no_trace(estimator: str, cal
         if module is model.middle:
             remaining[0] -= 1
             if remaining[0] < 0:
-                raise RuntimeError("out of order")
+                raise OutOfOrderError
 
     model.middle.register_forward_pre_hook(explode)
     updates = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     batch = {"input_ids": text("right")["input_ids"]}
     before = state(model)
-    with pytest.raises(RuntimeError, match="out of order"):
+    with pytest.raises(OutOfOrderError):
         measure_rates(model, updates, [batch, batch], estimator=estimator)
     assert remaining == [-1]
     assert_unchanged(before, model)
@@ -1070,7 +1096,8 @@ def test_a_measurement_works_without_gradients_enabled() -> None:
         assert not torch.is_grad_enabled()
 
 
-# ------------------------------------------------------------------------------------------------------------------ errors
+# errors
+# ------
 
 
 def plain() -> tuple[nn.Module, dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -1154,13 +1181,15 @@ def test_an_output_function_that_returns_no_outputs(output: OutputFunction, mess
         measure_rates(model, updates, batches, output=output)
 
 
-@pytest.mark.parametrize("estimator", ["per_example", "kronecker", "full", "exact"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_update_that_is_not_finite(estimator: str, value: float) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_update_that_is_not_finite_has_no_finite_rate(estimator: str, value: float) -> None:
     model, updates, batches = plain()
     updates["0.weight"][0, 0] = value
-    with pytest.raises(ValueError, match=r"0\.weight.*not finite"):
-        measure_rates(model, updates, batches, estimator=estimator)
+    updates["2.weight"] = torch.ones(3, 4)
+    result = measure_rates(model, updates, batches, estimator=estimator)
+    assert not math.isfinite(result.rates["0.weight"])
+    assert result.rates["2.weight"] > 0
 
 
 def test_a_probe_measures_again_at_new_weights() -> None:
