@@ -7,7 +7,6 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,13 @@ from .config import FLeRMConfig
 from .estimators import Measurement
 from .matching import pooled_scales
 from .names import preview, tensor_kinds, trainable_parameters
-from .optimizer import StepScales, learning_rates, raw_optimizer, split_param_groups
+from .optimizer import StepScales, learning_rates, raw_optimizer
 from .outputs import Batch
 from .probes import RateProbe
+from .provenance import provenance
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
 
 logger = logging.get_logger(__name__)
-
-_PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
-_RECORDED_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "seed",
-    "bf16",
-    "fp16",
-)
 
 
 class FLeRMCallback(TrainerCallback):
@@ -137,8 +115,7 @@ class FLeRMCallback(TrainerCallback):
         self.scales = dict.fromkeys(self._parameters, 1.0)
         if self.base is not None:
             self._check_base(self.base)
-            split_param_groups(self._optimizer, self._parameters, kwargs.get("lr_scheduler"))
-            self._step_scales = StepScales(self._optimizer)
+            self._step_scales = StepScales(self._optimizer, self._parameters)
             self._update_scales(self.base, self._step_scales)
 
     def on_step_begin(
@@ -171,9 +148,9 @@ class FLeRMCallback(TrainerCallback):
             self._pending_logs["flerm/seconds"] = self.seconds
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add what was measured since the last log, by tensor kind."""
-        logs = kwargs.get("logs")
-        if logs is None or not self._pending_logs:
+        """Add what was measured since the last log of training (not of an evaluation), by tensor kind."""
+        logs = kwargs.get("logs") or {}
+        if not self._pending_logs or not logs.keys() & {"loss", "train_runtime"}:
             return
         logs.update(self._pending_logs)
         if state.log_history:
@@ -181,9 +158,9 @@ class FLeRMCallback(TrainerCallback):
         self._pending_logs = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the profile into the checkpoint, where `FLeRMTrainer` has not done so."""
+        """Write the profile into the checkpoint; `FLeRMTrainer` has done so already."""
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-        if args.should_save and folder.is_dir() and not (folder / PROFILE_NAME).exists():
+        if args.should_save and folder.is_dir():
             self.save(folder)
 
     def on_train_end(
@@ -276,18 +253,22 @@ class FLeRMCallback(TrainerCallback):
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
                 "(a few hundred examples will do)."
             )
-        size = self.config.probe_batch_size or args.per_device_train_batch_size
-        if len(dataset) < size:
+        training_batch = args.per_device_train_batch_size
+        wanted = min(8, math.ceil(training_batch * args.gradient_accumulation_steps / 2))
+        size = self.config.probe_batch_size or min(wanted, training_batch)
+        least = self.config.probe_batch_size or training_batch
+        if len(dataset) < least:
             raise ValueError(
-                f"the probe data set has {len(dataset)} examples, a probe batch needs {size}. "
-                "Pass a larger probe_dataset or a smaller probe_batch_size."
+                f"the probe data set has {len(dataset)} examples, a batch needs {least}. "
+                "Pass a larger probe_dataset, or set probe_batch_size."
             )
         self._examples = dataset
         self._collate = dataloader.collate_fn
         self._probe_batch_size = size
+        self._probes = self.config.probes or math.ceil(wanted / size)
 
     def _probe_batches(self, random_numbers: random.Random) -> Iterator[Batch]:
-        for _ in range(self.config.probes):
+        for _ in range(self._probes):
             chosen = random_numbers.sample(range(len(self._examples)), self._probe_batch_size)
             yield self._collate([self._examples[index] for index in chosen])
 
@@ -302,45 +283,18 @@ class FLeRMCallback(TrainerCallback):
         return profile
 
     def _provenance(self, args: TrainingArguments) -> dict[str, Any]:
-        """What a reader must know to judge the rates; nothing that differs between two equal runs."""
-        config: Any = getattr(self._model, "config", None)
-        adapters = getattr(self._model, "peft_config", None) or {}
-        arguments = args.to_dict()
-        known = {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments}
-        defaults = {k: v for k, v in self._optimizer.defaults.items() if isinstance(v, (int, float, str, bool))}
-        provenance: dict[str, Any] = _plain(
-            {
-                "packages": {name: version(name) for name in _PACKAGES},
-                "model": type(self._model).__name__,
-                "model_config": config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
-                "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
-                "optimizer": {"class": type(self._optimizer).__name__, **defaults},
-                "training_arguments": known,
-                "flerm": {
-                    "mode": self.config.mode,
-                    "estimator": self.config.estimator,
-                    "probes": self.config.probes,
-                    "probe_batch_size": self._probe_batch_size,
-                    "seed": self.config.seed,
-                },
-                "dataset_fingerprint": getattr(self._examples, "_fingerprint", None),
-                "shapes": {name: list(parameter.shape) for name, parameter in self._parameters.items()},
-                "kinds": {name: self._kinds[name] for name in self._parameters},
-            }
-        )
-        return provenance
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: sets sorted, everything unknown as text, numbers that are not finite as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return str(getattr(value, "value", value))
+        settings = {
+            "mode": self.config.mode,
+            "estimator": self.config.estimator,
+            "probes": self._probes,
+            "probe_batch_size": self._probe_batch_size,
+            "seed": self.config.seed,
+        }
+        kinds = {name: self._kinds[name] for name in self._parameters}
+        fingerprint = getattr(self._examples, "_fingerprint", None)
+        return {
+            **provenance(self._model, self._parameters, self._optimizer, args),
+            "flerm": settings,
+            "kinds": kinds,
+            "dataset_fingerprint": fingerprint,
+        }

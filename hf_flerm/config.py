@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -22,6 +21,8 @@ _ALLOWED = {
     "unmatched": ("error", "keep"),
 }
 
+_WHOLE_NUMBERS = {"measure_every": 1, "probes": 1, "probe_batch_size": 1, "seed": 0}
+_MAY_BE_NONE = ("probes", "probe_batch_size")
 _EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -42,8 +43,9 @@ class FLeRMConfig:
         measure_every: Steps between measurements, once they are no longer dense.
         measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, ...,
             32 and then every `measure_every`.
-        probes: Probe batches per measurement.
-        probe_batch_size: Examples in a probe batch. None: as many as in a training batch of one device.
+        probes: Probe batches per measurement. None: as many as it takes for half of the examples that an optimizer
+            step sees on one device, at most 8. So a measurement costs about half a training step.
+        probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.
         unmatched: What to do if profile and model do not have the same parameters: `error`, or `keep` the nominal
             learning rate for those that only the model has.
         output: What "the function" is; see `measure_rates`. A callable is not kept in JSON.
@@ -61,7 +63,7 @@ class FLeRMConfig:
     beta: float = 1.0
     measure_every: int = 100
     measure_steps: Sequence[int] | None = None
-    probes: int = 1
+    probes: int | None = None
     probe_batch_size: int | None = None
     unmatched: str = "error"
     output: OutputFunction | None = None
@@ -71,22 +73,28 @@ class FLeRMConfig:
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if not isinstance(self.profile, (RateProfile, str, os.PathLike, type(None))):
+            raise ValueError(
+                f"profile is {self.profile!r}; it must be a RateProfile, a folder, a file or a repository."
+            )
         if self.mode == "match" and self.profile is None:
             raise ValueError("mode 'match' needs a profile: the folder, file or repository of the base run's profile.")
         if self.mode == "record" and self.profile is not None:
             raise ValueError("mode 'record' takes no profile. Use mode='match' to train at a profile's rates.")
-        for name in ("measure_every", "probes", "probe_batch_size"):
+        for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        if not math.isfinite(self.beta) or not 0 <= self.beta <= 1:
+            if not (_is_whole(value) and value >= least) and not (value is None and name in _MAY_BE_NONE):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
             raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1.")
         if self.output is not None and not callable(self.output):
             raise ValueError(f"output is {self.output!r}; it must be a callable (model, batch) -> tensor.")
         if self.measure_steps is not None:
-            steps = list(self.measure_steps)
-            if not steps or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in steps):
-                raise ValueError(f"measure_steps is {steps}; it must hold whole numbers from 0, at least one.")
+            steps = list(self.measure_steps) if isinstance(self.measure_steps, Iterable) else []
+            if not steps or not all(_is_whole(step) and step >= 0 for step in steps):
+                raise ValueError(
+                    f"measure_steps is {self.measure_steps!r}; it must hold whole numbers from 0, at least one."
+                )
             self.measure_steps = tuple(sorted(set(steps)))
 
     def measures_at(self, step: int) -> bool:
@@ -140,3 +148,7 @@ class FLeRMConfig:
         if values.keys() - known:
             raise ValueError(f"unknown fields {sorted(values.keys() - known)}; known are {sorted(known)}.")
         return cls(**values)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -89,8 +89,15 @@ def _contract(grad: Tensor, tangent: Tensor, num_examples: int) -> Tensor:
     if repeated:
         grad = grad.sum(repeated, keepdim=True)
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    products = (grad * tangent).to(dtype) if dtype == grad.dtype else grad.to(dtype) * tangent.to(dtype)
-    return products.reshape(num_examples, -1).sum(1)
+    rows = grad.reshape(num_examples, 1, -1).to(dtype)
+    if len(tangent) == len(grad):
+        return (rows @ tangent.reshape(num_examples, -1, 1).to(dtype)).flatten()
+    return (rows.reshape(num_examples, -1, tangent.numel()) @ tangent.flatten().to(dtype)).sum(1)
+
+
+def itself(output: Tensor) -> Tensor:
+    """Hand out a module's output as it is."""
+    return output
 
 
 class Gates(AbstractContextManager["Gates"]):
@@ -106,12 +113,20 @@ class Gates(AbstractContextManager["Gates"]):
         sites: Where each tensor acts.
         updates: Unit update of each tensor, by the same names.
         num_examples: N of the batch that will go through.
+        hand_out: `torch.clone` for a model that writes into its modules' outputs in place.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Mapping[str, Sequence[Site]], updates: Mapping[str, Tensor], num_examples: int
+        self,
+        model: nn.Module,
+        sites: Mapping[str, Sequence[Site]],
+        updates: Mapping[str, Tensor],
+        num_examples: int,
+        *,
+        hand_out: Callable[[Tensor], Tensor] = itself,
     ) -> None:
         self._num_examples = num_examples
+        self._hand_out = hand_out
         self._updates = updates
         self._tensors: dict[nn.Module, list[tuple[str, str]]] = {}
         self._leaves: dict[nn.Module, Tensor] = {}
@@ -206,8 +221,7 @@ class Gates(AbstractContextManager["Gates"]):
             output = output.expand(self._num_examples, *output.shape[1:])
             self.broadcast.update(name for name, _ in self._tensors[module])
         self.precision = max(self.precision, torch.finfo(output.dtype).eps)
-        gated: Tensor = _Gate.apply(output, self._leaves[module], *tangents)
-        return gated
+        return self._hand_out(_Gate.apply(output, self._leaves[module], *tangents))
 
 
 def _tangents(

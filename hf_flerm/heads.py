@@ -90,11 +90,11 @@ def bypassed(module: nn.Module) -> Iterator[list[Tensor]]:
     own = module.__dict__.get("forward")
     handed_on: list[Tensor] = []
 
-    def forward(hidden: Tensor) -> Tensor:
+    def hand_on(hidden: Tensor) -> Tensor:
         handed_on.append(hidden)
         return hidden
 
-    module.forward = forward
+    module.forward = hand_on
     try:
         yield handed_on
     finally:

@@ -22,23 +22,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     Returns:
         `{name: canonical name}` in the order of `named_parameters()`. Two adapters of one model share canonical names.
     """
-    adapters = _adapter_names(model)
-    modules = dict(model.named_modules())
-    containers = (nn.ModuleDict, nn.ParameterDict)
-
-    def canonical(name: str) -> str:
-        parts = name.split(".")
-        kept = [
-            part
-            for i, part in enumerate(parts)
-            if part not in _WRAPPER_COMPONENTS
-            and not (part in adapters and isinstance(modules.get(".".join(parts[:i])), containers))
-        ]
-        while len(kept) > 1 and kept[0] == "module":
-            kept = kept[1:]
-        return ".".join(kept)
-
-    return {name: canonical(name) for name, _ in model.named_parameters()}
+    return {name: ".".join(part for part, _ in parts) for name, parts in _components(model).items()}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -123,22 +107,10 @@ def tensor_kinds(model: nn.Module) -> dict[str, str]:
     Returns:
         `{canonical name: kind}`, for instance `h.3.attn.c_attn.lora_B.weight -> h.*.attn.c_attn.lora_B.weight`.
     """
-    modules = dict(model.named_modules())
-    canonical = canonical_names(model)
-    kinds = {}
-    for name in canonical:
-        parts = name.split(".")
-        stars = {i for i in range(1, len(parts)) if _holds_blocks(modules.get(".".join(parts[:i])))}
-        kept = canonical[name].split(".")
-        numeric = [part for i, part in enumerate(parts) if part.isdigit() and i in stars]
-        kind = []
-        for part in kept:
-            if numeric and part == numeric[0]:
-                numeric.pop(0)
-                part = "*"
-            kind.append(part)
-        kinds[canonical[name]] = ".".join(kind)
-    return kinds
+    return {
+        ".".join(part for part, _ in parts): ".".join("*" if is_index else part for part, is_index in parts)
+        for parts in _components(model).values()
+    }
 
 
 def preview(names: Iterable[str], limit: int = 5) -> str:
@@ -156,12 +128,28 @@ def preview(names: Iterable[str], limit: int = 5) -> str:
     return f"[{', '.join(names[:limit])}{more}]"
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
-    for module in (model, getattr(model, "module", None), getattr(model, "_orig_mod", None)):
-        config = getattr(module, "peft_config", None)
-        if isinstance(config, Mapping):
-            return set(config)
-    return set()
+def _components(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
+    """The canonical components of every parameter's name, and whether each is the index of a repeated block."""
+    modules = dict(model.named_modules())
+    adapters = _adapter_names(modules.values())
+    components = {}
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        kept = []
+        for i, part in enumerate(parts):
+            container = modules.get(".".join(parts[:i]))
+            is_adapter = part in adapters and isinstance(container, (nn.ModuleDict, nn.ParameterDict))
+            if part not in _WRAPPER_COMPONENTS and not is_adapter:
+                kept.append((part, part.isdigit() and _holds_blocks(container)))
+        while len(kept) > 1 and kept[0][0] == "module":
+            kept = kept[1:]
+        components[name] = kept
+    return components
+
+
+def _adapter_names(modules: Iterable[nn.Module]) -> set[str]:
+    configs = (getattr(module, "peft_config", None) for module in modules)
+    return next((set(config) for config in configs if isinstance(config, Mapping)), set())
 
 
 def _holds_blocks(module: nn.Module | None) -> bool:

@@ -51,16 +51,7 @@ class Output:
         Returns:
             M, the number of outputs that count.
         """
-        return float(self.weight.sum()) * (width if self.values.ndim > 1 else 1)
-
-    def first_half(self) -> Tensor:
-        """Choose half of the examples that have outputs that count.
-
-        Returns:
-            A mask over examples, bool [N].
-        """
-        counted = self.weight.reshape(len(self.values), -1).any(1)
-        return counted & (counted.cumsum(0) <= (counted.sum() + 1) // 2)
+        return float(self.weight.count_nonzero()) * (width if self.values.ndim > 1 else 1)
 
 
 def model_output(model: nn.Module, batch: Batch, function: OutputFunction | None) -> Output:

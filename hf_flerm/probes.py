@@ -6,7 +6,8 @@ samples -> `Measurement`. The model is left exactly as it was: weights, gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -147,9 +148,11 @@ class RateProbe:
         samples: Samples,
     ) -> None:
         """Add the samples of `probes_per_batch` probes on one batch."""
+        gated = [name for name in updates if name in self._sites.sites]
         by_gradient = [name for name in updates if name not in self._sites.sites]
-        with trainable(parameters[name] for name in by_gradient):
-            gates, out, head = self._forward(parameters, updates, batch)
+        with ExitStack() as stack:
+            stack.enter_context(trainable(parameters[name] for name in by_gradient))
+            gates, out, head = self._forward(stack, gated, parameters, updates, batch)
             num_outputs = out.count(out.values.shape[-1] if head is None else head.module.out_features)
             leaves = [*gates.leaves, *(parameters[name] for name in by_gradient)]
             for probe in range(self.probes_per_batch):
@@ -166,31 +169,38 @@ class RateProbe:
                 samples.count_outputs(num_outputs)
 
     def _forward(
-        self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch
+        self,
+        stack: ExitStack,
+        gated: Sequence[str],
+        parameters: Mapping[str, nn.Parameter],
+        updates: Mapping[str, Tensor],
+        batch: Batch,
     ) -> tuple[Gates, Output, LinearHead | None]:
-        """Run the model with gates; where its output is one last wide linear map, up to that map's input."""
-        sites = {name: self._sites.sites[name] for name in updates if name in self._sites.sites}
+        """Run the model with gates; where its output is one last wide linear map, up to that map's input.
+
+        The gates stay in place until `stack` closes: an activation checkpoint runs their hooks again.
+        """
         head = self._linear_head(parameters, updates)
         if head is not None:
-            inner = {name: [site for site in places if site.module != self._head] for name, places in sites.items()}
-            gates = Gates(self.model, inner, updates, num_examples(batch))
-            try:
-                with gates, bypassed(head.module) as hidden:
+            with ExitStack() as attempt:
+                gates = attempt.enter_context(self._sites.gates(gated, updates, batch, skip=self._head))
+                hidden = attempt.enter_context(bypassed(head.module))
+                try:
                     out = model_output(self.model, batch, self.output)
-                if [out.values] == hidden:
+                except Exception:  # which the run below meets again if it is not the bypass that it is about
+                    hidden.clear()
+                if len(hidden) == 1 and out.values is hidden[0]:
+                    stack.push(attempt.pop_all())
                     return gates.checked(), out, head
-            except (RuntimeError, ValueError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
             self._head = None  # something looks at the logits on their way out
-        gates = Gates(self.model, sites, updates, num_examples(batch))
-        with gates:
-            out = model_output(self.model, batch, self.output)
+        gates = stack.enter_context(self._sites.gates(gated, updates, batch))
+        out = model_output(self.model, batch, self.output)
         return gates.checked(), out, None
 
     def _differentiate(self, updates: Mapping[str, Tensor], batch: Batch, samples: Samples) -> None:
         """Add the exact derivative of the outputs along every update: one JVP for each tensor."""
         whole = _AsModule(self.model, self.output)
+        num_examples(batch)
         with torch.no_grad():
             out = model_output(self.model, batch, self.output)
         tangents = []

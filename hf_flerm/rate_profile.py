@@ -46,13 +46,21 @@ class RateProfile:
         rates: Mapping[str, Tensor | Sequence[float]],
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.steps = torch.as_tensor(steps, dtype=torch.int64).clone()
+        self.steps = torch.as_tensor(steps).to(torch.int64, copy=True)
         self.rates = {name: torch.as_tensor(values, dtype=torch.float64).clone() for name, values in rates.items()}
         self.metadata = dict(metadata or {})
+        if not torch.equal(self.steps.double(), torch.as_tensor(steps).double()):
+            raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()}.")
         if self.steps.ndim != 1 or bool((self.steps < 0).any()) or bool((self.steps.diff() <= 0).any()):
             raise RateProfileError(
                 f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()}."
             )
+        if "schema_version" in self.metadata:
+            raise RateProfileError("'schema_version' is not for metadata: the file's own version goes there.")
+        try:
+            json.dumps(self.metadata, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise RateProfileError(f"the metadata cannot be written as JSON: {error}") from error
         if not self.rates:
             raise RateProfileError("a profile needs the rates of at least one parameter; got none.")
         for name, values in self.rates.items():
@@ -279,6 +287,10 @@ def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: s
     )
 
 
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
 def _read(path: Path) -> RateProfile:
     try:
         with safe_open(path, framework="pt") as file:
@@ -289,7 +301,7 @@ def _read(path: Path) -> RateProfile:
     if text is None or _STEPS not in tensors:
         raise RateProfileError(f"{path} is not a rate profile: it lacks the {_METADATA_KEY!r} metadata or {_STEPS!r}.")
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RateProfileError(f"the {_METADATA_KEY!r} metadata of {path} is not JSON: {error}") from error
     version = metadata.pop("schema_version", None) if isinstance(metadata, dict) else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .gates import Gates, Site
+from .gates import Gates, Site, itself
 from .modes import trainable
 from .outputs import Batch, Output, OutputFunction, model_output, num_examples
 
@@ -22,7 +22,7 @@ class VerifiedSites:
     """Sites of tensors, each checked on the first batch on which the tensor moves the outputs.
 
     A tensor is first given gates at the modules that own it. They must add up to <U, G> from the weight gradient,
-    and with omega on half of the examples those of the others must stay zero. Where they do not (the module is
+    and each must follow its own example alone. Where they do not (the module is
     never called, or called with something other than the examples), the enclosing module takes its place. Where none
     is left, or the tensor moved no output in `_PATIENCE` measurements, only its weight gradient is to be trusted.
 
@@ -40,9 +40,27 @@ class VerifiedSites:
         self.unmeasurable: set[str] = set()
         self._model = model
         self._output = output
-        self._verified: set[str] = set()
+        self._verified: dict[str, int] = {}  # with how many examples
+        self._hand_out: Callable[[Tensor], Tensor] = itself
         self._attempts: Counter[str] = Counter()
         self._largest_gradient = 0.0
+
+    def gates(
+        self, names: Iterable[str], updates: Mapping[str, Tensor], batch: Batch, skip: str | None = None
+    ) -> Gates:
+        """Make gates for some tensors, at their sites.
+
+        Args:
+            names: Tensors.
+            updates: Their unit updates.
+            batch: The batch that will go through.
+            skip: A module that gets none.
+
+        Returns:
+            Gates that are not in place yet.
+        """
+        places = {name: [site for site in self.sites[name] if site.module != skip] for name in names}
+        return Gates(self._model, places, updates, num_examples(batch), hand_out=self._hand_out)
 
     def find(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
         """Find sites for the tensors that have none yet, and check those that could not be checked before.
@@ -57,64 +75,78 @@ class VerifiedSites:
         """
         for name, parameter in parameters.items():
             if name not in self.sites and name not in self.unmeasurable:
-                self.sites[name] = owners(self._model, parameter)
-        pending = [name for name in parameters if name in self.sites and name not in self._verified]
+                self.sites[name] = _outermost(owners(self._model, parameter))
+        enough = min(num_examples(batch), 2)  # one example alone says nothing of how examples are laid out
+        pending = [name for name in parameters if name in self.sites and self._verified.get(name, 0) < enough]
         while pending:
-            gates = Gates(self._model, {name: self.sites[name] for name in pending}, updates, num_examples(batch))
-            with trainable(parameters[name] for name in pending):
+            gates = self.gates(pending, updates, batch)
+            with trainable(parameters[name] for name in pending), gates:
                 try:
-                    with gates:
-                        out = model_output(self._model, batch, self._output)
+                    out = model_output(self._model, batch, self._output)
                 except RuntimeError as error:
-                    if not gates.broadcast or isinstance(error, torch.OutOfMemoryError):
+                    if isinstance(error, torch.OutOfMemoryError):
                         raise
-                    wrong, retry = gates.broadcast, set(pending)  # a row per example does not fit what comes after
+                    if gates.broadcast:  # a row for each example does not fit what comes after
+                        wrong, pending = gates.broadcast, list(pending)
+                    elif self._hand_out is not torch.clone:
+                        wrong, self._hand_out = set(), torch.clone
+                    else:
+                        raise
                 else:
-                    wrong = self._refuted(gates, out, {name: parameters[name] for name in pending}, updates)
-                    retry = wrong
+                    chosen = {name: parameters[name] for name in pending}
+                    wrong = self._refuted(gates, out, chosen, updates, num_examples(batch))
+                    pending = [name for name in pending if name in wrong]
             for name in wrong:
                 self._widen(name)
-            pending = [name for name in pending if name in retry and name in self.sites]
+            pending = [name for name in pending if name in self.sites]
 
     def close_measurement(self) -> None:
         """Count a measurement against the tensors that are still not verified, and give up on the oldest of them."""
-        for name in self.sites.keys() - self._verified:
+        for name in self.sites.keys() - self._verified.keys():
             self._attempts[name] += 1
             if self._attempts[name] == _PATIENCE:
                 del self.sites[name]
                 self.unmeasurable.add(name)
 
     def _refuted(
-        self, gates: Gates, out: Output, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor]
+        self,
+        gates: Gates,
+        out: Output,
+        parameters: Mapping[str, nn.Parameter],
+        updates: Mapping[str, Tensor],
+        count: int,
     ) -> set[str]:
-        """The tensors whose gates contradict their weight gradients.
+        """The tensors whose gates contradict their weight gradients, or leak between examples.
 
-        With omega on half of the examples, the gates of the others must stay zero, and the other way round (by
-        difference). A tensor whose gradient is rounding noise (attention is blind to a bias of its keys) can be
-        neither verified nor refuted.
+        With omega multiplied by another number on every example, each gate must follow its own example's. A tensor
+        whose gradient is rounding noise (attention is blind to a bias of its keys) can be neither verified nor refuted.
         """
-        wrong: set[str] = set()
-        half = out.first_half().reshape(-1, *[1] * (out.values.ndim - 1))
-        omega = out.omega(torch.Generator(out.values.device).manual_seed(0))
+        if len(out.values) % count:
+            return set(parameters)  # the rows of the output are no examples
+        generator = torch.Generator(out.values.device).manual_seed(0)
+        omega = out.omega(generator)
+        factors = torch.rand(count, generator=generator, device=omega.device, dtype=omega.dtype)
+        by_row = factors.repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
         found = gradients(out.values, [*gates.leaves, *parameters.values()], omega, retain_graph=True)
-        whole = gates.derivatives(found[: len(gates.leaves)])
+        values = gates.derivatives(found[: len(gates.leaves)])
         by_weight = dict(zip(parameters, found[len(gates.leaves) :], strict=True))
         if not all(bool(gradient.isfinite().all()) for gradient in by_weight.values()):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
         self._largest_gradient = max(self._largest_gradient, *map(_rms, by_weight.values()))
         noise = gates.precision * self._largest_gradient
-        part = gates.derivatives(gradients(out.values, gates.leaves, omega * half))
+        multiplied = gates.derivatives(gradients(out.values, gates.leaves, omega * by_row))
+        wrong = set()
         for name, gradient in by_weight.items():
             expected = (updates[name] * gradient).sum()
-            size = expected.abs() + whole[name].abs().sum()
+            size = expected.abs() + values[name].abs().sum()
             if bool(size <= noise * updates[name].norm()):
                 continue
             tolerance = gates.precision**0.5 * (size + (updates[name] * gradient).norm())
-            strays = torch.where(half.flatten(), whole[name] - part[name], part[name])
-            if bool((strays.abs() > tolerance).any() or (whole[name].sum() - expected).abs() > tolerance):
+            leaks = multiplied[name] - values[name] * factors
+            if bool((leaks.abs() > tolerance).any() or (values[name].sum() - expected).abs() > tolerance):
                 wrong.add(name)
             else:
-                self._verified.add(name)
+                self._verified[name] = count
         return wrong
 
     def _widen(self, name: str) -> None:
@@ -163,7 +195,10 @@ def gradients(values: Tensor, leaves: Sequence[Tensor], omega: Tensor, *, retain
     found: Sequence[Tensor | None] = [None] * len(leaves)
     if values.requires_grad:
         found = torch.autograd.grad(values, leaves, omega, retain_graph=retain_graph, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+    return [
+        torch.zeros_like(leaf) if grad is None else grad.to_dense() if grad.is_sparse else grad
+        for leaf, grad in zip(leaves, found, strict=True)
+    ]
 
 
 def _rms(tensor: Tensor) -> float:
@@ -174,6 +209,6 @@ def _outermost(sites: Iterable[Site]) -> list[Site]:
     """Drop the sites that lie inside another one."""
     kept: list[Site] = []
     for site in sorted(set(sites), key=lambda site: site.module):
-        if not any(site.module == other.module or site.module.startswith(f"{other.module}.") for other in kept):
+        if not any(f"{site.module}.".startswith(f"{other.module}.") or not other.module for other in kept):
             kept.append(site)
     return kept

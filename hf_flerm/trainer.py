@@ -41,11 +41,14 @@ class FLeRMTrainer(Trainer):
         return self._flerm.rate_profile
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own."""
+        """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own.
+
+        A scheduler that exists already has counted the groups, so then they stay. The scales apply all the same.
+        """
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._flerm.config.mode == "match":
+        if self._flerm.config.mode == "match" and self.lr_scheduler is None:
             model: Any = self.model
-            split_param_groups(raw_optimizer(optimizer), trainable_parameters(model), self.lr_scheduler)
+            split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
