@@ -30,7 +30,7 @@ from hf_flerm import FLeRMConfig
 
 INITS = {"gaussian": "`gaussian`", "default": "default"}
 BASE_RANK, TARGET_RANK = 4, 64
-BASE_RATES = [1e-3, 1.8e-3, 3.2e-3, 5.6e-3, 1e-2, 1.8e-2]
+BASE_RATES = [1e-3, 1.8e-3, 3.2e-3, 5.6e-3, 1e-2]
 TARGET_RATES = [1.8e-3, 3.2e-3, 5.6e-3, 1e-2, 1.8e-2]
 
 

@@ -1,6 +1,6 @@
 """What matching costs: wall time of matched runs over plain ones, in turn, on the demo's LoRA model.
 
-    python examples/measuring_cost.py [--steps 300] [--pairs 5]
+python examples/measuring_cost.py [--steps 300] [--pairs 5]
 """
 
 from __future__ import annotations

@@ -117,30 +117,12 @@ def test_a_split_keeps_order_options_and_state() -> None:
 def test_a_second_split_changes_nothing() -> None:
     model = net()
     optimizer = sgd(model)
-    scheduler = lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step, lambda step: 0.1**step])
-    split_param_groups(optimizer, trainable_parameters(model), scheduler)
-    groups, base_lrs = list(optimizer.param_groups), list(scheduler.base_lrs)
-    split_param_groups(optimizer, trainable_parameters(model), scheduler)
+    split_param_groups(optimizer, trainable_parameters(model))
+    groups = list(optimizer.param_groups)
+    split_param_groups(optimizer, trainable_parameters(model))
     assert len(optimizer.param_groups) == len(groups)
     assert all(left is right for left, right in zip(optimizer.param_groups, groups, strict=True))
-    assert scheduler.base_lrs == base_lrs
-
-
-@pytest.mark.parametrize("empty_first", [True, False])
-def test_an_empty_group_disappears_from_optimizer_and_scheduler(empty_first: bool) -> None:
-    """LoRA leaves the Trainer's group without weight decay empty."""
-    model = net()
-    full: dict[str, Any] = {"params": list(model.parameters()), "lr": 0.5}
-    empty: dict[str, Any] = {"params": [], "lr": 0.125}
-    optimizer = SGD([empty, full] if empty_first else [full, empty], lr=1.0)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    split_param_groups(optimizer, trainable_parameters(model), scheduler)
-    assert [group["flerm_name"] for group in optimizer.param_groups] == NAMES
-    assert scheduler.base_lrs == [0.5] * 4
-    optimizer.step()
-    scheduler.step()
-    assert rates(optimizer, model) == dict.fromkeys(NAMES, 0.25)
-    assert scheduler.get_last_lr() == [0.25] * 4
+    assert [group["flerm_names"] for group in optimizer.state_dict()["param_groups"]] == [ORDER[:2], ORDER[2:]]
 
 
 def test_frozen_tensors_in_the_optimizer_keep_groups_of_their_own() -> None:
@@ -148,16 +130,171 @@ def test_frozen_tensors_in_the_optimizer_keep_groups_of_their_own() -> None:
     optimizer = sgd(model)
     for name in ("0.weight", "0.bias"):
         model.get_parameter(name).requires_grad_(False)
-    split_param_groups(optimizer, trainable_parameters(model))
+    parameters = trainable_parameters(model)
+    split_param_groups(optimizer, parameters)
     names = [group["flerm_name"] for group in optimizer.param_groups]
     assert {"1.weight", "1.bias"} < set(names)
     assert len(names) == len(set(names)) == 4
-    StepScales(optimizer).scales = {"1.weight": 2.0}
+    StepScales(optimizer, parameters).scales = {"1.weight": 2.0}
     backward(model)
     before = bits(model)
     optimizer.step()
     after = bits(model)
     assert [name for name in NAMES if not torch.equal(before[name], after[name])] == ["1.weight", "1.bias"]
+
+
+# --- state dicts of a split optimizer -----------------------------------------------------------------------------
+
+
+def stepped(model: nn.Module, optimizer: Optimizer, steps: range) -> Optimizer:
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_split_optimizer_saves_what_a_plain_one_saves(name: str) -> None:
+    plain, split = net(), net()
+    expected = stepped(plain, OPTIMIZERS[name](plain), range(2)).state_dict()
+    optimizer = OPTIMIZERS[name](split)
+    split_param_groups(optimizer, trainable_parameters(split))
+    actual = stepped(split, optimizer, range(2)).state_dict()
+    assert [group.pop("flerm_names") for group in actual["param_groups"]] == [ORDER[:2], ORDER[2:]]
+    assert_identical(actual, expected)
+    assert [group["flerm_name"] for group in optimizer.param_groups] == ORDER, "saving must not join the groups"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("saved_split", [False, True], ids=["saved plain", "saved split"])
+@pytest.mark.parametrize("loaded_split", [False, True], ids=["loaded plain", "loaded split"])
+def test_split_and_plain_optimizers_read_each_others_state(name: str, saved_split: bool, loaded_split: bool) -> None:
+    whole = net()
+    stepped(whole, OPTIMIZERS[name](whole), range(5))
+    model = net()
+    first = OPTIMIZERS[name](model)
+    if saved_split:
+        split_param_groups(first, trainable_parameters(model))
+    saved = stepped(model, first, range(3)).state_dict()
+    second = OPTIMIZERS[name](model)
+    if loaded_split:
+        split_param_groups(second, trainable_parameters(model))
+    for group in second.param_groups:
+        group["lr"] = 123.0  # what was saved must win
+    second.load_state_dict(saved)
+    assert rates(second, model) == rates(first, model)
+    stepped(model, second, range(3, 5))
+    assert_identical(bits(model), bits(whole))
+    if loaded_split:
+        assert [group["flerm_name"] for group in second.param_groups] == ORDER
+
+
+@pytest.mark.parametrize("empty_first", [True, False])
+def test_an_empty_group_is_there_again_in_the_state(empty_first: bool) -> None:
+    """LoRA leaves the Trainer's group without weight decay empty."""
+
+    def two(model: nn.Module) -> SGD:
+        full: dict[str, Any] = {"params": list(model.parameters()), "lr": 0.5}
+        empty: dict[str, Any] = {"params": [], "lr": 0.125}
+        return SGD([empty, full] if empty_first else [full, empty], lr=1.0)
+
+    model = net()
+    optimizer = two(model)
+    split_param_groups(optimizer, trainable_parameters(model))
+    assert [group["flerm_name"] for group in optimizer.param_groups] == NAMES
+    assert rates(optimizer, model) == dict.fromkeys(NAMES, 0.5)
+    saved = optimizer.state_dict()
+    sizes = [0, 4] if empty_first else [4, 0]
+    assert [len(group["params"]) for group in saved["param_groups"]] == sizes
+    plain = two(model)
+    plain.load_state_dict(saved)
+    assert rates(plain, model) == dict.fromkeys(NAMES, 0.5)
+    optimizer.load_state_dict(saved)
+    assert [group["flerm_name"] for group in optimizer.param_groups] == NAMES
+
+
+def test_the_state_of_other_tensors_is_refused() -> None:
+    model, other = net(), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizers = sgd(model), sgd(other)
+    for optimizer, its in zip(optimizers, (model, other), strict=True):
+        split_param_groups(optimizer, trainable_parameters(its))
+    with pytest.raises(ValueError, match=r"\[2\.bias, 2\.weight\]"):
+        optimizers[0].load_state_dict(optimizers[1].state_dict())
+
+
+# --- scales -------------------------------------------------------------------------------------------------------
+
+
+def scale(optimizer: Optimizer, model: nn.Module, scales: Mapping[str, float]) -> StepScales:
+    step_scales = StepScales(optimizer, trainable_parameters(model))
+    step_scales.scales = dict(scales)
+    return step_scales
+
+
+@pytest.fixture(params=[False, True], ids=["own groups", "a group for each"])
+def split(request: pytest.FixtureRequest) -> Callable[[Optimizer, nn.Module], None]:
+    """Scales act on an optimizer's own groups as well as on split ones."""
+
+    def apply(optimizer: Optimizer, model: nn.Module) -> None:
+        if request.param:
+            split_param_groups(optimizer, trainable_parameters(model))
+
+    return apply
+
+
+Split = Callable[[Optimizer, nn.Module], None]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("scales", [{}, dict.fromkeys(NAMES, 1.0)], ids=["none", "ones"])
+def test_scales_of_one_change_no_bit(name: str, scales: Mapping[str, float], split: Split) -> None:
+    models = net(), net()
+    plain, scaled = (OPTIMIZERS[name](model) for model in models)
+    split(scaled, models[1])
+    scale(scaled, models[1], scales)
+    stepped(models[0], plain, range(4))
+    stepped(models[1], scaled, range(4))
+    assert_identical(bits(models[1]), bits(models[0]))
+    assert_identical(scaled.state_dict()["state"], plain.state_dict()["state"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_scaled_step_is_the_step_at_the_scaled_learning_rate(name: str, split: Split) -> None:
+    """Bit for bit what the optimizer does when the scale is baked into a group's learning rate."""
+    models = net(), net()
+    baked, scaled = (OPTIMIZERS[name](model) for model in models)
+    split_param_groups(baked, trainable_parameters(models[0]))
+    for group in baked.param_groups:
+        group["lr"] *= SCALES.get(group["flerm_name"], 1.0)
+    split(scaled, models[1])
+    scale(scaled, models[1], SCALES)
+    stepped(models[0], baked, range(3))
+    stepped(models[1], scaled, range(3))
+    assert_identical(bits(models[1]), bits(models[0]))
+    assert_identical(scaled.state_dict()["state"], baked.state_dict()["state"])
+
+
+def test_scales_stand_in_the_groups_during_a_step_only(split: Split) -> None:
+    model = net()
+    optimizer = sgd(model)
+    split(optimizer, model)
+    groups = list(optimizer.param_groups)
+    content = [dict(group) for group in groups]
+    nominal = rates(optimizer, model)
+    scales = scale(optimizer, model, SCALES)
+    seen = spy(optimizer, model)
+    optimizer.step()
+    scales.scales = {"1.bias": 4.0}
+    optimizer.step()
+    scales.remove()
+    optimizer.step()
+    assert seen == [
+        {"0.weight": 1.0, "0.bias": 0.125, "1.weight": 1.5, "1.bias": 0.25},
+        {**nominal, "1.bias": 1.0},
+        nominal,
+    ]
+    assert all(left is right for left, right in zip(optimizer.param_groups, groups, strict=True))
+    assert_identical([dict(group) for group in groups], content)
 
 
 def sequential(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
@@ -196,86 +333,34 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     [*((name, [1.0] * 6) for name in SCHEDULERS), ("greedy", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])],
     ids=[*SCHEDULERS, "greedy-improving"],
 )
-def test_a_scheduler_goes_on_as_if_nothing_had_been_split(name: str, metrics: list[float]) -> None:
-    """Split after two of its steps; from then on every tensor gets what an unsplit twin gives it."""
+def test_a_scheduler_that_is_there_already_notices_nothing(name: str, metrics: list[float]) -> None:
+    """Scales come after two of its steps; outside of steps every rate is what an unscaled twin has."""
     models = net(), net()
     optimizers = [sgd(model) for model in models]
     schedulers = [SCHEDULERS[name](optimizer) for optimizer in optimizers]
-    takes_metrics = name in ("plateau", "greedy")
+    inside = spy(optimizers[0], models[0]), []
     trajectory = []
     for step, metric in enumerate(metrics):
         if step == 2:
-            split_param_groups(optimizers[1], trainable_parameters(models[1]), schedulers[1])
+            scale(optimizers[1], models[1], SCALES)
+            inside[1] = spy(optimizers[1], models[1])
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
-            scheduler.step(*[metric] if takes_metrics else [])
+            scheduler.step(*[metric] if name in ("plateau", "greedy") else [])
         expected = rates(optimizers[0], models[0])
         assert rates(optimizers[1], models[1]) == expected
-        assert set(schedulers[1].get_last_lr()) == set(schedulers[0].get_last_lr())
+        assert schedulers[1].get_last_lr() == schedulers[0].get_last_lr()
         trajectory.append(tuple(expected.values()))
     assert len(set(trajectory)) > 1
+    assert inside[1] == [{n: rate * SCALES.get(n, 1.0) for n, rate in nominal.items()} for nominal in inside[0][2:]]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("scales", [{}, dict.fromkeys(NAMES, 1.0)], ids=["none", "ones"])
-def test_split_groups_and_scales_of_one_change_no_bit(name: str, scales: Mapping[str, float]) -> None:
-    plain, split = net(), net()
-    optimizers = [OPTIMIZERS[name](plain), OPTIMIZERS[name](split)]
-    split_param_groups(optimizers[1], trainable_parameters(split))
-    StepScales(optimizers[1]).scales = dict(scales)
-    for step in range(4):
-        for model, optimizer in zip((plain, split), optimizers, strict=True):
-            backward(model, step)
-            optimizer.step()
-    assert_identical(bits(split), bits(plain))
-    assert_identical(optimizers[1].state_dict()["state"], optimizers[0].state_dict()["state"])
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_scaled_step_is_the_step_at_the_scaled_learning_rate(name: str) -> None:
-    """Bit for bit what the optimizer does when the scale is baked into the group's learning rate."""
-    models = net(), net()
-    optimizers = [OPTIMIZERS[name](model) for model in models]
-    for model, optimizer in zip(models, optimizers, strict=True):
-        split_param_groups(optimizer, trainable_parameters(model))
-    for group in optimizers[0].param_groups:
-        group["lr"] *= SCALES.get(group["flerm_name"], 1.0)
-    StepScales(optimizers[1]).scales = dict(SCALES)
-    for step in range(3):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            backward(model, step)
-            optimizer.step()
-    assert_identical(bits(models[1]), bits(models[0]))
-
-
-def test_scales_stand_in_the_groups_during_a_step_only() -> None:
+def test_scales_follow_a_schedule(split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split_param_groups(optimizer, trainable_parameters(model))
-    nominal = rates(optimizer, model)
-    scales = StepScales(optimizer)
-    seen = spy(optimizer, model)
-    scales.scales = dict(SCALES)
-    optimizer.step()
-    assert rates(optimizer, model) == nominal
-    scales.scales = {"1.bias": 4.0}
-    optimizer.step()
-    assert rates(optimizer, model) == nominal
-    scales.remove()
-    optimizer.step()
-    assert seen == [
-        {"0.weight": 1.0, "0.bias": 0.125, "1.weight": 1.5, "1.bias": 0.25},
-        {**nominal, "1.bias": 1.0},
-        nominal,
-    ]
-
-
-def test_scales_follow_a_schedule() -> None:
-    model = net()
-    optimizer = sgd(model)
-    split_param_groups(optimizer, trainable_parameters(model))
+    split(optimizer, model)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
-    StepScales(optimizer).scales = {"0.weight": 3.0}
+    scale(optimizer, model, {"0.weight": 3.0})
     seen = spy(optimizer, model)
     for _ in range(3):
         optimizer.step()
@@ -285,13 +370,12 @@ def test_scales_follow_a_schedule() -> None:
 
 
 @pytest.mark.parametrize("then", ["remove", "step"])
-def test_a_step_that_raises_leaves_no_scale_behind(then: str) -> None:
+def test_a_step_that_raises_leaves_no_scale_behind(then: str, split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split_param_groups(optimizer, trainable_parameters(model))
-    nominal = rates(optimizer, model)
-    scales = StepScales(optimizer)
-    scales.scales = dict(SCALES)
+    split(optimizer, model)
+    groups, nominal = list(optimizer.param_groups), rates(optimizer, model)
+    scales = scale(optimizer, model, SCALES)
     seen = spy(optimizer, model)
 
     def broken() -> float:
@@ -305,14 +389,14 @@ def test_a_step_that_raises_leaves_no_scale_behind(then: str) -> None:
         optimizer.step()
         assert seen[0] == seen[1]
     assert rates(optimizer, model) == nominal
+    assert all(left is right for left, right in zip(optimizer.param_groups, groups, strict=True))
 
 
-def test_scales_survive_groups_that_were_replaced() -> None:
+def test_scales_survive_groups_that_were_replaced(split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split_param_groups(optimizer, trainable_parameters(model))
-    scales = StepScales(optimizer)
-    scales.scales = dict(SCALES)
+    split(optimizer, model)
+    scale(optimizer, model, SCALES)
     nominal = rates(optimizer, model)
     optimizer.load_state_dict(optimizer.state_dict())
     seen = spy(optimizer, model)
@@ -321,30 +405,36 @@ def test_scales_survive_groups_that_were_replaced() -> None:
     assert rates(optimizer, model) == nominal
 
 
-def test_scales_go_by_name_where_groups_step_one_at_a_time() -> None:
+def test_scales_go_by_name_where_groups_step_one_at_a_time(split: Split) -> None:
     """ZeRO 1 and 2 step the optimizer once per group, with `param_groups` cut to that one."""
     model = net()
     optimizer = sgd(model)
-    split_param_groups(optimizer, trainable_parameters(model))
+    split(optimizer, model)
     nominal = rates(optimizer, model)
-    StepScales(optimizer).scales = dict(SCALES)
+    scale(optimizer, model, SCALES)
+    names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
     seen: dict[str, float] = {}
-    optimizer.register_step_pre_hook(lambda *_: seen.update({g["flerm_name"]: g["lr"] for g in optimizer.param_groups}))
+
+    def write(*_: Any) -> None:
+        seen.update({names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+
+    optimizer.register_step_pre_hook(write)
     groups = optimizer.param_groups
     for group in groups:
         optimizer.param_groups = [group]
         optimizer.step()
+        assert optimizer.param_groups == [group]
     optimizer.param_groups = groups
     assert seen == {name: rate * SCALES.get(name, 1.0) for name, rate in nominal.items()}
     assert rates(optimizer, model) == nominal
 
 
-def test_learning_rates_that_are_tensors_are_scaled_one_by_one() -> None:
-    """`lr=torch.tensor(...)` is one tensor that all of an optimizer's groups may share."""
+def test_learning_rates_that_are_tensors_are_scaled_one_by_one(split: Split) -> None:
+    """`lr=torch.tensor(...)` is one tensor that all of an optimizer's groups share."""
     model = net()
-    optimizer = AdamW(list(model.parameters()), lr=torch.tensor(0.5), foreach=False, capturable=False)
-    split_param_groups(optimizer, trainable_parameters(model))
-    StepScales(optimizer).scales = dict(SCALES)
+    optimizer = AdamW(list(model.parameters()), lr=torch.tensor(0.5), foreach=False)
+    split(optimizer, model)
+    scale(optimizer, model, SCALES)
     seen = spy(optimizer, model)
     for _ in range(2):
         backward(model)
@@ -354,9 +444,37 @@ def test_learning_rates_that_are_tensors_are_scaled_one_by_one() -> None:
     assert all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
 
 
+def test_tensor_learning_rates_of_split_groups_are_their_own() -> None:
+    """A schedule that fills one group's tensor must not change the others'."""
+    model = net()
+    optimizer = AdamW(list(model.parameters()), lr=torch.tensor(0.5), foreach=False)
+    split_param_groups(optimizer, trainable_parameters(model))
+    optimizer.param_groups[0]["lr"].fill_(2.0)
+    assert rates(optimizer, model) == {**dict.fromkeys(NAMES, 0.5), NAMES[0]: 2.0}
+
+
+class Counting(SGD):
+    """Keeps a count in its groups, as schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups_stays_there(split: Split) -> None:
+    model = net()
+    optimizer = Counting(two_groups(model), lr=0.5)
+    split(optimizer, model)
+    scale(optimizer, model, SCALES)
+    for _ in range(3):
+        optimizer.step()
+    assert [group["count"] for group in optimizer.param_groups] == [3] * len(optimizer.param_groups)
+
+
 def test_without_a_learning_rate_there_is_nothing_to_scale() -> None:
     """Adafactor with `relative_step` sets its own."""
     model = net()
     optimizer = Adafactor(list(model.parameters()), lr=None, relative_step=True)
-    with pytest.raises(ValueError, match="learning rate"):
+    with pytest.raises(ValueError, match=r"no learning rate for \[0.bias, 0.weight, 1.bias, 1.weight\]"):
         rates(optimizer, model)

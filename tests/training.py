@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -174,10 +173,6 @@ def train(trainer: Trainer, **options: Any) -> Outcome:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def groups_by_name(optimizer: Optimizer, key: str) -> dict[str, Any]:
-    return {group["flerm_name"]: group[key] for group in optimizer.param_groups}
 
 
 def assert_identical(actual: Any, expected: Any, where: str = "") -> None:
