@@ -47,6 +47,7 @@ class Run:
 
 def quiet() -> None:
     """No warnings or progress bars from the libraries below; the demo has its own."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

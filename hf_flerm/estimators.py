@@ -211,7 +211,8 @@ class Measurement:
         """Inner products of the tensors' output changes.
 
         Returns:
-            The names, and <D_l f, D_m f> / M as float64 [L, L]; the diagonal holds squared rates.
+            The names, and <D_l f, D_m f> / M as float64 [L, L]. The diagonal holds squared rates; where the rate is
+            `kronecker`'s or `iid`'s it holds `full`'s.
         """
         return list(self.rates), self.inner_products.clone()
 

@@ -107,6 +107,7 @@ class Gates(AbstractContextManager["Gates"]):
         precision: The machine epsilon of the coarsest output that was gated, 0 before any was.
         broadcast: Tensors whose site puts out one row for all examples; it is given a row for each.
         failures: Tensors whose site could not be differentiated, and why. They have no gate there.
+        layouts: For each site's module the rows per example of what it put out, call by call; 0 if these were none.
 
     Args:
         model: The model.
@@ -135,9 +136,13 @@ class Gates(AbstractContextManager["Gates"]):
         self.precision = 0.0
         self.broadcast: set[str] = set()
         self.failures: dict[str, Exception] = {}
+        self.layouts: dict[str, tuple[int, ...]] = {}
+        self._paths: dict[nn.Module, str] = {}
         for name, places in sites.items():
             for site in places:
-                self._tensors.setdefault(model.get_submodule(site.module), []).append((name, site.attribute))
+                module = model.get_submodule(site.module)
+                self._tensors.setdefault(module, []).append((name, site.attribute))
+                self._paths[module] = site.module
         for module, tensors in self._tensors.items():
             update = updates[tensors[0][0]]
             dtype = torch.promote_types(update.dtype, torch.float32)
@@ -214,7 +219,10 @@ class Gates(AbstractContextManager["Gates"]):
         return tree_unflatten(outputs, spec)
 
     def _gate(self, module: nn.Module, output: Tensor, tangents: Sequence[Tensor]) -> Tensor:
-        if output.shape[0] % self._num_examples:
+        rows, rest = divmod(output.shape[0], self._num_examples)
+        path = self._paths[module]
+        self.layouts[path] = (*self.layouts.get(path, ()), 0 if rest else rows)
+        if rest:
             if output.shape[0] != 1:
                 return output
             # One row that is broadcast over the examples later on (position embeddings): broadcast it here.

@@ -23,6 +23,7 @@ from .outputs import Batch, Output, OutputFunction, model_output, num_examples
 from .sites import VerifiedSites, gradients, owners
 
 FALLBACK = "kronecker"
+_LAYOUTS_PER_BATCH = 3  # one to meet a new layout, one to measure it, one for what verifying it has widened
 
 
 def measure_rates(
@@ -136,7 +137,7 @@ class RateProbe:
                 if self.estimator == "per_example":
                     self._sites.find(parameters, moves, batch)
                 self._probe(parameters, moves, batch, generator, samples)
-        self._sites.close_measurement()
+        self._sites.close_measurement(moves)
         return samples.measurement()
 
     def _probe(
@@ -148,11 +149,19 @@ class RateProbe:
         samples: Samples,
     ) -> None:
         """Add the samples of `probes_per_batch` probes on one batch."""
-        gated = [name for name in updates if name in self._sites.sites]
-        by_gradient = [name for name in updates if name not in self._sites.sites]
         with ExitStack() as stack:
-            stack.enter_context(trainable(parameters[name] for name in by_gradient))
-            gates, out, head = self._forward(stack, gated, parameters, updates, batch)
+            for _ in range(_LAYOUTS_PER_BATCH):
+                gated = [name for name in updates if name in self._sites.sites]
+                by_gradient = [name for name in updates if name not in self._sites.sites]
+                stack.enter_context(trainable(parameters[name] for name in by_gradient))
+                gates, out, head = self._forward(stack, gated, parameters, updates, batch)
+                strange = self._sites.strange(gates, gated, batch)
+                if not strange:
+                    break
+                stack.close()
+                self._sites.verify(strange, parameters, updates, batch)
+            else:
+                raise RuntimeError(f"the layout of {strange} differs between forward passes on one batch.")
             num_outputs = out.count(out.values.shape[-1] if head is None else head.module.out_features)
             leaves = [*gates.leaves, *(parameters[name] for name in by_gradient)]
             for probe in range(self.probes_per_batch):

@@ -40,7 +40,7 @@ class VerifiedSites:
         self.unmeasurable: set[str] = set()
         self._model = model
         self._output = output
-        self._verified: dict[str, int] = {}  # with how many examples
+        self._verified: dict[str, list[tuple[int, dict[str, tuple[int, ...]]]]] = {}  # examples, and layouts
         self._hand_out: Callable[[Tensor], Tensor] = itself
         self._attempts: Counter[str] = Counter()
         self._largest_gradient = 0.0
@@ -76,8 +76,46 @@ class VerifiedSites:
         for name, parameter in parameters.items():
             if name not in self.sites and name not in self.unmeasurable:
                 self.sites[name] = _outermost(owners(self._model, parameter))
-        enough = min(num_examples(batch), 2)  # one example alone says nothing of how examples are laid out
-        pending = [name for name in parameters if name in self.sites and self._verified.get(name, 0) < enough]
+        pending = [name for name in parameters if name in self.sites and not self._trusts(name, batch)]
+        self.verify(pending, parameters, updates, batch)
+
+    def strange(self, gates: Gates, names: Iterable[str], batch: Batch) -> list[str]:
+        """Find what put out other rows than when it was verified (a module that is given chosen tokens).
+
+        Args:
+            gates: Gates through which the batch has gone.
+            names: The tensors to look at.
+            batch: The batch.
+
+        Returns:
+            Those that must be verified on this batch before they are measured on it.
+        """
+        return [name for name in names if self._trusts(name, batch) and not self._trusts(name, batch, gates.layouts)]
+
+    def _trusts(self, name: str, batch: Batch, layouts: Mapping[str, tuple[int, ...]] | None = None) -> bool:
+        """Whether a tensor was verified, at these layouts if they are given.
+
+        One example alone says nothing of how examples are laid out.
+        """
+        enough = min(num_examples(batch), 2)
+        here = {s.module: layouts[s.module] for s in self.sites[name] if s.module in layouts} if layouts else {}
+        return any(count >= enough and here.items() <= seen.items() for count, seen in self._verified.get(name, ()))
+
+    def verify(
+        self,
+        pending: list[str],
+        parameters: Mapping[str, nn.Parameter],
+        updates: Mapping[str, Tensor],
+        batch: Batch,
+    ) -> None:
+        """Check the sites of some tensors on a batch, and replace those that are wrong.
+
+        Args:
+            pending: The tensors.
+            parameters: As for `find`.
+            updates: As for `find`.
+            batch: As for `find`.
+        """
         while pending:
             gates = self.gates(pending, updates, batch)
             with trainable(parameters[name] for name in pending), gates:
@@ -97,12 +135,16 @@ class VerifiedSites:
                     wrong = self._refuted(gates, out, chosen, updates, num_examples(batch))
                     pending = [name for name in pending if name in wrong]
             for name in wrong:
-                self._widen(name)
+                self._widen(name, gates.failures.get(name))
             pending = [name for name in pending if name in self.sites]
 
-    def close_measurement(self) -> None:
-        """Count a measurement against the tensors that are still not verified, and give up on the oldest of them."""
-        for name in self.sites.keys() - self._verified.keys():
+    def close_measurement(self, names: Iterable[str]) -> None:
+        """Count a measurement against the tensors that are still not verified, and give up on the oldest of them.
+
+        Args:
+            names: What was measured.
+        """
+        for name in {name for name in names if name in self.sites} - self._verified.keys():
             self._attempts[name] += 1
             if self._attempts[name] == _PATIENCE:
                 del self.sites[name]
@@ -123,9 +165,11 @@ class VerifiedSites:
         """
         if len(out.values) % count:
             return set(parameters)  # the rows of the output are no examples
+        layouts = dict(gates.layouts)  # an activation checkpoint adds to them in the backward pass
         generator = torch.Generator(out.values.device).manual_seed(0)
         omega = out.omega(generator)
-        factors = torch.rand(count, generator=generator, device=omega.device, dtype=omega.dtype)
+        order = torch.randperm(count, generator=generator, device=omega.device)
+        factors = torch.linspace(-1, 1, count, device=omega.device, dtype=omega.dtype)[order]
         by_row = factors.repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
         found = gradients(out.values, [*gates.leaves, *parameters.values()], omega, retain_graph=True)
         values = gates.derivatives(found[: len(gates.leaves)])
@@ -138,18 +182,22 @@ class VerifiedSites:
         wrong = set()
         for name, gradient in by_weight.items():
             expected = (updates[name] * gradient).sum()
-            size = expected.abs() + values[name].abs().sum()
+            products = (updates[name] * gradient).norm()
+            size = expected.abs() + values[name].norm()
             if bool(size <= noise * updates[name].norm()):
                 continue
-            tolerance = gates.precision**0.5 * (size + (updates[name] * gradient).norm())
             leaks = multiplied[name] - values[name] * factors
-            if bool((leaks.abs() > tolerance).any() or (values[name].sum() - expected).abs() > tolerance):
+            floor = noise * updates[name].norm()
+            missing = (values[name].sum() - expected).abs()
+            coarse = gates.precision**0.5
+            if bool(leaks.norm() > coarse * values[name].norm() + floor or missing > coarse * (size + products)):
                 wrong.add(name)
             else:
-                self._verified[name] = count
+                seen = {s.module: layouts[s.module] for s in self.sites[name] if s.module in layouts}
+                self._verified.setdefault(name, []).append((count, seen))
         return wrong
 
-    def _widen(self, name: str) -> None:
+    def _widen(self, name: str, failure: Exception | None) -> None:
         """See a tensor from the modules around its sites; around the model itself there is nothing."""
         wider = [site.enclosing() for site in self.sites[name]]
         self.sites[name] = _outermost(site for site in wider if site is not None)
@@ -158,7 +206,7 @@ class VerifiedSites:
             self.unmeasurable.add(name)
             logger.warning(
                 f"{name} cannot be told apart by example in {type(self._model).__name__}: "
-                "its rate comes from its weight gradient."
+                f"its rate comes from its weight gradient.{f' The cause: {failure!r}' if failure else ''}"
             )
 
 

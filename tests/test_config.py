@@ -96,6 +96,7 @@ def test_bad_json_is_refused(text: str, message: str) -> None:
         ("measure_every", True, "measure_every is True"),
         ("probes", 0, "probes is 0; it must be a whole number of at least 1"),
         ("probes", "3", "probes is '3'"),
+        ("measure_every", None, "measure_every is None"),
         ("probe_batch_size", -1, "probe_batch_size is -1; it must be a whole number of at least 1"),
         ("beta", -0.1, "beta is -0.1; it must lie between 0 and 1"),
         ("beta", 1.5, "beta is 1.5"),
@@ -113,6 +114,7 @@ def test_bad_json_is_refused(text: str, message: str) -> None:
         ("seed", "one", "seed is 'one'"),
         ("seed", 1.5, "seed is 1.5"),
         ("seed", None, "seed is None"),
+        ("seed", -1, "seed is -1; it must be a whole number of at least 0"),
     ],
     ids=lambda value: repr(value)[:24],
 )

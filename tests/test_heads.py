@@ -348,6 +348,15 @@ def cap_by_hook() -> nn.Module:
     return model
 
 
+def cap_by_hook_in_place() -> nn.Module:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.tanh_()
+
+    model = LanguageModel()
+    model.head.register_forward_hook(hook)
+    return model
+
+
 def cap_by_own_forward() -> nn.Module:
     model = LanguageModel()
     model.head.forward = MethodType(capped, model.head)
@@ -385,6 +394,7 @@ FINISHED: dict[str, Callable[[], nn.Module]] = {
     "mask in place": lambda: LanguageModel(mask_in_place),
     "class of its own": lambda: LanguageModel(head=CappedLinear),
     "soft-cap by hook": cap_by_hook,
+    "soft-cap by hook, in place": cap_by_hook_in_place,
     "bias by hook": head_bias_by_hook,
     "soft-cap by own forward": cap_by_own_forward,
     "two rounds": TwoRounds,

@@ -338,12 +338,12 @@ def test_a_scheduler_that_is_there_already_notices_nothing(name: str, metrics: l
     models = net(), net()
     optimizers = [sgd(model) for model in models]
     schedulers = [SCHEDULERS[name](optimizer) for optimizer in optimizers]
-    inside = spy(optimizers[0], models[0]), []
+    nominal, actual = spy(optimizers[0], models[0]), []
     trajectory = []
     for step, metric in enumerate(metrics):
         if step == 2:
             scale(optimizers[1], models[1], SCALES)
-            inside[1] = spy(optimizers[1], models[1])
+            actual = spy(optimizers[1], models[1])
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step(*[metric] if name in ("plateau", "greedy") else [])
@@ -352,7 +352,7 @@ def test_a_scheduler_that_is_there_already_notices_nothing(name: str, metrics: l
         assert schedulers[1].get_last_lr() == schedulers[0].get_last_lr()
         trajectory.append(tuple(expected.values()))
     assert len(set(trajectory)) > 1
-    assert inside[1] == [{n: rate * SCALES.get(n, 1.0) for n, rate in nominal.items()} for nominal in inside[0][2:]]
+    assert actual == [{n: rate * SCALES.get(n, 1.0) for n, rate in step.items()} for step in nominal[2:]]
 
 
 def test_scales_follow_a_schedule(split: Split) -> None:

@@ -298,8 +298,9 @@ def break_measurements(patch: pytest.MonkeyPatch, place: str, failing: range, me
     patch.setattr(RateProbe, "measure", arming(RateProbe.measure))
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("place", "model"), [*((place, "full") for place in PLACES), ("inside the model", "lora")], ids=[*PLACES, "lora"]
+)
 def test_a_probe_that_raises_changes_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, warnings_of: Callable[[], list[str]], place: str, model: str
 ) -> None:
@@ -356,8 +357,11 @@ def all_ones(base: RateProfile, target: RateProfile, *args: Any, **kwargs: Any) 
     return dict.fromkeys(target.rates, 1.0)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "alone"),
+    [*((name, False) for name in OPTIMIZERS), ("adamw-fused", True)],
+    ids=[*OPTIMIZERS, "callback"],
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_matching_with_scales_of_one_changes_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, model: str, optimizer: str, alone: bool
@@ -624,15 +628,15 @@ def test_every_schedule_is_logged_as_the_plain_trainer_logs_it(folder: Path, sch
         "extra": {"eval_dataset": Rows(BATCH, seed=1), "compute_metrics": lambda prediction: {"constant": 1.0}},
     }
     plain_spy = SpyRates()
-    plain = make_trainer(folder, gpt2(), callbacks=[plain_spy], **options)
+    plain = make_trainer(folder, lora(), callbacks=[plain_spy], **options)
     logged = [entry["learning_rate"] for entry in train(plain).logs]
     assert len(logged) == STEPS
     assert (len(set(logged)) > 1) == (schedule != "constant")
-    base = known_base(folder, gpt2)
+    base = known_base(folder, lora)
     for alone in (False, True):
         spy = SpyRates()
-        config = match_known(base, measure_steps=(0, 1, 2))
-        trainer = make_trainer(folder, gpt2(), config, alone=alone, callbacks=[spy], **options)
+        config = match_known(base, measure_steps=(0, 1))
+        trainer = make_trainer(folder, lora(), config, alone=alone, callbacks=[spy], **options)
         assert [entry["learning_rate"] for entry in train(trainer).logs] == logged
         assert spy.outside == plain_spy.outside
         scales = flerm_callback(trainer).scales
@@ -667,6 +671,17 @@ def test_matching_gives_every_tensor_a_group_of_its_own(folder: Path, make: Call
     decays = weight_decays(optimizer, trainer.model)
     assert decays == weight_decays(raw_optimizer(plain.optimizer), plain.model)
     assert set(decays.values()) == ({0.1} if make is lora else {0.0, 0.1})
+
+
+@pytest.mark.parametrize("make", [gpt2, lora], ids=["gpt2", "lora"])
+def test_the_callback_alone_leaves_the_param_groups_as_they_are(folder: Path, make: Callable[[], nn.Module]) -> None:
+    plain = make_trainer(folder, make(), max_steps=2)
+    plain.train()
+    trainer = make_trainer(folder, make(), match_known(known_base(folder, make)), alone=True, max_steps=2)
+    trainer.train()
+    assert any(scale != 1.0 for scale in flerm_callback(trainer).scales.values())
+    groups = [raw_optimizer(it.optimizer).state_dict()["param_groups"] for it in (trainer, plain)]
+    assert_identical(*groups)
 
 
 def test_groups_with_learning_rates_of_their_own_keep_them(folder: Path) -> None:
@@ -710,7 +725,7 @@ def test_the_callback_alone_does_what_the_trainer_does(tmp_path: Path, model: st
         profiles.append(flerm_callback(trainer).rate_profile.to_bytes())
         scales.append(flerm_callback(trainer).scales)
         assert (tmp_path / str(alone) / PROFILE_NAME).read_bytes() == profiles[-1]
-    assert_same_run(outcomes[1], outcomes[0], same_groups=False)
+    assert_same_run(outcomes[1], outcomes[0], same_groups=mode == "record")
     assert profiles[1] == profiles[0]
     assert scales[1] == scales[0]
     assert (set(scales[0].values()) == {1.0}) == (mode == "record")
@@ -899,9 +914,17 @@ def test_the_profile_is_there_only_after_training_began(folder: Path) -> None:
 # --- stop and go on -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
-@pytest.mark.parametrize("mode", ["record", "match"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "mode", "alone"),
+    [
+        ("full", "record", False),
+        ("full", "match", False),
+        ("full", "match", True),
+        ("lora", "record", True),
+        ("lora", "match", False),
+    ],
+    ids=["full-record", "full-match", "full-match-callback", "lora-record-callback", "lora-match"],
+)
 def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path: Path, model: str, mode: str, alone: bool) -> None:
     config = FLeRMConfig()
     if mode == "match":
@@ -947,6 +970,25 @@ def test_recording_may_begin_at_a_plain_checkpoint(tmp_path: Path) -> None:
     assert_identical(outcome.weights, plain.weights)
     assert_identical(outcome.optimizer, plain.optimizer)
     assert trainer.rate_profile.steps.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("first", ["plain", "matched"])
+def test_plain_and_matched_runs_go_on_from_each_others_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, first: str
+) -> None:
+    """With scales of 1, half a plain run and half a matched one make a whole plain one, in either order."""
+    monkeypatch.setattr(hf_flerm.callback, "pooled_scales", all_ones)
+    base = RateProfile([0], {name: [1.0] for name in trainable_parameters(MODELS[model]())})
+    matched = FLeRMConfig(mode="match", profile=base)
+    options = {"save_strategy": "steps", "save_steps": 3}
+    whole = train(make_trainer(tmp_path / "whole", MODELS[model](DROPOUT), **options))
+    order = (None, matched) if first == "plain" else (matched, None)
+    make_trainer(tmp_path, MODELS[model](DROPOUT), order[0], callbacks=[Stop(3)], **options).train()
+    outcome = train(make_trainer(tmp_path, MODELS[model](DROPOUT), order[1], **options), resume_from_checkpoint=True)
+    assert_identical(outcome.weights, whole.weights)
+    assert_identical(outcome.optimizer["state"], whole.optimizer["state"])
+    assert_identical(outcome.logs, whole.logs)
 
 
 # --- warm-up ------------------------------------------------------------------------------------------------------
@@ -1017,6 +1059,19 @@ def test_probes_draw_from_the_probe_dataset_by_their_own_seed(folder: Path, monk
     assert_identical(probed(folder, monkeypatch, data, config, seed=1), batches)
     other = probed(folder, monkeypatch, data, FLeRMConfig(probes=3, probe_batch_size=5, seed=1))
     assert not any(torch.equal(left, right) for left, right in zip(other, batches, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "probe_batch", "probes"),
+    [(1, 1, 1, 1), (4, 1, 2, 1), (4, 2, 4, 1), (2, 8, 2, 4), (3, 5, 3, 3), (12, 4, 8, 1)],
+)
+def test_a_measurement_takes_half_of_what_a_step_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int, accumulation: int, probe_batch: int, probes: int
+) -> None:
+    """In examples, rounded up to whole batches no larger than the training's, and at most 8."""
+    options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    batches = probed(folder, monkeypatch, Rows(12, seed=3), FLeRMConfig(measure_steps=(0,)), **options)
+    assert [len(rows) for rows in batches] == [probe_batch] * probes
 
 
 def test_columns_that_the_model_does_not_take_are_left_out_of_probes(
