@@ -108,6 +108,9 @@ class FLeRMCallback(TrainerCallback):
             [], {name: [] for name in self._parameters}, self._provenance(args)
         )
         self._before = {}
+        self._pending_logs = {}
+        self._failure_reported = False
+        self.last_measurement = None
         self.seconds = 0.0
         if self._step_scales is not None:
             self._step_scales.remove()
@@ -172,6 +175,18 @@ class FLeRMCallback(TrainerCallback):
         if self._step_scales is not None:
             self._step_scales.remove()
             self._step_scales = None
+        still = [name for name in self._unmatched() if self.base is not None]
+        if still:
+            logger.warning(
+                f"the learning rates of {preview(still)} were not scaled: they have no rate, or only 0, in the profile "
+                "or in this run."
+            )
+
+    def _unmatched(self) -> list[str]:
+        """The tensors for which base and target never both had a positive rate."""
+        base = {} if self.base is None else self.base.rates
+        own = self.rate_profile.rates
+        return [name for name in own if name not in base or not bool(base[name].any()) or not bool(own[name].any())]
 
     def _measure(self, before: Mapping[str, Tensor], step: int) -> None:
         nominal = learning_rates(self._optimizer, self._parameters)

@@ -23,7 +23,7 @@ _ALLOWED = {
 
 _WHOLE_NUMBERS = {"measure_every": 1, "probes": 1, "probe_batch_size": 1, "seed": 0}
 _MAY_BE_NONE = ("probes", "probe_batch_size")
-_EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
 
 
 @dataclass
@@ -41,8 +41,8 @@ class FLeRMConfig:
         beta: Decay of the bias-corrected average of log-scales over measurements: 1 is the plain mean of all so far,
             0 the latest alone.
         measure_every: Steps between measurements, once they are no longer dense.
-        measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, ...,
-            32 and then every `measure_every`.
+        measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, 16, 32
+            and then every `measure_every`.
         probes: Probe batches per measurement. None: as many as it takes for half of the examples that an optimizer
             step sees on one device, at most 8. So a measurement costs about half a training step.
         probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.

@@ -50,22 +50,21 @@ def pooled_scales(
     Returns:
         `{name: scale}` for the names of `target`; 1 for a tensor for which nothing could be compared yet.
     """
-    groups: dict[str, list[str]] = {}
-    for name in target.rates:
-        groups.setdefault(kinds[name] if pool == "kind" else name, []).append(name)
-    history: dict[str, list[float]] = {group: [] for group in groups}
-    for index, step in enumerate(target.steps.tolist()):
-        expected = base.at(step)
-        for group, names in groups.items():
-            pairs = [(expected[name], float(target.rates[name][index])) for name in names]
-            logs = [math.log(b / t) for b, t in pairs if _positive(b, t)]
-            if logs:
-                history[group].append(sum(logs) / len(logs))
-    scales = {}
-    for group, names in groups.items():
-        weights = average_weights(len(history[group]), beta)
-        log_scale = float(weights @ torch.tensor(history[group], dtype=torch.float64))
-        scales.update(dict.fromkeys(names, math.exp(log_scale)))
+    steps, names = target.steps.tolist(), list(target.rates)
+    if not steps:
+        return dict.fromkeys(names, 1.0)
+    own = torch.stack(list(target.rates.values()), 1)  # [S, L]
+    expected = torch.tensor([[rates[name] for name in names] for rates in map(base.at, steps)], dtype=torch.float64)
+    logs = torch.where((own > 0) & (expected > 0), (expected / own).log(), math.nan)
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(kinds[name] if pool == "kind" else name, []).append(index)
+    scales: dict[str, float] = {}
+    for members in groups.values():
+        history = logs[:, members].nanmean(1)
+        history = history[history.isfinite()]
+        scale = float((average_weights(len(history), beta) @ history).exp())
+        scales.update((names[index], scale) for index in members)
     return scales
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -15,6 +16,7 @@ from .names import preview
 
 GROUP_KEY = "flerm_name"
 NAMES_KEY = "flerm_names"
+_PER_GROUP_LISTS = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "_init_lrs")
 
 
 def raw_optimizer(optimizer: Any) -> Optimizer:
@@ -66,23 +68,27 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter])
     return {name: float(groups[id(parameter)]["lr"]) for name, parameter in parameters.items()}
 
 
-def split_param_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+def split_param_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[int]:
     """Give every tensor a param group of its own, in place; a second call changes nothing.
 
     The order of the parameters stays, and so does every option of a group. Checkpoints keep the groups that there were:
     `state_dict()` puts them together again and `load_state_dict()` takes them apart, so that a plain `Trainer` reads
-    what was saved and the other way round. To be called before a learning-rate scheduler is made: these count groups.
+    what was saved and the other way round (`joined_scheduler` does the same for a scheduler's state). To be called
+    before a learning-rate scheduler is made: these count groups.
 
     Args:
         optimizer: The optimizer that steps.
         parameters: `{canonical name: parameter}` of all that is trained.
+
+    Returns:
+        The sizes of the groups that there were; empty if they were split before.
 
     Raises:
         ValueError: If a trainable parameter is in no group, or has no learning rate.
     """
     learning_rates(optimizer, parameters)
     if all(GROUP_KEY in group for group in optimizer.param_groups):
-        return
+        return []
     names = {id(parameter): name for name, parameter in parameters.items()}
     counts = [len(group["params"]) for group in optimizer.param_groups]
     frozen = (f"frozen.{index}" for index in count())
@@ -97,6 +103,34 @@ def split_param_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Paramet
     ]
     optimizer.register_state_dict_post_hook(partial(_join, counts=counts))
     optimizer.register_load_state_dict_pre_hook(partial(_part, counts=counts))
+    return counts
+
+
+@contextmanager
+def joined_scheduler(scheduler: Any, sizes: Sequence[int]) -> Iterator[None]:
+    """Give a scheduler, for a block, the state that it would have over the groups from before a split.
+
+    Args:
+        scheduler: A scheduler over split groups, or None.
+        sizes: What `split_param_groups` returned.
+
+    Yields:
+        Nothing.
+    """
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def change(length: int, changed: Callable[[list[Any]], list[Any]]) -> None:
+        for part in _schedulers(scheduler) if sizes else ():
+            for attribute in _PER_GROUP_LISTS:
+                values = getattr(part, attribute, None)
+                if isinstance(values, list) and len(values) == length:
+                    setattr(part, attribute, changed(values))
+
+    change(sum(sizes), lambda values: [values[min(start, len(values) - 1)] for start in starts])
+    try:
+        yield
+    finally:
+        change(len(sizes), lambda values: [v for v, size in zip(values, sizes, strict=True) for _ in range(size)])
 
 
 def _join(optimizer: Optimizer, state_dict: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
@@ -140,8 +174,8 @@ def _part(optimizer: Optimizer, state_dict: dict[str, Any], counts: Sequence[int
 class StepScales:
     """Multiplies learning rates inside `optimizer.step` and nowhere else.
 
-    Just before a step the groups are parted by scale, just after it the optimizer has its own groups again: schedulers,
-    logs and checkpoints see the nominal learning rate and the groups that they know.
+    Just before a step the tensors are regrouped by scale, just after it the optimizer has its own groups again:
+    schedulers, logs and checkpoints see the nominal learning rate and the groups that they know.
 
     Args:
         optimizer: The optimizer that steps.
@@ -152,7 +186,8 @@ class StepScales:
         self.scales: dict[str, float] = {}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._optimizer = optimizer
-        self._parted: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+        self._whole: list[dict[str, Any]] | None = None
+        self._parts_of: list[dict[str, Any] | None] = []
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._part()),
             optimizer.register_step_post_hook(lambda *_: self._join()),
@@ -166,25 +201,39 @@ class StepScales:
 
     def _part(self) -> None:
         self._join()
-        for group in self._optimizer.param_groups:
-            by_scale: dict[float, list[nn.Parameter]] = {}
+        self._whole = self._optimizer.param_groups
+        parts: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for group in self._whole:
+            options = {key: value for key, value in group.items() if key not in ("params", GROUP_KEY)}
+            signature = tuple(value if isinstance(value, Hashable) else id(value) for value in options.values())
+            self._parts_of.append(None)
             for parameter in group["params"]:
-                by_scale.setdefault(self.scales.get(self._names.get(id(parameter), ""), 1.0), []).append(parameter)
-            parts = [
-                {**group, "params": parameters, "lr": group["lr"] if scale == 1.0 else group["lr"] * scale}
-                for scale, parameters in by_scale.items()
-            ]
-            self._parted.append((group, parts or [{**group}]))
-        self._optimizer.param_groups = [part for _, parts in self._parted for part in parts]
+                scale = self.scales.get(self._names.get(id(parameter), ""), 1.0)
+                # Tensors that step alike share a part: a fused step over hundreds of groups is slow.
+                alike = (scale, *options, *signature)
+                if alike not in parts:
+                    rate = group["lr"] if scale == 1.0 else group["lr"] * scale
+                    parts[alike] = {**options, "params": [], "lr": rate}
+                part = parts[alike]
+                part["params"].append(parameter)
+                self._parts_of[-1] = part
+        self._optimizer.param_groups = list(parts.values())
 
     def _join(self) -> None:
-        if not self._parted:
+        if self._whole is None:
             return
-        for group, (part, *_) in self._parted:
+        for group, part in zip(self._whole, self._parts_of, strict=True):
             # Some optimizers count steps or keep averages in their groups.
-            group.update({key: value for key, value in part.items() if key not in ("params", "lr")})
-        self._optimizer.param_groups = [group for group, _ in self._parted]
-        self._parted = []
+            group.update({key: value for key, value in (part or {}).items() if key not in ("params", "lr")})
+        self._optimizer.param_groups = self._whole
+        self._whole, self._parts_of = None, []
+
+
+def _schedulers(scheduler: Any) -> Iterator[Any]:
+    if scheduler is not None:
+        yield scheduler
+        for part in getattr(scheduler, "_schedulers", ()):
+            yield from _schedulers(part)
 
 
 def _copy(value: Any) -> Any:

@@ -104,7 +104,9 @@ class RateProfile:
         left = right if self.steps[right] <= step or right == 0 else right - 1
         span = float(self.steps[right] - self.steps[left])
         part = (step - float(self.steps[left])) / span if span else 0.0
-        return {name: float(r[left] + (r[right] - r[left]) * part) for name, r in self.rates.items()}
+        rates = torch.stack(list(self.rates.values()))
+        row = rates[:, left] + (rates[:, right] - rates[:, left]) * part
+        return dict(zip(self.rates, row.tolist(), strict=True))
 
     def appended(self, step: int, rates: Mapping[str, float]) -> RateProfile:
         """A profile with one more step.

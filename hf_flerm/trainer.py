@@ -10,7 +10,7 @@ from transformers import Trainer
 from .callback import FLeRMCallback
 from .config import FLeRMConfig
 from .names import trainable_parameters
-from .optimizer import raw_optimizer, split_param_groups
+from .optimizer import joined_scheduler, raw_optimizer, split_param_groups
 from .rate_profile import RateProfile
 
 
@@ -31,6 +31,7 @@ class FLeRMTrainer(Trainer):
         self, *args: Any, flerm: FLeRMConfig, probe_dataset: Dataset[Any] | None = None, **kwargs: Any
     ) -> None:
         self._flerm = FLeRMCallback(flerm, probe_dataset)
+        self._group_sizes: list[int] = []
         super().__init__(*args, **kwargs)
         # First in the list, so that what it adds to a log reaches every tracker.
         self.callback_handler.callbacks.insert(0, self._flerm)
@@ -48,7 +49,7 @@ class FLeRMTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._flerm.config.mode == "match" and self.lr_scheduler is None:
             model: Any = self.model
-            split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
+            self._group_sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -60,4 +61,9 @@ class FLeRMTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._flerm.resume_from(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with joined_scheduler(self.lr_scheduler, self._group_sizes):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with joined_scheduler(self.lr_scheduler, self._group_sizes):
+            super()._save_optimizer_and_scheduler(output_dir)
