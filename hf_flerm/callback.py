@@ -175,18 +175,18 @@ class FLeRMCallback(TrainerCallback):
         if self._step_scales is not None:
             self._step_scales.remove()
             self._step_scales = None
-        still = [name for name in self._unmatched() if self.base is not None]
-        if still:
+        if self.base is not None:
+            self._report_unmatched(self.base)
+
+    def _report_unmatched(self, base: RateProfile) -> None:
+        """Warn of the tensors for which base and target never both had a positive rate."""
+        own = self.rate_profile.rates
+        left = [name for name in own if not (name in base.rates and base.rates[name].any() and own[name].any())]
+        if left:
             logger.warning(
-                f"the learning rates of {preview(still)} were not scaled: they have no rate, or only 0, in the profile "
+                f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "
                 "or in this run."
             )
-
-    def _unmatched(self) -> list[str]:
-        """The tensors for which base and target never both had a positive rate."""
-        base = {} if self.base is None else self.base.rates
-        own = self.rate_profile.rates
-        return [name for name in own if name not in base or not bool(base[name].any()) or not bool(own[name].any())]
 
     def _measure(self, before: Mapping[str, Tensor], step: int) -> None:
         nominal = learning_rates(self._optimizer, self._parameters)

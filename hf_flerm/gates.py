@@ -206,7 +206,7 @@ class Gates(AbstractContextManager["Gates"]):
             for name, attribute in tensors:
                 try:
                     tangents.append(_tangents(module, attribute, self._updates[name], args, kwargs))
-                except (RuntimeError, NotImplementedError) as error:
+                except RuntimeError as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
                     self.failures[name] = error
@@ -265,7 +265,7 @@ def jvp(function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangen
         try:
             with torch.no_grad():
                 tangents: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             with torch.enable_grad():

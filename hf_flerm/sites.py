@@ -125,7 +125,7 @@ class VerifiedSites:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
                     if gates.broadcast:  # a row for each example does not fit what comes after
-                        wrong, pending = gates.broadcast, list(pending)
+                        wrong = gates.broadcast
                     elif self._hand_out is not torch.clone:
                         wrong, self._hand_out = set(), torch.clone
                     else:
@@ -184,10 +184,10 @@ class VerifiedSites:
             expected = (updates[name] * gradient).sum()
             products = (updates[name] * gradient).norm()
             size = expected.abs() + values[name].norm()
-            if bool(size <= noise * updates[name].norm()):
+            floor = noise * updates[name].norm()
+            if bool(size <= floor):
                 continue
             leaks = multiplied[name] - values[name] * factors
-            floor = noise * updates[name].norm()
             missing = (values[name].sum() - expected).abs()
             coarse = gates.precision**0.5
             if bool(leaks.norm() > coarse * values[name].norm() + floor or missing > coarse * (size + products)):

@@ -1235,3 +1235,11 @@ def test_unmatched_keep_leaves_what_the_profile_lacks_at_its_learning_rate(folde
     assert flerm_callback(trainer).scales == pytest.approx(expected, rel=1e-9)
     assert {name for name in factors if spy.inside[1][name] == spy.outside[4][name]} >= lacking
     assert set(trainer.rate_profile.names) == set(factors)
+
+
+def test_a_tensor_that_was_never_scaled_is_reported(folder: Path, warnings_of: Callable[[], list[str]]) -> None:
+    base = known_base(folder, gpt2)
+    rates = {**base.rates, "transformer.ln_f.bias": torch.zeros_like(base.rates["transformer.ln_f.bias"])}
+    make_trainer(folder, gpt2(), match_known(RateProfile(base.steps, rates))).train()
+    (warning,) = warnings_of()
+    assert "[transformer.ln_f.bias] were not scaled" in warning
