@@ -2,8 +2,8 @@
 
 from .callback import FLeRMCallback
 from .config import FLeRMConfig
-from .estimators import Measurement
 from .matching import match_rates
+from .measurement import Measurement
 from .probes import measure_rates
 from .rate_profile import RateProfile, RateProfileError
 from .trainer import FLeRMTrainer

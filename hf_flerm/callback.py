@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset as HubDataset
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .config import FLeRMConfig
-from .estimators import Measurement
 from .matching import pooled_scales
+from .measurement import UNUSED, Measurement
 from .names import preview, tensor_kinds, trainable_parameters
 from .optimizer import StepScales, learning_rates, raw_optimizer
-from .outputs import Batch
+from .outputs import Batch, Outputs
 from .probes import RateProbe
 from .provenance import provenance
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
+from .updates import Snapshot
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +62,7 @@ class FLeRMCallback(TrainerCallback):
         self._resume_from: Path | None = None
         self._recorded: RateProfile | None = None
         self._pending_logs: dict[str, float] = {}
-        self._before: dict[str, Tensor] = {}
+        self._before: Snapshot | None = None
         self._step_scales: StepScales | None = None
 
     @property
@@ -103,11 +104,12 @@ class FLeRMCallback(TrainerCallback):
         self._optimizer = raw_optimizer(kwargs["optimizer"])
         learning_rates(self._optimizer, self._parameters)
         self._find_probe_examples(args, kwargs.get("train_dataloader"))
-        self._probe = RateProbe(model, estimator=self.config.estimator, output=self.config.output)
+        outputs = Outputs(self.config.output, self.config.positions, self.config.metric)
+        self._probe = RateProbe(model, estimator=self.config.estimator, outputs=outputs)
         self._recorded = self._resumed(args, state) or RateProfile(
             [], {name: [] for name in self._parameters}, self._provenance(args)
         )
-        self._before = {}
+        self._before = None
         self._pending_logs = {}
         self._failure_reported = False
         self.last_measurement = None
@@ -126,15 +128,16 @@ class FLeRMCallback(TrainerCallback):
     ) -> None:
         """Keep the weights from before the update, if it will be measured."""
         if self.config.measures_at(state.global_step):
-            self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+            self._before = None  # a step that was cut short has left its own
+            self._before = Snapshot(self._parameters, self.config.snapshot_device)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the update that was just made; a probe that fails leaves the training as it was."""
-        if not self._before:
+        if self._before is None:
             return
-        before, self._before = self._before, {}
+        before, self._before = self._before, None
         start = time.perf_counter()
         try:
             self._measure(before, state.global_step)
@@ -188,29 +191,22 @@ class FLeRMCallback(TrainerCallback):
                 "or in this run."
             )
 
-    def _measure(self, before: Mapping[str, Tensor], step: int) -> None:
+    def _measure(self, before: Snapshot, step: int) -> None:
         nominal = learning_rates(self._optimizer, self._parameters)
         used = {name: rate * self.scales[name] for name, rate in nominal.items()}
-        after = {name: parameter.data for name, parameter in self._parameters.items()}
-        if not any(used.values()) or all(torch.equal(before[name], after[name]) for name in after):
+        if not any(used.values()) or not before.moved():
             return  # warm-up at learning rate 0, or a step that was skipped
-        updates = {
-            name: (after[name] - before[name]) / used[name] if used[name] else torch.zeros_like(after[name])
-            for name in after
-        }
         random_numbers = random.Random(f"{self.config.seed} {step}")
-        generator = torch.Generator(next(iter(after.values())).device).manual_seed(random_numbers.getrandbits(63))
-        try:
-            for name, parameter in self._parameters.items():
-                parameter.data = before[name]
+        device = next(iter(self._parameters.values())).device
+        generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
+        with before.put_back(used) as updates:
             batches = self._probe_batches(random_numbers)
-            measurement = self._probe.measure(updates, batches, generator)
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = after[name]
+            target_error = self.config.target_error if self.config.probes == "auto" else None
+            measurement = self._probe.measure(updates, batches, generator, target_error=target_error)
         broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
         if broken:
             raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
+        self._report_unused(measurement)
         self.last_measurement = measurement
         self._recorded = self.rate_profile.appended(step, measurement.rates)
         self._pending_logs.update(self._by_kind("rate", measurement.rates))
@@ -219,11 +215,13 @@ class FLeRMCallback(TrainerCallback):
             old = self.scales
             self._update_scales(self.base, self._step_scales)
             self._pending_logs.update(self._by_kind("scale", self.scales))
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    ratio = self.scales[name] / old[name]
-                    if ratio != 1.0:
-                        parameter.copy_(before[name] + (after[name] - before[name]) * ratio)
+            before.rescale({name: scale / old[name] for name, scale in self.scales.items()})
+
+    def _report_unused(self, measurement: Measurement) -> None:
+        """Warn once of tensors that take no part in the outputs, so that a rate of 0 is no riddle."""
+        unused = [name for name, estimator in measurement.estimators.items() if estimator == UNUSED]
+        if unused and self.last_measurement is None:
+            logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
 
     def _update_scales(self, base: RateProfile, step_scales: StepScales) -> None:
         names = [name for name in self._parameters if name in base.rates]
@@ -254,6 +252,13 @@ class FLeRMCallback(TrainerCallback):
                 f"profile and model share no parameter: the profile has {preview(base.rates)}, "
                 f"the model {preview(self._parameters)}."
             )
+        recorded = base.metadata.get("flerm", {})
+        for name, value in self._function().items():
+            if recorded.get(name, value) != value:
+                raise RateProfileError(
+                    f"the profile was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
+                    "their rates cannot be compared. Use the profile's."
+                )
         if not len(base.steps):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
 
@@ -280,7 +285,8 @@ class FLeRMCallback(TrainerCallback):
         self._examples = dataset
         self._collate = dataloader.collate_fn
         self._probe_batch_size = size
-        self._probes = self.config.probes or math.ceil(wanted / size)
+        probes = self.config.max_probes if self.config.probes == "auto" else self.config.probes
+        self._probes = int(probes or math.ceil(wanted / size))
 
     def _probe_batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         for _ in range(self._probes):
@@ -297,10 +303,19 @@ class FLeRMCallback(TrainerCallback):
         check_names(profile.rates, self._parameters, "the checkpoint's profile", "the model")
         return profile
 
+    def _function(self) -> dict[str, str]:
+        output = self.config.output
+        return {
+            "output": "callable" if callable(output) else output or "logits",
+            "positions": self.config.positions,
+            "metric": self.config.metric,
+        }
+
     def _provenance(self, args: TrainingArguments) -> dict[str, Any]:
         settings = {
             "mode": self.config.mode,
             "estimator": self.config.estimator,
+            **self._function(),
             "probes": self._probes,
             "probe_batch_size": self._probe_batch_size,
             "seed": self.config.seed,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from .estimators import ESTIMATORS
 from .matching import POOLS
-from .outputs import OutputFunction
+from .outputs import OutputFunction, Outputs
 from .rate_profile import RateProfile
 
 _ALLOWED = {
@@ -21,8 +24,8 @@ _ALLOWED = {
     "unmatched": ("error", "keep"),
 }
 
-_WHOLE_NUMBERS = {"measure_every": 1, "probes": 1, "probe_batch_size": 1, "seed": 0}
-_MAY_BE_NONE = ("probes", "probe_batch_size")
+_WHOLE_NUMBERS = {"measure_every": 1, "probes": 1, "max_probes": 1, "probe_batch_size": 1, "seed": 0}
+_WORDS = {"probes": (None, "auto"), "probe_batch_size": (None,)}
 _EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
 
 
@@ -44,11 +47,18 @@ class FLeRMConfig:
         measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, 16, 32
             and then every `measure_every`.
         probes: Probe batches per measurement. None: as many as it takes for half of the examples that an optimizer
-            step sees on one device, at most 8. So a measurement costs about half a training step.
+            step sees on one device, at most 8. So a measurement costs about half a training step. `auto`: until every
+            rate's relative standard error is at most `target_error`, but no more than `max_probes`.
+        target_error: For `probes="auto"`.
+        max_probes: For `probes="auto"`.
         probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.
         unmatched: What to do if profile and model do not have the same parameters: `error`, or `keep` the nominal
             learning rate for those that only the model has.
         output: What "the function" is; see `measure_rates`. A callable is not kept in JSON.
+        positions: Which positions count; see `measure_rates`.
+        metric: Size of an output change; see `measure_rates`.
+        snapshot_device: Where the weights from before a measured update are kept, for instance `cpu` where a second
+            copy of the trainable weights does not fit. None: beside the weights.
         seed: Of the probes' own random numbers.
 
     Raises:
@@ -63,10 +73,15 @@ class FLeRMConfig:
     beta: float = 1.0
     measure_every: int = 100
     measure_steps: Sequence[int] | None = None
-    probes: int | None = None
+    probes: int | str | None = None
+    target_error: float = 0.05
+    max_probes: int = 64
     probe_batch_size: int | None = None
     unmatched: str = "error"
-    output: OutputFunction | None = None
+    output: str | OutputFunction | None = None
+    positions: str = "attention_mask"
+    metric: str = "euclidean"
+    snapshot_device: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,12 +98,22 @@ class FLeRMConfig:
             raise ValueError("mode 'record' takes no profile. Use mode='match' to train at a profile's rates.")
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if not (_is_whole(value) and value >= least) and not (value is None and name in _MAY_BE_NONE):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
+            words = _WORDS.get(name, ())
+            if not (_is_whole(value) and value >= least) and value not in words:
+                also = "".join(f", or {word!r}" for word in words)
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}{also}.")
+        if not _is_number(self.beta) or not 0 <= self.beta <= 1:
             raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1.")
-        if self.output is not None and not callable(self.output):
-            raise ValueError(f"output is {self.output!r}; it must be a callable (model, batch) -> tensor.")
+        if not _is_number(self.target_error) or not 0 < self.target_error < math.inf:
+            raise ValueError(f"target_error is {self.target_error!r}; it must be positive, 0.05 for 5 %.")
+        Outputs(self.output, self.positions, self.metric)
+        if self.snapshot_device is not None:
+            try:
+                torch.device(self.snapshot_device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"snapshot_device is {self.snapshot_device!r}; it must be a device such as 'cpu', or None."
+                ) from error
         if self.measure_steps is not None:
             steps = list(self.measure_steps) if isinstance(self.measure_steps, Iterable) else []
             if not steps or not all(_is_whole(step) and step >= 0 for step in steps):
@@ -119,7 +144,7 @@ class FLeRMConfig:
         Raises:
             ValueError: If `profile` is an object and not a place, or `output` is a callable.
         """
-        if isinstance(self.profile, RateProfile) or self.output is not None:
+        if isinstance(self.profile, RateProfile) or callable(self.output):
             raise ValueError(
                 "a profile object or an output callable has no JSON form. Save the profile and give its folder; "
                 "set output in code."
@@ -148,6 +173,10 @@ class FLeRMConfig:
         if values.keys() - known:
             raise ValueError(f"unknown fields {sorted(values.keys() - known)}; known are {sorted(known)}.")
         return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_whole(value: object) -> bool:

@@ -1,40 +1,33 @@
 """Per-example derivatives without weight gradients: one zero gate per example and tensor, f(W + gate_n U).
 
-A site is a module whose forward is really called and through which a tensor acts. A hook there adds gate_n * T to the
-module's output, T being the output's derivative along the update U (its tangent). The gradient of phi with respect
-to gate_n, at gate = 0, is D phi_n. Gates of one tensor at several sites (tied weights) add up.
+A site is a module whose forward is really called and through which a tensor acts. Its output would move by gate_n * T,
+T being the output's derivative along the update U (its tangent), so d phi / d gate_n = g_n . T_n with g the gradient of
+phi in that output: D phi_n. A node behind the site's output reads it off in the backward pass. What several sites of
+one tensor read (tied weights, a module that is called twice) adds up.
 
 Axes: n an example of N, t a position, i/o input/output features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from transformers.pytorch_utils import Conv1D
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-Tangent = Callable[[nn.Module, Tensor, tuple[Any, ...]], Tensor]
+from .tangents import Affine, Tangent, linear_adjoint, linear_tangent
 
+_PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
 
-def _bias(module: nn.Module, update: Tensor, args: tuple[Any, ...]) -> Tensor:
-    return update
-
-
-# Modules that are linear in a tensor: type -> attribute -> the output with U in the tensor's place, nothing else added.
-_TANGENTS: dict[type[nn.Module], dict[str, Tangent]] = {
-    nn.Linear: {"weight": lambda module, update, args: F.linear(args[0], update), "bias": _bias},
-    Conv1D: {"weight": lambda module, update, args: args[0] @ update, "bias": _bias},
-    nn.Embedding: {"weight": lambda module, update, args: F.embedding(args[0], update)},
-}
+Kept = Sequence[Tensor]
+Read = Callable[[Tensor, Kept], tuple[Tensor, Tensor]]
+Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,10 +37,12 @@ class Site:
     Attributes:
         module: Name of the module in `named_modules()` of the model.
         attribute: Name of the parameter inside that module.
+        dim: Dimension of the module's outputs along which the examples lie.
     """
 
     module: str
     attribute: str
+    dim: int = 0
 
     def enclosing(self) -> Site | None:
         """The same tensor seen from the module that holds this one; None from the model itself."""
@@ -56,43 +51,55 @@ class Site:
         parent, _, child = self.module.rpartition(".")
         return Site(parent, f"{child}.{self.attribute}")
 
+    def transposed(self) -> Site:
+        """The same site with the examples along the second dimension."""
+        return replace(self, dim=1)
 
-class _Gate(torch.autograd.Function):
-    """The output itself; backward reads off the gates' gradients."""
+
+@dataclass
+class Passage:
+    """What was seen of a site's module in one forward pass.
+
+    Attributes:
+        layouts: Rows per example of what it put out, call by call; 0 if these were none.
+        transposable: Whether the second dimension of an output holds as many entries as there are examples.
+    """
+
+    layouts: list[int] = field(default_factory=list)
+    transposable: bool = False
+
+
+class Reader(NamedTuple):
+    """How the gates of one tensor are read off one output.
+
+    Attributes:
+        name: The tensor.
+        dim: Dimension of the output along which the examples lie.
+        read: (g, kept) -> two factors whose product, summed over an example, is D phi_n.
+        kept: What of the forward pass that needs.
+    """
+
+    name: str
+    dim: int
+    read: Read
+    kept: list[Tensor]
+
+
+class _Node(torch.autograd.Function):
+    """The output itself; backward reads off the gates behind it."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, gates: Tensor, *tangents: Tensor) -> Tensor:
-        ctx.num_examples = gates.shape[1]
-        ctx.save_for_backward(*tangents)
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, read: Callable[..., None], *kept: Tensor) -> Tensor:
+        ctx.read = read
+        ctx.save_for_backward(*kept)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        derivatives = [_contract(grad, tangent, ctx.num_examples) for tangent in ctx.saved_tensors]
-        return (grad if ctx.needs_input_grad[0] else None, torch.stack(derivatives), *[None] * len(derivatives))
-
-
-def _contract(grad: Tensor, tangent: Tensor, num_examples: int) -> Tensor:
-    """Sum grad * tangent over everything but the examples.
-
-    Args:
-        grad: [N * k, ...], the k rows of an example together.
-        tangent: Broadcastable to `grad` from the right.
-        num_examples: N.
-
-    Returns:
-        D phi_n, [N], in float32 at least.
-    """
-    tangent = tangent.reshape((1,) * (grad.ndim - tangent.ndim) + tangent.shape)
-    repeated = [d for d in range(1, grad.ndim) if tangent.shape[d] == 1 != grad.shape[d]]
-    if repeated:
-        grad = grad.sum(repeated, keepdim=True)
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    rows = grad.reshape(num_examples, 1, -1).to(dtype)
-    if len(tangent) == len(grad):
-        return (rows @ tangent.reshape(num_examples, -1, 1).to(dtype)).flatten()
-    return (rows.reshape(num_examples, -1, tangent.numel()) @ tangent.flatten().to(dtype)).sum(1)
+        with torch.no_grad():
+            ctx.read(grad, ctx.saved_tensors)
+        return (grad if ctx.needs_input_grad[0] else None, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 def itself(output: Tensor) -> Tensor:
@@ -107,13 +114,15 @@ class Gates(AbstractContextManager["Gates"]):
         precision: The machine epsilon of the coarsest output that was gated, 0 before any was.
         broadcast: Tensors whose site puts out one row for all examples; it is given a row for each.
         failures: Tensors whose site could not be differentiated, and why. They have no gate there.
-        layouts: For each site's module the rows per example of what it put out, call by call; 0 if these were none.
+        passages: What was seen of each site's module, by its name.
+        reached: Tensors of which a gate was met in a backward pass.
 
     Args:
         model: The model.
         sites: Where each tensor acts.
-        updates: Unit update of each tensor, by the same names.
+        updates: Unit update of each tensor, by the same names; looked up each time one is needed.
         num_examples: N of the batch that will go through.
+        affine: What is known of the modules' tangents.
         hand_out: `torch.clone` for a model that writes into its modules' outputs in place.
     """
 
@@ -123,32 +132,32 @@ class Gates(AbstractContextManager["Gates"]):
         sites: Mapping[str, Sequence[Site]],
         updates: Mapping[str, Tensor],
         num_examples: int,
+        affine: Affine,
         *,
         hand_out: Callable[[Tensor], Tensor] = itself,
     ) -> None:
         self._num_examples = num_examples
         self._hand_out = hand_out
         self._updates = updates
-        self._tensors: dict[nn.Module, list[tuple[str, str]]] = {}
-        self._leaves: dict[nn.Module, Tensor] = {}
+        self._affine = affine
+        self._paths: dict[nn.Module, str] = {}
+        self._tensors: dict[nn.Module, list[tuple[str, Site]]] = {}
+        for name, places in sites.items():
+            for site in places:
+                module = model.get_submodule(site.module)
+                self._tensors.setdefault(module, []).append((name, site))
+                self._paths[module] = site.module
+        device = next(model.parameters()).device
+        self._rows = {name: row for row, name in enumerate(sites)}
+        self._values = torch.zeros(len(self._rows), num_examples, dtype=torch.float64, device=device)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._measuring = False
         self.precision = 0.0
         self.broadcast: set[str] = set()
         self.failures: dict[str, Exception] = {}
-        self.layouts: dict[str, tuple[int, ...]] = {}
-        self._paths: dict[nn.Module, str] = {}
-        for name, places in sites.items():
-            for site in places:
-                module = model.get_submodule(site.module)
-                self._tensors.setdefault(module, []).append((name, site.attribute))
-                self._paths[module] = site.module
-        for module, tensors in self._tensors.items():
-            update = updates[tensors[0][0]]
-            dtype = torch.promote_types(update.dtype, torch.float32)
-            self._leaves[module] = torch.zeros(
-                len(tensors), num_examples, dtype=dtype, device=update.device, requires_grad=True
-            )
+        self.passages: dict[str, Passage] = {}
+        self.reached: set[str] = set()
 
     def __enter__(self) -> Gates:
         for module in self._tensors:
@@ -174,100 +183,200 @@ class Gates(AbstractContextManager["Gates"]):
             raise error
         return self
 
-    @property
-    def leaves(self) -> list[Tensor]:
-        """The gates, one [tensors of the site, N] for each module with a site: what to differentiate phi by."""
-        return list(self._leaves.values())
+    def differentiate(
+        self,
+        values: Tensor,
+        omega: Tensor,
+        reductions: Mapping[nn.Parameter, Reduce] | None = None,
+        *,
+        retain_graph: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[nn.Parameter, Tensor]]:
+        """Differentiate phi = sum(omega * values) by the gates, and by some parameters.
 
-    def derivatives(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Add up the gates' gradients by tensor.
+        phi is scaled by a power of two for as long as a low precision overflows. A parameter's gradient is reduced as
+        soon as it is there, and let go: no two are ever held.
 
         Args:
-            gradients: d phi / d gate for each of `leaves`; None for a module that phi does not depend on.
+            values: Outputs.
+            omega: Shaped like `values`.
+            reductions: For parameters that require a gradient, what to keep of d phi / d W.
+            retain_graph: Whether the graph is needed again.
 
         Returns:
-            `{name: D phi_n}`, each [N].
+            `{name: D phi_n}`, float64 [N] each, and the reductions of those parameters that phi depends on.
         """
-        totals: dict[str, Tensor] = {}
-        for (module, tensors), gradient in zip(self._tensors.items(), gradients, strict=True):
-            gradient = torch.zeros_like(self._leaves[module]) if gradient is None else gradient
-            for (name, _), row in zip(tensors, gradient, strict=True):
-                totals[name] = totals[name] + row if name in totals else row
-        return totals
+        reductions = reductions or {}
+        reduced: dict[nn.Parameter, Tensor] = {}
+        if not values.requires_grad:
+            return {name: row.clone() for name, row in zip(self._rows, self._values, strict=True)}, reduced
+        for scale in _PHI_SCALES:
+            last = scale == _PHI_SCALES[-1]
+            self._values.zero_()
+            reduced = {}
+            handles = [
+                parameter.register_hook(partial(_reduce, reduced, parameter, scale, reduce))
+                for parameter, reduce in reductions.items()
+            ]
+            try:
+                torch.autograd.grad(
+                    values,
+                    [self._anchor, *reductions],
+                    (omega * scale).to(values.dtype),
+                    retain_graph=retain_graph or not last,
+                    allow_unused=True,
+                )
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if all(bool(found.isfinite().all()) for found in (self._values, *reduced.values())):
+                break
+        return dict(zip(self._rows, self._values / scale, strict=True)), reduced
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._measuring:
             return output
-        tensors = self._tensors[module]
         outputs, spec = tree_flatten(output)
-        tangents = []
+        readers: dict[int, list[Reader]] = {i: [] for i, value in enumerate(outputs) if _is_numeric(value)}
         self._measuring = True
         try:
-            for name, attribute in tensors:
+            for name, site in self._tensors[module]:
                 try:
-                    tangents.append(_tangents(module, attribute, self._updates[name], args, kwargs))
+                    found = self._readers(module, site, name, args, kwargs, outputs)
                 except RuntimeError as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
                     self.failures[name] = error
-                    tangents.append([torch.zeros((), device=self._updates[name].device)] * len(outputs))
+                    continue
+                for i in readers.keys() & found.keys():
+                    readers[i].append(Reader(name, site.dim, *found[i]))
         finally:
             self._measuring = False
-        for i, value in enumerate(outputs):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim:
-                outputs[i] = self._gate(module, value, [tangent[i] for tangent in tangents])
+        for i, of_output in readers.items():
+            outputs[i] = self._gate(module, outputs[i], of_output)
         return tree_unflatten(outputs, spec)
 
-    def _gate(self, module: nn.Module, output: Tensor, tangents: Sequence[Tensor]) -> Tensor:
-        rows, rest = divmod(output.shape[0], self._num_examples)
-        path = self._paths[module]
-        self.layouts[path] = (*self.layouts.get(path, ()), 0 if rest else rows)
-        if rest:
-            if output.shape[0] != 1:
-                return output
+    def _readers(
+        self,
+        module: nn.Module,
+        site: Site,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: Sequence[Any],
+    ) -> dict[int, tuple[Read, list[Tensor]]]:
+        """How to read one tensor's gates off each output: (g, kept) -> two factors whose product adds up to D phi."""
+        tangent = linear_tangent(module, site.attribute)
+        if tangent is None or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
+            tangents = self._affine.tangents(module, site.attribute, self._updates[name], args, kwargs)
+            return {i: (_as_they_are, [value]) for i, value in enumerate(tangents)}
+        x, output = args[0].detach(), outputs[0]
+        adjoint = linear_adjoint(module, site.attribute)
+        if adjoint is not None and output.shape[-1] < x.shape[-1]:
+            with torch.no_grad():
+                size, update = _sized(self._updates[name], output.dtype)
+                return {0: (_as_they_are, [tangent(module, update, x.to(output.dtype)) * size])}
+        return {0: (partial(self._factors, module, name, tangent, adjoint), [x])}
+
+    def _factors(
+        self, module: nn.Module, name: str, tangent: Tangent, adjoint: Tangent | None, grad: Tensor, kept: Kept
+    ) -> tuple[Tensor, Tensor]:
+        (x,) = kept
+        size, update = _sized(self._updates[name], grad.dtype)
+        if adjoint is not None:
+            return adjoint(module, update, grad) * size, x
+        return grad, tangent(module, update, x.to(grad.dtype) if x.is_floating_point() else x) * size
+
+    def _add(self, name: str, dim: int, read: Read, grad: Tensor, kept: Kept) -> None:
+        self.reached.add(name)
+        derivative = _contract(*read(grad, kept), dim, self._num_examples)
+        self._values[self._rows[name]] += derivative.to(self._values)
+
+    def _gate(self, module: nn.Module, output: Tensor, readers: Sequence[Reader]) -> Tensor:
+        passage = self.passages.setdefault(self._paths[module], Passage())
+        passage.transposable |= output.ndim > 2 and output.shape[1] == self._num_examples
+        rows = self._rows_per_example(output, 0)
+        passage.layouts.append(rows)
+        if len(output) == 1 < self._num_examples and all(reader.dim == 0 for reader in readers):
             # One row that is broadcast over the examples later on (position embeddings): broadcast it here.
             output = output.expand(self._num_examples, *output.shape[1:])
             self.broadcast.update(name for name, _ in self._tensors[module])
         self.precision = max(self.precision, torch.finfo(output.dtype).eps)
-        return self._hand_out(_Gate.apply(output, self._leaves[module], *tangents))
+        readers = [reader for reader in readers if self._rows_per_example(output, reader.dim)]
+        if not readers:
+            return output
+
+        def read(grad: Tensor, kept: Kept) -> None:
+            start = 0
+            for reader in readers:
+                end = start + len(reader.kept)
+                self._add(reader.name, reader.dim, reader.read, grad, kept[start:end])
+                start = end
+
+        return self._hand_out(_Node.apply(output, self._anchor, read, *(k for reader in readers for k in reader.kept)))
+
+    def _rows_per_example(self, output: Tensor, dim: int) -> int:
+        if output.ndim <= dim or output.shape[dim] % self._num_examples:
+            return 0
+        return output.shape[dim] // self._num_examples
 
 
-def _tangents(
-    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Tensor]:
-    """The derivative of every tensor in the module's output along `update` of one of its parameters."""
-    linear = _TANGENTS.get(type(module), {}).get(attribute)
-    if linear is not None and not kwargs:
-        with torch.no_grad():
-            return [linear(module, update, args)]
-    args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
-
-    def forward(parameter: Tensor) -> tuple[Tensor, ...]:
-        flat, _ = tree_flatten(torch.func.functional_call(module, {attribute: parameter}, args, kwargs))
-        return tuple(value if isinstance(value, Tensor) else torch.zeros(()) for value in flat)
-
-    return list(jvp(forward, module.get_parameter(attribute), update))
-
-
-def jvp(function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
-    """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
+def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Tensor:
+    """Sum grad * tangent over everything but the examples.
 
     Args:
-        function: Tensor to tensors.
-        primal: Where.
-        tangent: Along what, shaped like `primal`.
+        grad: N * k entries along `dim`, the k of an example together.
+        tangent: Broadcastable to `grad`.
+        dim: Where the examples lie.
+        num_examples: N.
 
     Returns:
-        The derivative of each output.
+        D phi_n, [N], in float32 at least.
     """
-    primal = primal.detach()
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
-        try:
-            with torch.no_grad():
-                tangents: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            with torch.enable_grad():
-                tangents = torch.autograd.functional.jvp(function, primal, tangent)[1]
-        return tangents
+    tangent = tangent.reshape((1,) * (grad.ndim - tangent.ndim) + tangent.shape)
+    if dim:
+        grad, tangent = grad.movedim(dim, 0), tangent.movedim(dim, 0)
+    repeated = [d for d in range(1, grad.ndim) if tangent.shape[d] == 1 != grad.shape[d]]
+    if repeated:
+        grad = grad.sum(repeated, keepdim=True)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    rows = grad.reshape(num_examples, 1, -1).to(dtype)
+    if len(tangent) == len(grad):
+        return (rows @ tangent.reshape(num_examples, -1, 1).to(dtype)).flatten()
+    return (rows.reshape(num_examples, -1, tangent.numel()) @ tangent.flatten().to(dtype)).sum(1)
+
+
+def _as_they_are(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+    return grad, kept[0]
+
+
+def _reduce(
+    reduced: dict[nn.Parameter, Tensor], parameter: nn.Parameter, scale: float, reduce: Reduce, grad: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        reduced[parameter] = reduce((grad.to_dense() if grad.is_sparse else grad) / scale)
+    return grad if grad.is_sparse else grad.new_zeros(()).expand(grad.shape)
+
+
+def _sized(update: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor]:
+    """An update as size * unit, where the precision is too low to hold it as it is."""
+    if dtype != torch.float16:
+        return 1.0, update
+    size = update.abs().amax().clamp_min(torch.finfo(update.dtype).tiny).float()
+    return size, update / size
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
+
+
+def layouts(passages: Mapping[str, Passage], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The layouts of some modules.
+
+    Args:
+        passages: What was seen.
+        modules: Names.
+
+    Returns:
+        `{name: rows per example, call by call}` of those that were called.
+    """
+    return {module: tuple(passages[module].layouts) for module in modules if module in passages}

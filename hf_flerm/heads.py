@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .modes import replaced_forward
 from .outputs import Output
 
 
@@ -40,6 +41,15 @@ class LinearHead:
         columns = torch.cat(scaled, 1)
         self._widths = {key: block.shape[1] for key, block in zip(blocks, scaled, strict=True)}
         self._root = _square_root(columns.T @ columns)
+        self._made_of = self._fingerprint()
+
+    def is_current(self) -> bool:
+        """Tell whether this may be used in another measurement: nothing of the map is trained, or has changed."""
+        return not self._names and self._made_of == self._fingerprint()
+
+    def _fingerprint(self) -> tuple[int, int, float]:
+        weight = self.module.weight.detach()
+        return weight.data_ptr(), weight._version, float(weight.sum(dtype=torch.float32))
 
     @staticmethod
     def pays(module: nn.Linear, attributes: int) -> bool:
@@ -68,7 +78,7 @@ class LinearHead:
         h = hidden.values.detach()
         shape = (*h.shape[:-1], len(self._root))
         noise = torch.randn(shape, generator=generator, device=generator.device, dtype=self._root.dtype).to(h.device)
-        drawn = ((noise * hidden.weight) @ self._root.T).split(list(self._widths.values()), -1)
+        drawn = ((noise * hidden.weight.to(noise)) @ self._root.T).split(list(self._widths.values()), -1)
         draws = {key: part * self._scales[key] for key, part in zip(self._widths, drawn, strict=True)}
         derivatives = {
             name: (draws[attribute] * h if attribute == "weight" else draws[attribute]).flatten(1).sum(1)
@@ -87,21 +97,32 @@ def bypassed(module: nn.Module) -> Iterator[list[Tensor]]:
     Yields:
         The inputs that it handed on.
     """
-    own = module.__dict__.get("forward")
     handed_on: list[Tensor] = []
 
     def hand_on(hidden: Tensor) -> Tensor:
         handed_on.append(hidden)
         return hidden
 
-    module.forward = hand_on
-    try:
+    with replaced_forward(module, hand_on):
         yield handed_on
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+
+
+def is_cast(output: Tensor, source: Tensor) -> bool:
+    """Tell whether a tensor is another one, or that one in another precision and nothing else.
+
+    Args:
+        output: The tensor.
+        source: The other one.
+
+    Returns:
+        Whether it is: by identity, or by what autograd has recorded.
+    """
+    if output is source:
+        return True
+    node = output.grad_fn
+    if output.dtype == source.dtype or node is None or source.grad_fn is None or node.name() != "ToCopyBackward0":
+        return False
+    return node.next_functions[0][0] is source.grad_fn
 
 
 def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
@@ -112,8 +133,8 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
         forward: Runs it and returns its output.
 
     Returns:
-        Its name in `named_modules()`, or None: whatever is done to its output afterwards (a soft-cap, a softmax, a
-        cast) makes another tensor of it, or another version of the same one.
+        Its name in `named_modules()`, or None: whatever is done to its output afterwards (a soft-cap, a softmax) makes
+        other numbers of it, or another version of the same tensor. A mere change of precision is looked through.
     """
     last: tuple[str, Tensor, int] | None = None
 
@@ -129,7 +150,11 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
     try:
         with torch.no_grad():
             output = forward()
-        return last[0] if last is not None and last[1] is output and last[2] == output._version else None
+        if last is None:
+            return None
+        name, own, version = last
+        cast = output.dtype != own.dtype and output.shape == own.shape and torch.equal(output, own.to(output.dtype))
+        return name if own._version == version and (own is output or cast) else None
     finally:
         for handle in handles:
             handle.remove()

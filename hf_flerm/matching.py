@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from .estimators import Measurement, average_weights
+from .estimators import average_weights
+from .measurement import Measurement
 from .rate_profile import RateProfile, check_names
 
 POOLS = ("kind", "tensor")

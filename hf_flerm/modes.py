@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block in eval mode with nothing trainable, and leave no trace of it.
+    """Run a block in eval mode with nothing trainable, uncompiled, and leave no trace of it.
+
+    Layers that are checkpointed in training are checkpointed here too, whichever kind of checkpoint training uses.
 
     Args:
         model: The model whose modes and `requires_grad` flags are put back.
@@ -27,7 +34,15 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     accelerator = torch.accelerator.current_accelerator()
     devices = [device] if accelerator is not None and device.type == accelerator.type else []
-    with torch.random.fork_rng(devices, device_type=accelerator.type if devices and accelerator else "cuda"):
+    with ExitStack() as stack:
+        stack.enter_context(
+            torch.random.fork_rng(devices, device_type=accelerator.type if devices and accelerator else "cuda")
+        )
+        if "torch._dynamo" in sys.modules:  # what is compiled does not see hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modes:
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                stack.enter_context(replaced_forward(module, partial(_checkpointed, module.forward)))
         try:
             model.eval()
             for parameter in frozen:
@@ -41,6 +56,34 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 parameter.requires_grad_(True)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a module another forward for a block.
+
+    Args:
+        module: The module.
+        forward: What runs in its forward's place.
+
+    Yields:
+        Nothing.
+    """
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 @contextmanager

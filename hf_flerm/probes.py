@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from .estimators import ESTIMATORS, Measurement, Samples
-from .gates import Gates, Site, jvp
-from .heads import LinearHead, bypassed, find_linear_head
+from .estimators import ESTIMATORS, WEIGHT_GRADIENT_ESTIMATORS
+from .gates import Gates, Site
+from .heads import LinearHead, bypassed, find_linear_head, is_cast
+from .measurement import Measurement, Samples
 from .modes import trainable, undisturbed
 from .names import resolve_names
-from .outputs import Batch, Output, OutputFunction, model_output, num_examples
-from .sites import VerifiedSites, gradients, owners
+from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
+from .sites import VerifiedSites, owners
+from .tangents import jvp
+from .updates import UnitUpdates
 
 FALLBACK = "kronecker"
 _LAYOUTS_PER_BATCH = 3  # one to meet a new layout, one to measure it, one for what verifying it has widened
@@ -33,7 +37,10 @@ def measure_rates(
     *,
     estimator: str = "per_example",
     probes_per_batch: int = 1,
-    output: OutputFunction | None = None,
+    output: str | OutputFunction | None = None,
+    positions: str = "attention_mask",
+    metric: str = "euclidean",
+    target_error: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Measurement:
     """Measure function-space learning rates at the weights that the model has now.
@@ -46,8 +53,14 @@ def measure_rates(
         estimator: One of `hf_flerm.estimators.ESTIMATORS`: `per_example`, the paper's `kronecker`, `full`, `iid`,
             `kronecker_output` (`kronecker`, but the output layer's known independence is used), `exact`.
         probes_per_batch: Probes (draws of omega) that share one forward pass. `exact` has none.
-        output: What "the function" is, `(model, batch) -> tensor` with examples first, all of whose entries count.
-            None: the logits at unpadded positions.
+        output: What "the function" is: `logits` (None), `log_probs`, `hidden` (the last hidden state), or a callable
+            `(model, batch) -> tensor` with examples first, all of whose entries count.
+        positions: Which positions count: those that are not padding (`attention_mask`) or those whose label the loss
+            looks at (`labels`).
+        metric: Size of an output change: `euclidean`, the root mean square over all outputs, or `fisher`: omega has the
+            softmax's covariance, so that rate^2 * lr^2 / 2 is the KL divergence, in nats per position, between the
+            predictions before and after a small step.
+        target_error: No more batches are taken once every rate's relative standard error is at most this.
         generator: Source of omega. None goes on from the state of torch's global generator and then puts it back.
 
     Returns:
@@ -56,8 +69,15 @@ def measure_rates(
     Raises:
         ValueError: If a name, a shape or an argument is wrong, or there is no batch.
     """
-    probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, output=output)
-    return probe.measure(updates, batches, generator)
+    outputs = Outputs(output, positions, metric)
+    probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
+    for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
+        parameter = model.get_parameter(path)
+        if update.shape != parameter.shape:
+            raise ValueError(
+                f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}."
+            )
+    return probe.measure(updates, batches, generator, target_error=target_error)
 
 
 class RateProbe:
@@ -67,7 +87,7 @@ class RateProbe:
         model: As for `measure_rates`.
         estimator: As for `measure_rates`.
         probes_per_batch: As for `measure_rates`.
-        output: As for `measure_rates`.
+        outputs: What "the function" is.
 
     Raises:
         ValueError: If an argument is not one of those allowed.
@@ -79,7 +99,7 @@ class RateProbe:
         *,
         estimator: str = "per_example",
         probes_per_batch: int = 1,
-        output: OutputFunction | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}. Choose one of {', '.join(ESTIMATORS)}.")
@@ -88,22 +108,29 @@ class RateProbe:
         self.model = model
         self.estimator = estimator
         self.probes_per_batch = probes_per_batch
-        self.output = output
-        self._sites = VerifiedSites(model, output)
+        self.outputs = outputs or Outputs()
+        self._sites = VerifiedSites(model, self.outputs)
         self._asked: list[str] = []
         self._raw: dict[str, str] = {}
-        self._head: str | None = None
+        self._head_name: str | None = None
         self._head_sought = False
+        self._head: LinearHead | None = None
 
     def measure(
-        self, updates: Mapping[str, Tensor], batches: Iterable[Batch], generator: torch.Generator | None = None
+        self,
+        updates: Mapping[str, Tensor],
+        batches: Iterable[Batch],
+        generator: torch.Generator | None = None,
+        *,
+        target_error: float | None = None,
     ) -> Measurement:
         """Measure the rates of some tensors.
 
         Args:
-            updates: As for `measure_rates`.
+            updates: As for `measure_rates`, shaped like their parameters; looked up each time one is needed.
             batches: As for `measure_rates`.
             generator: As for `measure_rates`.
+            target_error: As for `measure_rates`.
 
         Returns:
             The measurement.
@@ -113,18 +140,16 @@ class RateProbe:
         """
         if not updates:
             raise ValueError("updates is empty: pass a unit update for at least one parameter.")
+        if target_error is not None and not target_error > 0:
+            raise ValueError(f"target_error is {target_error!r}; it must be positive, or None to use every batch.")
         if list(updates) != self._asked:
             self._raw, self._asked = resolve_names(self.model, updates), list(updates)
         parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
-        moves = {}
-        for (name, parameter), update in zip(parameters.items(), updates.values(), strict=True):
-            if update.shape != parameter.shape:
-                raise ValueError(
-                    f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}."
-                )
-            moves[name] = update.detach().to(parameter)
-        device = next(iter(moves.values())).device
+        moves = UnitUpdates(updates, dict(zip(self._raw, updates, strict=True)), parameters)
+        device = next(iter(parameters.values())).device
         samples = Samples(moves)
+        if self._head is not None and not self._head.is_current():
+            self._head = None
         with undisturbed(self.model, device):
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
@@ -137,6 +162,8 @@ class RateProbe:
                 if self.estimator == "per_example":
                     self._sites.find(parameters, moves, batch)
                 self._probe(parameters, moves, batch, generator, samples)
+                if target_error is not None and samples.measurement().relative_error <= target_error:
+                    break
         self._sites.close_measurement(moves)
         return samples.measurement()
 
@@ -152,8 +179,8 @@ class RateProbe:
         with ExitStack() as stack:
             for _ in range(_LAYOUTS_PER_BATCH):
                 gated = [name for name in updates if name in self._sites.sites]
-                by_gradient = [name for name in updates if name not in self._sites.sites]
-                stack.enter_context(trainable(parameters[name] for name in by_gradient))
+                by_gradient = {parameters[name]: name for name in updates if name not in self._sites.sites}
+                stack.enter_context(trainable(by_gradient))
                 gates, out, head = self._forward(stack, gated, parameters, updates, batch)
                 strange = self._sites.strange(gates, gated, batch)
                 if not strange:
@@ -162,19 +189,20 @@ class RateProbe:
                 self._sites.verify(strange, parameters, updates, batch)
             else:
                 raise RuntimeError(f"the layout of {strange} differs between forward passes on one batch.")
-            num_outputs = out.count(out.values.shape[-1] if head is None else head.module.out_features)
-            leaves = [*gates.leaves, *(parameters[name] for name in by_gradient)]
+            if not out.values.requires_grad and head is None:
+                self._check_differentiable(batch)
+            num_outputs = out.count(None if head is None else head.module.out_features)
+            estimators = {p: self._weight_gradient_estimator(p) for p in by_gradient}
+            reductions = {p: partial(_statistics, updates, name, estimators[p]) for p, name in by_gradient.items()}
             for probe in range(self.probes_per_batch):
                 last = probe + 1 == self.probes_per_batch
                 omega, own = (out.omega(generator), {}) if head is None else head.draw(out, generator)
-                found = gradients(out.values, leaves, omega, retain_graph=not last)
-                derivatives = gates.derivatives(found[: len(gates.leaves)])
+                derivatives, statistics = gates.differentiate(out.values, omega, reductions, retain_graph=not last)
                 for name, values in own.items():
                     derivatives[name] = derivatives[name] + values if name in derivatives else values
-                samples.add_derivatives(derivatives)
-                for name, gradient in zip(by_gradient, found[len(gates.leaves) :], strict=True):
-                    estimator, dims = self._weight_gradient_estimator(parameters[name])
-                    samples.add_products(name, updates[name] * gradient, estimator, dims)
+                samples.add_derivatives(derivatives, gates.reached | own.keys())
+                for parameter, name in by_gradient.items():
+                    samples.add_statistics(name, estimators[parameter][0], statistics.get(parameter))
                 samples.count_outputs(num_outputs)
 
     def _forward(
@@ -192,26 +220,26 @@ class RateProbe:
         head = self._linear_head(parameters, updates)
         if head is not None:
             with ExitStack() as attempt:
-                gates = attempt.enter_context(self._sites.gates(gated, updates, batch, skip=self._head))
+                gates = attempt.enter_context(self._sites.gates(gated, updates, batch, skip=self._head_name))
                 hidden = attempt.enter_context(bypassed(head.module))
                 try:
-                    out = model_output(self.model, batch, self.output)
+                    out = self.outputs(self.model, batch)
                 except Exception:  # which the run below meets again if it is not the bypass that it is about
                     hidden.clear()
-                if len(hidden) == 1 and out.values is hidden[0]:
+                if len(hidden) == 1 and is_cast(out.values, hidden[0]):
                     stack.push(attempt.pop_all())
                     return gates.checked(), out, head
-            self._head = None  # something looks at the logits on their way out
+            self._head_name = None  # something looks at the logits on their way out
         gates = stack.enter_context(self._sites.gates(gated, updates, batch))
-        out = model_output(self.model, batch, self.output)
+        out = self.outputs(self.model, batch)
         return gates.checked(), out, None
 
     def _differentiate(self, updates: Mapping[str, Tensor], batch: Batch, samples: Samples) -> None:
         """Add the exact derivative of the outputs along every update: one JVP for each tensor."""
-        whole = _AsModule(self.model, self.output)
+        whole = _AsModule(self.model, self.outputs)
         num_examples(batch)
         with torch.no_grad():
-            out = model_output(self.model, batch, self.output)
+            out = self.outputs(self.model, batch)
         tangents = []
         for name, update in updates.items():
             key = f"model.{self._raw[name]}"
@@ -220,27 +248,40 @@ class RateProbe:
                 return (torch.func.functional_call(whole, {key: parameter}, (batch,)).values,)
 
             (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update)
-            tangents.append(tangent * out.weight)
+            tangents.append(out.sized(tangent))
         samples.add_tangents(torch.stack(tangents))
-        samples.count_outputs(out.count(out.values.shape[-1]))
+        samples.count_outputs(out.count())
+
+    def _check_differentiable(self, batch: Batch) -> None:
+        """Refuse an output that no parameter at all can move; where only the measured ones cannot, their rate is 0."""
+        with trainable(self.model.parameters()):
+            values = self.outputs(self.model, batch).values
+        if not values.requires_grad:
+            raise ValueError(
+                f"the output of {type(self.model).__name__} depends on no parameter through autograd: nothing can be "
+                "measured. Pass output=(model, batch) -> tensor that is computed with gradients enabled."
+            )
 
     def _seek_head(self, batch: Batch) -> None:
         if not self._head_sought:
             self._head_sought = True
-            self._head = find_linear_head(self.model, lambda: model_output(self.model, batch, self.output).values)
+            if self.outputs.metric == "euclidean":
+                self._head_name = find_linear_head(self.model, lambda: self.outputs(self.model, batch).values)
 
     def _linear_head(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor]) -> LinearHead | None:
-        """The head to skip, if there is one, gates measure all its tensors, and it pays."""
-        if self._head is None or self.estimator != "per_example":
+        """The head to skip, if there is one, gates measure all its tensors, and it pays; made once a measurement."""
+        if self._head_name is None or self.estimator != "per_example":
             return None
-        module: Any = self.model.get_submodule(self._head)
+        module: Any = self.model.get_submodule(self._head_name)
         own = {}
         for attribute, parameter in module.named_parameters():
             for name in (name for name in updates if parameters[name] is parameter):
-                if Site(self._head, attribute) not in self._sites.sites.get(name, ()):
+                if Site(self._head_name, attribute) not in self._sites.sites.get(name, ()):
                     return None
-                own[attribute] = (name, updates[name])
-        return LinearHead(module, own) if LinearHead.pays(module, len(own)) else None
+                own[attribute] = name
+        if self._head is None and LinearHead.pays(module, len(own)):
+            self._head = LinearHead(module, {attribute: (name, updates[name]) for attribute, name in own.items()})
+        return self._head
 
     def _weight_gradient_estimator(self, parameter: nn.Parameter) -> tuple[str, tuple[int, ...]]:
         """Which estimator a tensor gets when it is measured by its weight gradient, and its independent dimensions."""
@@ -249,16 +290,25 @@ class RateProbe:
         if self.estimator != "kronecker_output":
             return self.estimator, ()
         holders = [site.module for site in owners(self.model, parameter)]
-        return (self.estimator, (0,)) if holders == [self._head] else ("kronecker", ())
+        return (self.estimator, (0,)) if holders == [self._head_name] else ("kronecker", ())
+
+
+def _statistics(
+    updates: Mapping[str, Tensor], name: str, estimator: tuple[str, tuple[int, ...]], gradient: Tensor
+) -> Tensor:
+    """Reduce a weight gradient: the sum of Z = U * G, and the estimator's own statistics of it."""
+    products = updates[name] * gradient
+    own = WEIGHT_GRADIENT_ESTIMATORS[estimator[0]].statistics(products, estimator[1])
+    return torch.cat([products.sum(dtype=torch.float64).reshape(1), own])
 
 
 class _AsModule(nn.Module):
     """A model and what is taken of its output, as one module that `functional_call` can run."""
 
-    def __init__(self, model: nn.Module, output: OutputFunction | None) -> None:
+    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
         super().__init__()
         self.model = model
-        self.output = output
+        self.outputs = outputs
 
     def forward(self, batch: Batch) -> Output:
-        return model_output(self.model, batch, self.output)
+        return self.outputs(self.model, batch)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .gates import Gates, Site, itself
+from .gates import Gates, Passage, Site, itself, layouts
 from .modes import trainable
-from .outputs import Batch, Output, OutputFunction, model_output, num_examples
+from .outputs import Batch, Output, Outputs, num_examples
+from .tangents import Affine
 
 logger = logging.get_logger(__name__)
 
 _PATIENCE = 8
+_ROUND_OFF = 8  # how many units of rounding a sum of products may be off
 
 
 class VerifiedSites:
@@ -32,14 +35,15 @@ class VerifiedSites:
 
     Args:
         model: The model.
-        output: What "the function" is; see `measure_rates`.
+        outputs: What "the function" is.
     """
 
-    def __init__(self, model: nn.Module, output: OutputFunction | None) -> None:
+    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
         self._model = model
-        self._output = output
+        self._outputs = outputs
+        self._affine = Affine()
         self._verified: dict[str, list[tuple[int, dict[str, tuple[int, ...]]]]] = {}  # examples, and layouts
         self._hand_out: Callable[[Tensor], Tensor] = itself
         self._attempts: Counter[str] = Counter()
@@ -60,7 +64,7 @@ class VerifiedSites:
             Gates that are not in place yet.
         """
         places = {name: [site for site in self.sites[name] if site.module != skip] for name in names}
-        return Gates(self._model, places, updates, num_examples(batch), hand_out=self._hand_out)
+        return Gates(self._model, places, updates, num_examples(batch), self._affine, hand_out=self._hand_out)
 
     def find(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
         """Find sites for the tensors that have none yet, and check those that could not be checked before.
@@ -90,15 +94,15 @@ class VerifiedSites:
         Returns:
             Those that must be verified on this batch before they are measured on it.
         """
-        return [name for name in names if self._trusts(name, batch) and not self._trusts(name, batch, gates.layouts)]
+        return [name for name in names if self._trusts(name, batch) and not self._trusts(name, batch, gates.passages)]
 
-    def _trusts(self, name: str, batch: Batch, layouts: Mapping[str, tuple[int, ...]] | None = None) -> bool:
-        """Whether a tensor was verified, at these layouts if they are given.
+    def _trusts(self, name: str, batch: Batch, passages: Mapping[str, Passage] | None = None) -> bool:
+        """Whether a tensor was verified, at the layouts of these passages if they are given.
 
         One example alone says nothing of how examples are laid out.
         """
         enough = min(num_examples(batch), 2)
-        here = {s.module: layouts[s.module] for s in self.sites[name] if s.module in layouts} if layouts else {}
+        here = layouts(passages or {}, (site.module for site in self.sites[name]))
         return any(count >= enough and here.items() <= seen.items() for count, seen in self._verified.get(name, ()))
 
     def verify(
@@ -120,7 +124,7 @@ class VerifiedSites:
             gates = self.gates(pending, updates, batch)
             with trainable(parameters[name] for name in pending), gates:
                 try:
-                    out = model_output(self._model, batch, self._output)
+                    out = self._outputs(self._model, batch)
                 except RuntimeError as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
@@ -135,7 +139,7 @@ class VerifiedSites:
                     wrong = self._refuted(gates, out, chosen, updates, num_examples(batch))
                     pending = [name for name in pending if name in wrong]
             for name in wrong:
-                self._widen(name, gates.failures.get(name))
+                self._widen(name, gates)
             pending = [name for name in pending if name in self.sites]
 
     def close_measurement(self, names: Iterable[str]) -> None:
@@ -165,48 +169,54 @@ class VerifiedSites:
         """
         if len(out.values) % count:
             return set(parameters)  # the rows of the output are no examples
-        layouts = dict(gates.layouts)  # an activation checkpoint adds to them in the backward pass
+        # An activation checkpoint runs the hooks again in the backward pass, so this is noted before.
+        seen = {name: layouts(gates.passages, (site.module for site in self.sites[name])) for name in parameters}
         generator = torch.Generator(out.values.device).manual_seed(0)
         omega = out.omega(generator)
         order = torch.randperm(count, generator=generator, device=omega.device)
-        factors = torch.linspace(-1, 1, count, device=omega.device, dtype=omega.dtype)[order]
-        by_row = factors.repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
-        found = gradients(out.values, [*gates.leaves, *parameters.values()], omega, retain_graph=True)
-        values = gates.derivatives(found[: len(gates.leaves)])
-        by_weight = dict(zip(parameters, found[len(gates.leaves) :], strict=True))
-        if not all(bool(gradient.isfinite().all()) for gradient in by_weight.values()):
+        factors = torch.linspace(-1, 1, count, device=omega.device, dtype=torch.float64)[order]
+        by_row = factors.to(omega).repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
+        reductions = {parameters[name]: partial(_sizes, updates, name) for name in parameters}
+        values, sizes = gates.differentiate(out.values, omega, reductions, retain_graph=True)
+        if not all(bool(found[2].isfinite()) for found in sizes.values()):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
-        self._largest_gradient = max(self._largest_gradient, *map(_rms, by_weight.values()))
-        noise = gates.precision * self._largest_gradient
-        multiplied = gates.derivatives(gradients(out.values, gates.leaves, omega * by_row))
+        multiplied, _ = gates.differentiate(out.values, omega * by_row)
+        self._largest_gradient = max(self._largest_gradient, *(float(found[2]) for found in sizes.values()), 0.0)
+        noise = _ROUND_OFF * gates.precision * self._largest_gradient
+        coarse = gates.precision**0.5
         wrong = set()
-        for name, gradient in by_weight.items():
-            expected = (updates[name] * gradient).sum()
-            products = (updates[name] * gradient).norm()
+        for name, parameter in parameters.items():
+            if parameter not in sizes:
+                continue
+            expected, products, _, length = sizes[parameter]
             size = expected.abs() + values[name].norm()
-            floor = noise * updates[name].norm()
+            floor = noise * length
             if bool(size <= floor):
                 continue
             leaks = multiplied[name] - values[name] * factors
             missing = (values[name].sum() - expected).abs()
-            coarse = gates.precision**0.5
             if bool(leaks.norm() > coarse * values[name].norm() + floor or missing > coarse * (size + products)):
                 wrong.add(name)
             else:
-                seen = {s.module: layouts[s.module] for s in self.sites[name] if s.module in layouts}
-                self._verified.setdefault(name, []).append((count, seen))
+                self._verified.setdefault(name, []).append((count, seen[name]))
         return wrong
 
-    def _widen(self, name: str, failure: Exception | None) -> None:
-        """See a tensor from the modules around its sites; around the model itself there is nothing."""
-        wider = [site.enclosing() for site in self.sites[name]]
+    def _widen(self, name: str, gates: Gates) -> None:
+        """See a tensor along the second dimension, or from the modules around its sites; at last not at all."""
+        sites = self.sites[name]
+        passages = [gates.passages[site.module] for site in sites if site.module in gates.passages]
+        if all(site.dim == 0 for site in sites) and passages and all(passage.transposable for passage in passages):
+            self.sites[name] = [site.transposed() for site in sites]
+            return
+        wider = [site.enclosing() for site in sites]
         self.sites[name] = _outermost(site for site in wider if site is not None)
         if None in wider or not wider:
             del self.sites[name]
             self.unmeasurable.add(name)
+            cause = gates.failures.get(name)
             logger.warning(
                 f"{name} cannot be told apart by example in {type(self._model).__name__}: "
-                f"its rate comes from its weight gradient.{f' The cause: {failure!r}' if failure else ''}"
+                f"its rate comes from its weight gradient.{f' The cause: {cause!r}' if cause else ''}"
             )
 
 
@@ -228,29 +238,13 @@ def owners(model: nn.Module, parameter: nn.Parameter) -> list[Site]:
     ]
 
 
-def gradients(values: Tensor, leaves: Sequence[Tensor], omega: Tensor, *, retain_graph: bool = False) -> list[Tensor]:
-    """Differentiate sum(omega * values).
-
-    Args:
-        values: Outputs.
-        leaves: What to differentiate by.
-        omega: Shaped like `values`.
-        retain_graph: Whether the graph is needed again.
-
-    Returns:
-        One gradient for each leaf; zero where it takes no part.
-    """
-    found: Sequence[Tensor | None] = [None] * len(leaves)
-    if values.requires_grad:
-        found = torch.autograd.grad(values, leaves, omega, retain_graph=retain_graph, allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if grad is None else grad.to_dense() if grad.is_sparse else grad
-        for leaf, grad in zip(leaves, found, strict=True)
-    ]
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+def _sizes(updates: Mapping[str, Tensor], name: str, gradient: Tensor) -> Tensor:
+    """<U, G>, |U * G|, the RMS of G, and |U|: what verifying keeps of a weight gradient."""
+    update = updates[name]
+    products = update * gradient
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in (products, gradient, update)]
+    rms = norms[1] / max(gradient.numel(), 1) ** 0.5
+    return torch.stack([products.sum(dtype=torch.float64), norms[0], rms, norms[2]])
 
 
 def _outermost(sites: Iterable[Site]) -> list[Site]:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from hf_flerm.estimators import (
     ESTIMATORS,
-    Measurement,
-    Samples,
     average_weights,
     from_examples,
     from_weight_gradients,
@@ -21,6 +19,7 @@ from hf_flerm.estimators import (
     iid_statistics,
     kronecker_statistics,
 )
+from hf_flerm.measurement import Measurement, Samples
 
 SHAPES = {"0-d": (), "1-D": (5,), "one": (1, 1), "2-D": (4, 3), "3-D": (2, 4, 3)}
 
@@ -210,8 +209,9 @@ def test_samples_combine_both_kinds_of_tensor() -> None:
         ([1.0, -3.0], [[1.0, 1.0], [0.0, 2.0]], 4.0),
         ([2.0, 2.0], [[-1.0, 0.0], [0.0, 3.0]], 6.0),
     ]:
-        samples.add_derivatives({"v": torch.tensor(derivatives)})
-        samples.add_products("w", torch.tensor(products), "full")
+        samples.add_derivatives({"v": torch.tensor(derivatives, dtype=torch.float64)}, {"v"})
+        z = torch.tensor(products)
+        samples.add_statistics("w", "full", torch.cat([z.sum().double().reshape(1), full_statistics(z)]))
         samples.count_outputs(outputs)
     result = samples.measurement()
     assert list(result.rates) == ["w", "v"]

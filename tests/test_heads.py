@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_flerm import Measurement, measure_rates
 from hf_flerm.heads import LinearHead
-from hf_flerm.outputs import Output
+from hf_flerm.outputs import Output, Outputs
 from hf_flerm.probes import RateProbe
 
 VOCABULARY, WIDTH = 60, 6
@@ -119,6 +119,7 @@ SKIPPED: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "bias alone": (lambda: LanguageModel(bias=True), ("head.bias",)),
     "tied head": (lambda: LanguageModel(tied=True), ()),
     "tied head with bias": (lambda: LanguageModel(tied=True, bias=True), ()),
+    "head whose logits are cast": (lambda: LanguageModel(lambda logits: logits.double(), bias=True), ()),
 }
 
 
@@ -388,7 +389,7 @@ FINISHED: dict[str, Callable[[], nn.Module]] = {
     "soft-cap": lambda: LanguageModel(lambda logits: 2 * torch.tanh(logits / 2)),
     "log-softmax": lambda: LanguageModel(lambda logits: logits.log_softmax(-1), bias=True),
     "temperature": lambda: LanguageModel(lambda logits: logits / 0.7),
-    "cast": lambda: LanguageModel(lambda logits: logits.double()),
+    "cast and soft-cap": lambda: LanguageModel(lambda logits: logits.double().tanh()),
     "soft-cap in place": lambda: LanguageModel(lambda logits: logits.tanh_()),
     "temperature in place": lambda: LanguageModel(shift_in_place),
     "mask in place": lambda: LanguageModel(mask_in_place),

@@ -1040,10 +1040,10 @@ def probed(folder: Path, patch: pytest.MonkeyPatch, data: Rows, config: FLeRMCon
     seen: list[Tensor] = []
     measure = RateProbe.measure
 
-    def spying(probe: RateProbe, updates: Mapping[str, Tensor], batches: Iterator[Any], generator: Any) -> Any:
+    def spying(probe: RateProbe, updates: Mapping[str, Tensor], batches: Iterator[Any], *rest: Any, **more: Any) -> Any:
         batches = list(batches)
         seen.extend(batch["input_ids"] for batch in batches)
-        return measure(probe, updates, batches, generator)
+        return measure(probe, updates, batches, *rest, **more)
 
     with patch.context() as context:
         context.setattr(RateProbe, "measure", spying)

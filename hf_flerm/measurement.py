@@ -1,0 +1,263 @@
+"""`Measurement`: the rates of some tensors and how they add up; and how probes become one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .estimators import from_examples, from_weight_gradients
+from .names import preview
+
+UNUSED = "unused"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What single probes gave, tensors in the order of the measurement.
+
+    Attributes:
+        derivatives: D phi_n of every probe and example, float64 [L, S]; 0 for a tensor measured by weight gradient.
+        by_example: Which tensors are measured by example, bool [L].
+        sums: D phi of every probe, float64 [L, P].
+        probes: The probe of every example, int64 [S].
+        num_outputs: M of every probe, float64 [P].
+    """
+
+    derivatives: Tensor
+    by_example: Tensor
+    sums: Tensor
+    probes: Tensor
+    num_outputs: Tensor
+
+    def inner_products(self) -> Tensor:
+        """Estimate <D_l f, D_m f> / M.
+
+        Returns:
+            Float64 [L, L]: by example where both tensors are, from the sums of whole probes elsewhere.
+        """
+        both = self.by_example.outer(self.by_example)
+        by_example = self.derivatives @ self.derivatives.T
+        return torch.where(both, by_example, self.sums @ self.sums.T) / self.num_outputs.sum()
+
+    def group_error(self, index: Tensor) -> float:
+        """Estimate the standard error of a joint rate.
+
+        Args:
+            index: Positions of the tensors.
+
+        Returns:
+            The error over omega; nan if it takes more than one probe to tell.
+        """
+        values = self.derivatives[index].sum(0)
+        if bool(self.by_example[index].all()):
+            return from_examples(values.unsqueeze(0), self.num_outputs.sum().item())[1].item()
+        count = len(self.num_outputs)
+        of_probe = torch.zeros(count, dtype=values.dtype).index_add(0, self.probes, values)
+        squares = torch.zeros(count, dtype=values.dtype).index_add(0, self.probes, values.square())
+        sizes = self.sums[index].sum(0).square() - of_probe.square() + squares
+        rate = math.sqrt(max(sizes.sum().item(), 0.0) / self.num_outputs.sum().item())
+        if count < 2 or not rate:
+            return math.nan
+        return (sizes.std() / math.sqrt(count) / (2 * rate * self.num_outputs.mean())).item()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Function-space learning rates of some tensors, in output units per unit learning rate.
+
+    Attributes:
+        rates: `{canonical name: rate}`.
+        standard_errors: Of the rates, over omega, for the examples that were probed. 0 for `exact`; nan for a
+            weight-gradient estimator with one probe.
+        estimators: `{canonical name: the estimator that gave this rate}`; `unused` for a tensor that took no part in
+            the outputs (its rate is 0).
+        num_probes: Number of probes that were averaged; for `exact`, of batches.
+        inner_products: <D_l f, D_m f> / M, float64 [L, L], tensors in the order of `rates`.
+        draws: What single probes gave; None for `exact`.
+    """
+
+    rates: dict[str, float]
+    standard_errors: dict[str, float]
+    estimators: dict[str, str]
+    num_probes: int
+    inner_products: Tensor = field(repr=False)
+    draws: Draws | None = field(default=None, repr=False)
+
+    def group_rate(self, names: Iterable[str]) -> float:
+        """Estimate the joint rate of some tensors: how far they move the outputs when they move together.
+
+        Args:
+            names: Canonical names, each at most once.
+
+        Returns:
+            The RMS over outputs of the sum of the tensors' output changes. Its estimate is unbiased (in the square)
+            for every estimator; for `kronecker` and `iid` it comes from the sums of Z, as in `full`.
+
+        Raises:
+            ValueError: If a name was not measured.
+        """
+        index = self._index(names)
+        return math.sqrt(max(self.inner_products[index][:, index].sum().item(), 0.0))
+
+    def group_standard_error(self, names: Iterable[str]) -> float:
+        """Estimate the standard error of a joint rate.
+
+        Args:
+            names: As for `group_rate`.
+
+        Returns:
+            The error over omega, for the examples that were probed; 0 for `exact`, nan where one probe cannot tell.
+
+        Raises:
+            ValueError: If a name was not measured.
+        """
+        index = self._index(names)
+        return 0.0 if self.draws is None else self.draws.group_error(index)
+
+    def interactions(self) -> tuple[list[str], Tensor]:
+        """Inner products of the tensors' output changes.
+
+        Returns:
+            The names, and <D_l f, D_m f> / M as float64 [L, L]. The diagonal holds squared rates; where the rate is
+            `kronecker`'s or `iid`'s it holds `full`'s.
+        """
+        return list(self.rates), self.inner_products.clone()
+
+    @property
+    def total(self) -> float:
+        """The joint rate of all measured tensors."""
+        return self.group_rate(self.rates)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest standard error of a rate, relative to that rate; inf where one cannot be told."""
+        errors = [error / self.rates[name] for name, error in self.standard_errors.items() if self.rates[name]]
+        return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
+
+    def _index(self, names: Iterable[str]) -> Tensor:
+        order = {name: i for i, name in enumerate(self.rates)}
+        chosen = dict.fromkeys(names)
+        unknown = [name for name in chosen if name not in order]
+        if unknown:
+            raise ValueError(f"not measured: {preview(unknown)}. Measured: {preview(order)}.")
+        return torch.tensor([order[name] for name in chosen], dtype=torch.long)
+
+
+class Samples:
+    """Collects the samples of several probes and makes a `Measurement` of them.
+
+    Args:
+        names: The tensors, in the order of the result.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._num_outputs: list[float] = []
+        self._num_examples: list[int] = []
+        self._derivatives: dict[str, list[Tensor]] = {name: [] for name in self._names}
+        self._statistics: dict[str, list[Tensor | None]] = {name: [] for name in self._names}
+        self._estimators = dict.fromkeys(self._names, UNUSED)
+        self._gram: Tensor | None = None
+
+    def add_derivatives(self, derivatives: Mapping[str, Tensor], used: Set[str]) -> None:
+        """Add one probe's D phi_n for all tensors that are measured by example.
+
+        Args:
+            derivatives: `{name: float64 [N]}`.
+            used: Those of them that take part in the outputs.
+        """
+        for name, values in derivatives.items():
+            self._derivatives[name].append(values)
+            if name in used:
+                self._estimators[name] = "per_example"
+        self._num_examples.append(max(map(len, derivatives.values()), default=0))
+
+    def add_statistics(self, name: str, estimator: str, statistics: Tensor | None) -> None:
+        """Add one probe's statistics of the weight gradient of one tensor.
+
+        Args:
+            name: The tensor.
+            estimator: A key of `WEIGHT_GRADIENT_ESTIMATORS`.
+            statistics: Float64 [1 + F]: the sum of Z, then what the estimator makes of Z; None if the tensor takes no
+                part in the outputs.
+        """
+        if self._derivatives[name]:  # not verified until now, because it moved no output before
+            self._derivatives[name].clear()
+            self._statistics[name] = [None] * len(self._num_outputs)
+        self._statistics[name].append(statistics)
+        if statistics is not None:
+            self._estimators[name] = estimator
+
+    def add_tangents(self, tangents: Tensor) -> None:
+        """Add the exact output changes of all tensors for one batch.
+
+        Args:
+            tangents: D f, [L, ...], tensors in the order of `names`, 0 where an output does not count.
+        """
+        flat = tangents.double().flatten(1)
+        gram = flat @ flat.T
+        self._gram = gram if self._gram is None else self._gram + gram
+
+    def count_outputs(self, num_outputs: float) -> None:
+        """Close a probe.
+
+        Args:
+            num_outputs: Its M.
+        """
+        self._num_outputs.append(num_outputs)
+
+    def measurement(self) -> Measurement:
+        """Combine what was added.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        count = len(self._num_outputs)
+        if not count:
+            raise ValueError("there was no probe batch: batches is empty.")
+        if self._gram is not None:
+            inner = (self._gram / sum(self._num_outputs)).cpu()
+            rates = dict(zip(self._names, inner.diagonal().sqrt().tolist(), strict=True))
+            return Measurement(rates, dict.fromkeys(rates, 0.0), dict.fromkeys(rates, "exact"), count, inner)
+        draws = self._draws()
+        total = draws.num_outputs.sum().item()
+        found = torch.stack(from_examples(draws.derivatives, total)).T.tolist()
+        for i, name in enumerate(self._names):
+            statistics = [row for row in self._statistics[name] if row is not None]
+            if statistics:
+                empty = torch.zeros_like(statistics[0])
+                rows = torch.stack([empty if row is None else row for row in self._statistics[name]]).cpu()
+                found[i] = from_weight_gradients(self._estimators[name], rows[:, 1:], draws.num_outputs)
+        return Measurement(
+            {name: rate for name, (rate, _) in zip(self._names, found, strict=True)},
+            {name: error for name, (_, error) in zip(self._names, found, strict=True)},
+            dict(self._estimators),
+            count,
+            draws.inner_products(),
+            draws,
+        )
+
+    def _draws(self) -> Draws:
+        count = len(self._num_outputs)
+        num_examples = torch.tensor(self._num_examples)
+        probes = torch.arange(count).repeat_interleave(num_examples)
+        by_example = torch.tensor([bool(self._derivatives[name]) for name in self._names])
+        derivatives = torch.zeros(len(self._names), len(probes), dtype=torch.float64)
+        sums = torch.zeros(len(self._names), count, dtype=torch.float64)
+        if by_example.any():
+            rows = [torch.cat(self._derivatives[name]) for name in self._names if self._derivatives[name]]
+            derivatives[by_example] = torch.stack(rows).cpu()
+            sums.index_add_(1, probes, derivatives)
+        for i, name in enumerate(self._names):
+            statistics = [row[0] if row is not None else None for row in self._statistics[name]]
+            for probe, value in enumerate(statistics):
+                if value is not None:
+                    sums[i, probe] = value
+        return Draws(derivatives, by_example, sums, probes, torch.tensor(self._num_outputs, dtype=torch.float64))

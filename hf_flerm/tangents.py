@@ -1,0 +1,164 @@
+"""How a module's output moves along a change of one of its parameters: its tangent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers.pytorch_utils import Conv1D
+
+Tangent = Callable[[Any, Tensor, Tensor], Tensor]
+
+# Modules of one input that are linear in a parameter: the output with U in its place, and nothing else added.
+_LINEAR: dict[tuple[type[nn.Module], str], Tangent] = {
+    (nn.Linear, "weight"): lambda module, update, x: F.linear(x, update.to(x.dtype)),
+    (nn.Linear, "bias"): lambda module, update, x: update,
+    (Conv1D, "weight"): lambda module, update, x: x @ update.to(x.dtype),
+    (Conv1D, "bias"): lambda module, update, x: update,
+    (nn.Embedding, "weight"): lambda module, update, x: F.embedding(x, update),
+    (nn.LayerNorm, "weight"): lambda module, update, x: F.layer_norm(
+        x, module.normalized_shape, update.to(x.dtype), None, module.eps
+    ),
+    (nn.LayerNorm, "bias"): lambda module, update, x: update,
+}
+# The same maps from the other side: what takes a gradient of the output to the input.
+_ADJOINT: dict[tuple[type[nn.Module], str], Tangent] = {
+    (nn.Linear, "weight"): lambda module, update, grad: grad @ update.to(grad.dtype),
+    (Conv1D, "weight"): lambda module, update, grad: grad @ update.to(grad.dtype).T,
+}
+
+
+class Affine:
+    """Which parameters a module is affine in, found out by trial: two plain calls then replace a derivative."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[nn.Module, str], bool] = {}
+
+    def tangents(
+        self, module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Differentiate a module's output along a change of one of its parameters.
+
+        Args:
+            module: The module.
+            attribute: Name of the parameter in it.
+            update: U, shaped like the parameter.
+            args: What the module was called with.
+            kwargs: What else.
+
+        Returns:
+            The derivative of every tensor of the output; 0 for what is none.
+        """
+        key = (module, attribute)
+        if self._known.get(key):
+            return _difference(module, attribute, update, args, kwargs)
+        derivative = _derivative(module, attribute, update, args, kwargs)
+        if key not in self._known:
+            self._known[key] = all(
+                torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
+                for sign in (1, -1)
+                for d, value in zip(
+                    derivative, _difference(module, attribute, sign * update, args, kwargs), strict=True
+                )
+            )
+        return derivative
+
+
+def linear_tangent(module: nn.Module, attribute: str) -> Tangent | None:
+    """The tangent (module, U, x) -> T of a module of one input that is linear in a parameter, if it is known.
+
+    Args:
+        module: The module.
+        attribute: Name of the parameter in it.
+
+    Returns:
+        The function, or None.
+    """
+    return _LINEAR.get((type(module), attribute))
+
+
+def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
+    """The adjoint (module, U, g) -> d (g . T) / d x of such a module, where x is narrower than its output.
+
+    Args:
+        module: The module.
+        attribute: Name of the parameter in it.
+
+    Returns:
+        The function, or None.
+    """
+    return _ADJOINT.get((type(module), attribute))
+
+
+def jvp(function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
+    """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
+
+    Args:
+        function: Tensor to tensors.
+        primal: Where.
+        tangent: Along what, shaped like `primal`.
+
+    Returns:
+        The derivative of each output.
+    """
+    primal = primal.detach()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
+        try:
+            with torch.no_grad():
+                tangents: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            with torch.enable_grad():
+                tangents = torch.autograd.functional.jvp(function, primal, tangent)[1]
+        return tangents
+
+
+def _derivative(
+    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
+
+    def forward(parameter: Tensor) -> tuple[Tensor, ...]:
+        return _tensors(torch.func.functional_call(module, {attribute: parameter}, args, kwargs))
+
+    return list(jvp(forward, module.get_parameter(attribute), update))
+
+
+def _difference(
+    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """f(U) - f(0), which is the derivative along U if f is affine. U is made of size 1, for round-off's sake."""
+    size = update.abs().amax() if update.numel() else update.new_ones(())
+    size = torch.where(size > 0, size, 1.0)
+    with torch.no_grad():
+        ends = []
+        for value in (update / size, torch.zeros_like(update)):
+            with _replaced(module, attribute, value):
+                ends.append(_tensors(module.forward(*args, **kwargs)))
+    return [(end - start) * size.to(end.dtype) for end, start in zip(*ends, strict=True)]
+
+
+@contextmanager
+def _replaced(module: nn.Module, attribute: str, value: Tensor) -> Iterator[None]:
+    path, _, leaf = attribute.rpartition(".")
+    parameters: dict[str, Any] = module.get_submodule(path)._parameters
+    own = parameters[leaf]
+    parameters[leaf] = value
+    try:
+        yield
+    finally:
+        parameters[leaf] = own
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    flat, _ = tree_flatten(output)
+    return tuple(
+        value if isinstance(value, Tensor) and value.is_floating_point() else torch.zeros(()) for value in flat
+    )

@@ -1,0 +1,119 @@
+"""One optimizer step, seen from before it: the old weights, and the update per unit learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class UnitUpdates(Mapping[str, Tensor]):
+    """Unit updates by canonical name, in the dtype and on the device of their parameters, fetched one at a time.
+
+    Args:
+        updates: Unit updates by any name.
+        keys: `{canonical name: name in updates}`.
+        parameters: `{canonical name: parameter}`.
+    """
+
+    def __init__(
+        self, updates: Mapping[str, Tensor], keys: Mapping[str, str], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        self._updates = updates
+        self._keys = keys
+        self._parameters = parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._updates[self._keys[name]].detach().to(self._parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class Snapshot:
+    """The weights from before an optimizer step, in one buffer that is swapped with those from after it.
+
+    Args:
+        parameters: `{canonical name: parameter}`.
+        device: Where the buffer lies; None: with the parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None = None) -> None:
+        self._parameters = parameters
+        self._buffer = {
+            name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+        }
+
+    def moved(self) -> bool:
+        """Tell whether any weight has changed since."""
+        return any(
+            not torch.equal(self._buffer[name].to(parameter.device), parameter.detach())
+            for name, parameter in self._parameters.items()
+        )
+
+    @contextmanager
+    def put_back(self, learning_rates: Mapping[str, float]) -> Iterator[Mapping[str, Tensor]]:
+        """Give the model its weights from before the step for a block, bit for bit, and then those from after it.
+
+        Args:
+            learning_rates: `{canonical name: learning rate that the step used}`.
+
+        Yields:
+            The unit updates, each computed when it is looked up; 0 at a learning rate of 0.
+        """
+        try:
+            self._swap()
+            yield _Step(self._parameters, self._buffer, learning_rates)
+        finally:
+            self._swap()
+
+    def rescale(self, ratios: Mapping[str, float]) -> None:
+        """Redo the step with other learning rates, for an optimizer that is linear in them.
+
+        Args:
+            ratios: `{canonical name: new learning rate / old one}`.
+        """
+        with torch.no_grad():
+            for name, ratio in ratios.items():
+                parameter = self._parameters[name]
+                if ratio != 1.0:
+                    before = self._buffer[name].to(parameter.device)
+                    parameter.copy_(before + (parameter - before) * ratio)
+
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            other = self._buffer[name]
+            if other.device == parameter.device:
+                parameter.data, self._buffer[name] = other, parameter.data
+            else:
+                self._buffer[name] = parameter.data.to(other.device, copy=True)
+                parameter.data.copy_(other)
+
+
+class _Step(Mapping[str, Tensor]):
+    """(after - before) / learning rate."""
+
+    def __init__(
+        self,
+        before: Mapping[str, nn.Parameter],
+        after: Mapping[str, Tensor],
+        learning_rates: Mapping[str, float],
+    ) -> None:
+        self._before = before
+        self._after = after
+        self._learning_rates = learning_rates
+
+    def __getitem__(self, name: str) -> Tensor:
+        before, rate = self._before[name].detach(), self._learning_rates[name]
+        return torch.sub(self._after[name].to(before.device), before).div_(rate) if rate else torch.zeros_like(before)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._before)
+
+    def __len__(self) -> int:
+        return len(self._before)
