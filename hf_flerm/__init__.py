@@ -1,5 +1,6 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
 
+from .alignment import log_alignments
 from .callback import FLeRMCallback
 from .config import FLeRMConfig
 from .matching import match_rates
@@ -15,6 +16,7 @@ __all__ = [
     "Measurement",
     "RateProfile",
     "RateProfileError",
+    "log_alignments",
     "match_rates",
     "measure_rates",
 ]

@@ -105,7 +105,12 @@ class FLeRMCallback(TrainerCallback):
         learning_rates(self._optimizer, self._parameters)
         self._find_probe_examples(args, kwargs.get("train_dataloader"))
         outputs = Outputs(self.config.output, self.config.positions, self.config.metric)
-        self._probe = RateProbe(model, estimator=self.config.estimator, outputs=outputs)
+        self._probe = RateProbe(
+            model,
+            estimator=self.config.estimator,
+            probes_per_batch=self.config.probes_per_batch,
+            outputs=outputs,
+        )
         self._recorded = self._resumed(args, state) or RateProfile(
             [], {name: [] for name in self._parameters}, self._provenance(args)
         )
@@ -317,6 +322,7 @@ class FLeRMCallback(TrainerCallback):
             "estimator": self.config.estimator,
             **self._function(),
             "probes": self._probes,
+            "probes_per_batch": self.config.probes_per_batch,
             "probe_batch_size": self._probe_batch_size,
             "seed": self.config.seed,
         }

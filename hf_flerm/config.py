@@ -24,7 +24,14 @@ _ALLOWED = {
     "unmatched": ("error", "keep"),
 }
 
-_WHOLE_NUMBERS = {"measure_every": 1, "probes": 1, "max_probes": 1, "probe_batch_size": 1, "seed": 0}
+_WHOLE_NUMBERS = {
+    "measure_every": 1,
+    "probes": 1,
+    "max_probes": 1,
+    "probes_per_batch": 1,
+    "probe_batch_size": 1,
+    "seed": 0,
+}
 _WORDS = {"probes": (None, "auto"), "probe_batch_size": (None,)}
 _EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
 
@@ -51,6 +58,8 @@ class FLeRMConfig:
             rate's relative standard error is at most `target_error`, but no more than `max_probes`.
         target_error: For `probes="auto"`.
         max_probes: For `probes="auto"`.
+        probes_per_batch: Draws of omega that share one forward pass of a probe batch: cheaper than another batch,
+            but it averages over fewer examples.
         probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.
         unmatched: What to do if profile and model do not have the same parameters: `error`, or `keep` the nominal
             learning rate for those that only the model has.
@@ -76,6 +85,7 @@ class FLeRMConfig:
     probes: int | str | None = None
     target_error: float = 0.05
     max_probes: int = 64
+    probes_per_batch: int = 1
     probe_batch_size: int | None = None
     unmatched: str = "error"
     output: str | OutputFunction | None = None

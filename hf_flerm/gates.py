@@ -15,18 +15,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .tangents import Affine, Tangent, linear_adjoint, linear_tangent
+from .readers import Kept, Reader, Readers
+from .tangents import Affine
 
 _PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
 
-Kept = Sequence[Tensor]
-Read = Callable[[Tensor, Kept], tuple[Tensor, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -67,22 +66,6 @@ class Passage:
 
     layouts: list[int] = field(default_factory=list)
     transposable: bool = False
-
-
-class Reader(NamedTuple):
-    """How the gates of one tensor are read off one output.
-
-    Attributes:
-        name: The tensor.
-        dim: Dimension of the output along which the examples lie.
-        read: (g, kept) -> two factors whose product, summed over an example, is D phi_n.
-        kept: What of the forward pass that needs.
-    """
-
-    name: str
-    dim: int
-    read: Read
-    kept: list[Tensor]
 
 
 class _Node(torch.autograd.Function):
@@ -138,8 +121,7 @@ class Gates(AbstractContextManager["Gates"]):
     ) -> None:
         self._num_examples = num_examples
         self._hand_out = hand_out
-        self._updates = updates
-        self._affine = affine
+        self._readers = Readers(updates, affine)
         self._paths: dict[nn.Module, str] = {}
         self._tensors: dict[nn.Module, list[tuple[str, Site]]] = {}
         for name, places in sites.items():
@@ -190,6 +172,7 @@ class Gates(AbstractContextManager["Gates"]):
         reductions: Mapping[nn.Parameter, Reduce] | None = None,
         *,
         retain_graph: bool = False,
+        keep_tangents: bool = False,
     ) -> tuple[dict[str, Tensor], dict[nn.Parameter, Tensor]]:
         """Differentiate phi = sum(omega * values) by the gates, and by some parameters.
 
@@ -201,10 +184,12 @@ class Gates(AbstractContextManager["Gates"]):
             omega: Shaped like `values`.
             reductions: For parameters that require a gradient, what to keep of d phi / d W.
             retain_graph: Whether the graph is needed again.
+            keep_tangents: Whether to keep what the next pass can use: faster, for the memory of the sites' outputs.
 
         Returns:
             `{name: D phi_n}`, float64 [N] each, and the reductions of those parameters that phi depends on.
         """
+        self._readers.keep_tangents = keep_tangents
         reductions = reductions or {}
         reduced: dict[nn.Parameter, Tensor] = {}
         if not values.requires_grad:
@@ -241,55 +226,19 @@ class Gates(AbstractContextManager["Gates"]):
         try:
             for name, site in self._tensors[module]:
                 try:
-                    found = self._readers(module, site, name, args, kwargs, outputs)
+                    found = self._readers.of_call(module, site.attribute, name, site.dim, args, kwargs, outputs)
                 except RuntimeError as error:
                     if isinstance(error, torch.OutOfMemoryError):
                         raise
                     self.failures[name] = error
                     continue
                 for i in readers.keys() & found.keys():
-                    readers[i].append(Reader(name, site.dim, *found[i]))
+                    readers[i].append(found[i])
         finally:
             self._measuring = False
         for i, of_output in readers.items():
             outputs[i] = self._gate(module, outputs[i], of_output)
         return tree_unflatten(outputs, spec)
-
-    def _readers(
-        self,
-        module: nn.Module,
-        site: Site,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outputs: Sequence[Any],
-    ) -> dict[int, tuple[Read, list[Tensor]]]:
-        """How to read one tensor's gates off each output: (g, kept) -> two factors whose product adds up to D phi."""
-        tangent = linear_tangent(module, site.attribute)
-        if tangent is None or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
-            tangents = self._affine.tangents(module, site.attribute, self._updates[name], args, kwargs)
-            return {i: (_as_they_are, [value]) for i, value in enumerate(tangents)}
-        x, output = args[0].detach(), outputs[0]
-        adjoint = linear_adjoint(module, site.attribute)
-        if adjoint is not None and output.shape[-1] < x.shape[-1]:
-            with torch.no_grad():
-                size, update = _sized(self._updates[name], output.dtype)
-                return {0: (_as_they_are, [tangent(module, update, x.to(output.dtype)) * size])}
-        return {0: (partial(self._factors, module, name, tangent, adjoint), [x])}
-
-    def _factors(
-        self, module: nn.Module, name: str, tangent: Tangent, adjoint: Tangent | None, grad: Tensor, kept: Kept
-    ) -> tuple[Tensor, Tensor]:
-        (x,) = kept
-        size, update = _sized(self._updates[name], grad.dtype)
-        if adjoint is not None:
-            return adjoint(module, update, grad) * size, x
-        return grad, tangent(module, update, x.to(grad.dtype) if x.is_floating_point() else x) * size
-
-    def _add(self, name: str, dim: int, read: Read, grad: Tensor, kept: Kept) -> None:
-        self.reached.add(name)
-        derivative = _contract(*read(grad, kept), dim, self._num_examples)
-        self._values[self._rows[name]] += derivative.to(self._values)
 
     def _gate(self, module: nn.Module, output: Tensor, readers: Sequence[Reader]) -> Tensor:
         passage = self.passages.setdefault(self._paths[module], Passage())
@@ -309,7 +258,9 @@ class Gates(AbstractContextManager["Gates"]):
             start = 0
             for reader in readers:
                 end = start + len(reader.kept)
-                self._add(reader.name, reader.dim, reader.read, grad, kept[start:end])
+                derivative = reader.derivative(grad, kept[start:end], self._num_examples)
+                self._values[self._rows[reader.name]] += derivative.to(self._values)
+                self.reached.add(reader.name)
                 start = end
 
         return self._hand_out(_Node.apply(output, self._anchor, read, *(k for reader in readers for k in reader.kept)))
@@ -320,49 +271,12 @@ class Gates(AbstractContextManager["Gates"]):
         return output.shape[dim] // self._num_examples
 
 
-def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Tensor:
-    """Sum grad * tangent over everything but the examples.
-
-    Args:
-        grad: N * k entries along `dim`, the k of an example together.
-        tangent: Broadcastable to `grad`.
-        dim: Where the examples lie.
-        num_examples: N.
-
-    Returns:
-        D phi_n, [N], in float32 at least.
-    """
-    tangent = tangent.reshape((1,) * (grad.ndim - tangent.ndim) + tangent.shape)
-    if dim:
-        grad, tangent = grad.movedim(dim, 0), tangent.movedim(dim, 0)
-    repeated = [d for d in range(1, grad.ndim) if tangent.shape[d] == 1 != grad.shape[d]]
-    if repeated:
-        grad = grad.sum(repeated, keepdim=True)
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    rows = grad.reshape(num_examples, 1, -1).to(dtype)
-    if len(tangent) == len(grad):
-        return (rows @ tangent.reshape(num_examples, -1, 1).to(dtype)).flatten()
-    return (rows.reshape(num_examples, -1, tangent.numel()) @ tangent.flatten().to(dtype)).sum(1)
-
-
-def _as_they_are(grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-    return grad, kept[0]
-
-
 def _reduce(
     reduced: dict[nn.Parameter, Tensor], parameter: nn.Parameter, scale: float, reduce: Reduce, grad: Tensor
 ) -> Tensor:
     with torch.no_grad():
         reduced[parameter] = reduce((grad.to_dense() if grad.is_sparse else grad) / scale)
     return grad if grad.is_sparse else grad.new_zeros(()).expand(grad.shape)
-
-
-def _sized(update: Tensor, dtype: torch.dtype) -> tuple[Tensor | float, Tensor]:
-    """An update as size * unit, where the precision is too low to hold it as it is."""
-    if dtype != torch.float16:
-        return 1.0, update
-    size = update.abs().amax().clamp_min(torch.finfo(update.dtype).tiny).float()
-    return size, update / size
 
 
 def _is_numeric(value: Any) -> bool:

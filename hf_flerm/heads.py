@@ -8,14 +8,17 @@ output: (omega V, omega U_V, omega . U_b) is jointly Gaussian with the Gram matr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from .modes import replaced_forward
 from .outputs import Output
+
+_PIECES = 4  # of a block's columns; more save more of the symmetric half, in smaller products
 
 
 class LinearHead:
@@ -32,15 +35,13 @@ class LinearHead:
         blocks = {"hidden": module.weight.detach()}
         blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        scaled, self._scales = [], {}
-        for key, block in blocks.items():
-            block = block.to(dtype)
-            # Blocks of equal size keep the Gram matrix well conditioned whatever the unit of the update.
-            self._scales[key] = block.norm().clamp_min(torch.finfo(dtype).tiny)
-            scaled.append(block / self._scales[key])
-        columns = torch.cat(scaled, 1)
-        self._widths = {key: block.shape[1] for key, block in zip(blocks, scaled, strict=True)}
-        self._root = _square_root(columns.T @ columns)
+        blocks = {key: block.to(dtype) for key, block in blocks.items()}
+        # Blocks of equal size keep the Gram matrix well conditioned whatever the unit of the update.
+        tiny = torch.finfo(dtype).tiny
+        self._scales = {key: block.norm().clamp_min(tiny) for key, block in blocks.items()}
+        self._widths = {key: block.shape[1] for key, block in blocks.items()}
+        sizes = torch.cat([self._scales[key].expand(width) for key, width in self._widths.items()])
+        self._root = _square_root(_gram(list(blocks.values())) / sizes / sizes.unsqueeze(1))
         self._made_of = self._fingerprint()
 
     def is_current(self) -> bool:
@@ -158,6 +159,19 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _gram(blocks: Sequence[Tensor]) -> Tensor:
+    """C^T C of the columns C of all blocks: what lies below the diagonal is not computed, nothing is copied."""
+    pieces = [piece for block in blocks for piece in block.split(max(block.shape[1] // _PIECES, 1), 1)]
+    starts = [0, *accumulate(piece.shape[1] for piece in pieces)]
+    gram = blocks[0].new_empty(starts[-1], starts[-1])
+    for i, left in enumerate(pieces):
+        for j, right in enumerate(pieces[: i + 1]):
+            product = left.T @ right
+            gram[starts[i] : starts[i + 1], starts[j] : starts[j + 1]] = product
+            gram[starts[j] : starts[j + 1], starts[i] : starts[i + 1]] = product.T
+    return gram
 
 
 def _square_root(gram: Tensor) -> Tensor:

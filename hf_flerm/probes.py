@@ -197,7 +197,9 @@ class RateProbe:
             for probe in range(self.probes_per_batch):
                 last = probe + 1 == self.probes_per_batch
                 omega, own = (out.omega(generator), {}) if head is None else head.draw(out, generator)
-                derivatives, statistics = gates.differentiate(out.values, omega, reductions, retain_graph=not last)
+                derivatives, statistics = gates.differentiate(
+                    out.values, omega, reductions, retain_graph=not last, keep_tangents=not last
+                )
                 for name, values in own.items():
                     derivatives[name] = derivatives[name] + values if name in derivatives else values
                 samples.add_derivatives(derivatives, gates.reached | own.keys())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_flerm import Measurement, measure_rates
 from hf_flerm.heads import LinearHead
-from hf_flerm.outputs import Output, Outputs
+from hf_flerm.outputs import Output
 from hf_flerm.probes import RateProbe
 
 VOCABULARY, WIDTH = 60, 6
