@@ -59,9 +59,9 @@ def log_alignments(
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of (U x)^2, of x^2, and of their rows
     mask: Any = None
 
-    def add(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
-            x = args[0].detach()
+    def add(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+            (x,) = [value.detach() for value in (*args, *kwargs.values())]
             if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
                 x = x[mask.bool()]
             x = x.reshape(-1, x.shape[-1])
@@ -74,18 +74,23 @@ def log_alignments(
         return hook
 
     device = next(model.parameters()).device
-    handles = [module.register_forward_hook(add(name)) for name, modules in layers.items() for module in modules]
-    count = 0
+    handles = [
+        module.register_forward_hook(add(name), with_kwargs=True)
+        for name, modules in layers.items()
+        for module in modules
+    ]
+    empty = True
     try:
         with undisturbed(model, device), torch.no_grad():
-            for count, batch in enumerate(batches, start=1):
+            for batch in batches:
+                empty = False
                 sent = send_to_device(dict(batch), device)
                 mask = sent.get("attention_mask")
                 outputs(model, sent)
     finally:
         for handle in handles:
             handle.remove()
-    if not count:
+    if empty:
         raise ValueError("there was no probe batch: batches is empty.")
     fan_in = {name: _fan_in(modules[0]) for name, modules in layers.items()}
     return {name: _log_alignment(sums[name], own[name], fan_in[name]) for name in layers if fan_in[name] > 1}

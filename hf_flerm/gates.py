@@ -275,7 +275,8 @@ def _reduce(
     reduced: dict[nn.Parameter, Tensor], parameter: nn.Parameter, scale: float, reduce: Reduce, grad: Tensor
 ) -> Tensor:
     with torch.no_grad():
-        reduced[parameter] = reduce((grad.to_dense() if grad.is_sparse else grad) / scale)
+        dense = grad.to_dense() if grad.is_sparse else grad
+        reduced[parameter] = reduce((dense.float() if dense.dtype == torch.float16 else dense) / scale)
     return grad if grad.is_sparse else grad.new_zeros(()).expand(grad.shape)
 
 

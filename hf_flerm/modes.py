@@ -20,8 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a block in eval mode with nothing trainable, uncompiled, and leave no trace of it.
 
-    Layers that are checkpointed in training are checkpointed here too, whichever kind of checkpoint training uses.
-
     Args:
         model: The model whose modes and `requires_grad` flags are put back.
         device: The device whose random stream is put back, beside those of Python, NumPy and torch's CPU.
@@ -40,9 +38,6 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         )
         if "torch._dynamo" in sys.modules:  # what is compiled does not see hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in modes:
-            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                stack.enter_context(replaced_forward(module, partial(_checkpointed, module.forward)))
         try:
             model.eval()
             for parameter in frozen:
@@ -56,6 +51,23 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 parameter.requires_grad_(True)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Checkpoint the layers for a block that are checkpointed in training: Transformers does not in eval mode.
+
+    Args:
+        model: The model. Its layers are checkpointed without re-entering autograd, whichever way training does it.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                stack.enter_context(replaced_forward(module, partial(_checkpoint, module.forward)))
+        yield
 
 
 @contextmanager
@@ -80,7 +92,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpoint(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -19,7 +19,7 @@ from .estimators import ESTIMATORS, WEIGHT_GRADIENT_ESTIMATORS
 from .gates import Gates, Site
 from .heads import LinearHead, bypassed, find_linear_head, is_cast
 from .measurement import Measurement, Samples
-from .modes import trainable, undisturbed
+from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
 from .sites import VerifiedSites, owners
@@ -158,10 +158,11 @@ class RateProbe:
                 if self.estimator == "exact":
                     self._differentiate(moves, batch, samples)
                     continue
-                self._seek_head(batch)
-                if self.estimator == "per_example":
-                    self._sites.find(parameters, moves, batch)
-                self._probe(parameters, moves, batch, generator, samples)
+                with checkpointed(self.model):
+                    self._seek_head(batch)
+                    if self.estimator == "per_example":
+                        self._sites.find(parameters, moves, batch)
+                    self._probe(parameters, moves, batch, generator, samples)
                 if target_error is not None and samples.measurement().relative_error <= target_error:
                     break
         self._sites.close_measurement(moves)
@@ -202,7 +203,7 @@ class RateProbe:
                 )
                 for name, values in own.items():
                     derivatives[name] = derivatives[name] + values if name in derivatives else values
-                samples.add_derivatives(derivatives, gates.reached | own.keys())
+                samples.add_derivatives(derivatives, (gates.reached | own.keys()) - self._sites.absent)
                 for parameter, name in by_gradient.items():
                     samples.add_statistics(name, estimators[parameter][0], statistics.get(parameter))
                 samples.count_outputs(num_outputs)

@@ -32,6 +32,7 @@ class VerifiedSites:
     Attributes:
         sites: `{name: sites}` of the tensors that gates can measure.
         unmeasurable: Tensors that gates cannot measure.
+        absent: Tensors on which the outputs did not depend when that was last looked at.
 
     Args:
         model: The model.
@@ -41,6 +42,7 @@ class VerifiedSites:
     def __init__(self, model: nn.Module, outputs: Outputs) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
+        self.absent: set[str] = set()
         self._model = model
         self._outputs = outputs
         self._affine = Affine()
@@ -187,7 +189,9 @@ class VerifiedSites:
         wrong = set()
         for name, parameter in parameters.items():
             if parameter not in sizes:
+                self.absent.add(name)
                 continue
+            self.absent.discard(name)
             expected, products, _, length = sizes[parameter]
             size = expected.abs() + values[name].norm()
             floor = noise * length

@@ -45,6 +45,7 @@ class Snapshot:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None = None) -> None:
         self._parameters = parameters
+        self._device = device
         self._buffer = {
             name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
         }
@@ -88,10 +89,10 @@ class Snapshot:
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
             other = self._buffer[name]
-            if other.device == parameter.device:
+            if self._device is None:
                 parameter.data, self._buffer[name] = other, parameter.data
             else:
-                self._buffer[name] = parameter.data.to(other.device, copy=True)
+                self._buffer[name] = parameter.data.to(self._device, copy=True)
                 parameter.data.copy_(other)
 
 

@@ -19,7 +19,7 @@ from hf_flerm.estimators import (
     iid_statistics,
     kronecker_statistics,
 )
-from hf_flerm.measurement import Measurement, Samples
+from hf_flerm.measurement import Draws, Measurement, Samples
 
 SHAPES = {"0-d": (), "1-D": (5,), "one": (1, 1), "2-D": (4, 3), "3-D": (2, 4, 3)}
 
@@ -232,3 +232,59 @@ def test_no_probe_is_an_error() -> None:
 
 def test_the_estimators_are_those_of_the_contract() -> None:
     assert set(ESTIMATORS) == {"per_example", "kronecker", "kronecker_output", "full", "iid", "exact"}
+
+
+def draws(derivatives: Tensor, sums: Tensor, by_example: list[bool], outputs: float = 1.0) -> Draws:
+    """Of tensors [L], probes [P] with examples [N] each: derivatives [L, P, N], sums of the others [L, P]."""
+    count, examples = derivatives.shape[1:]
+    chosen = torch.tensor(by_example)
+    return Draws(
+        (derivatives * chosen[:, None, None]).flatten(1),
+        chosen,
+        torch.where(chosen.unsqueeze(1), derivatives.sum(2), sums),
+        torch.arange(count).repeat_interleave(examples),
+        torch.full((count,), outputs, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("by_example", [[True, True, True], [True, False, True], [False, False, False]])
+def test_errors_of_joint_rates_are_calibrated(by_example: list[bool]) -> None:
+    # Correlated Gaussian derivatives, as omega gives them; the errors claimed must be the spread over repetitions.
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    index, repetitions, probes = torch.tensor([0, 1, 2]), 400, 30
+    found, claimed = [], []
+    for _ in range(repetitions):
+        noise = torch.randn(3, probes, 4, generator=generator, dtype=torch.float64)
+        values = torch.einsum("lm,mpn->lpn", mixing, noise)
+        one = draws(values, values.sum(2), by_example)
+        found.append(one.inner_products()[index][:, index].sum().sqrt())
+        claimed.append(one.group_error(index))
+    spread = torch.stack(found).std().item()
+    assert sum(claimed) / repetitions == pytest.approx(spread, rel=4 / math.sqrt(2 * repetitions) + 0.03)
+
+
+def test_one_probe_cannot_tell_the_error_of_a_joint_rate_of_weight_gradients() -> None:
+    values = torch.ones(2, 1, 4, dtype=torch.float64)
+    assert math.isnan(draws(values, values.sum(2), [True, False]).group_error(torch.tensor([0, 1])))
+    assert draws(values, values.sum(2), [True, True]).group_error(torch.tensor([0, 1])) > 0
+
+
+def test_errors_of_joint_rates_of_a_measurement() -> None:
+    assert measurement().group_standard_error(["a", "b"]) == 0.0
+    with pytest.raises(ValueError, match=r"not measured: \[d\]"):
+        measurement().group_standard_error(["d"])
+
+
+@pytest.mark.parametrize(
+    ("rates", "errors", "expected"),
+    [({"a": 2.0, "b": 1.0}, [0.1, 0.2], 0.2), ({"a": 0.0, "b": 1.0}, [0.0, 0.2], 0.2), ({"a": 0.0}, [0.0], 0.0)],
+)
+def test_the_relative_error_is_the_largest(rates: dict[str, float], errors: list[float], expected: float) -> None:
+    inner = torch.zeros(len(rates), len(rates))
+    result = Measurement(rates, dict(zip(rates, errors, strict=True)), {}, 1, inner)
+    assert result.relative_error == pytest.approx(expected)
+
+
+def test_an_unknown_error_is_infinite() -> None:
+    assert Measurement({"a": 1.0}, {"a": math.nan}, {}, 1, torch.zeros(1, 1)).relative_error == math.inf

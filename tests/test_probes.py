@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_flerm import Measurement, measure_rates
 from hf_flerm.estimators import ESTIMATORS
+from hf_flerm.heads import LinearHead
 from hf_flerm.outputs import Output, Outputs
 from hf_flerm.probes import RateProbe
 
@@ -1243,6 +1244,111 @@ def test_an_update_that_is_not_finite_has_no_finite_rate(estimator: str, value: 
     result = measure_rates(model, updates, batches, estimator=estimator)
     assert not math.isfinite(result.rates["0.weight"])
     assert result.rates["2.weight"] > 0
+
+
+class Unused(nn.Module):
+    """A tensor that no module uses, one whose module is not called, and one whose result is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle, self.wasted = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+        self.spare = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wasted(x)
+        result: Tensor = self.used(x)
+        return result
+
+
+@pytest.mark.parametrize("estimator", ["per_example", "kronecker", "full"])
+def test_tensors_that_take_no_part_are_reported(estimator: str) -> None:
+    made = Case(Unused(), [features(3, 4), features(2, 4)])
+    result = made.measure(estimator)
+    taken = {name for name, used in result.estimators.items() if used != "unused"}
+    assert taken == {"used.weight", "used.bias"}
+    assert all((rate > 0) == (name in taken) for name, rate in result.rates.items())
+    assert all(result.standard_errors[name] == 0 for name in result.rates if name not in taken)
+    alone = measure_rates(made.model, {"spare": torch.ones(2)}, made.batches, estimator=estimator)
+    assert (alone.rates, alone.estimators) == ({"spare": 0.0}, {"spare": "unused"})
+
+
+@pytest.mark.parametrize("estimator", ["per_example", "kronecker"])
+def test_an_output_that_no_parameter_moves_is_refused(estimator: str) -> None:
+    model = nn.Linear(4, 3)
+
+    def detached(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return model(batch["x"])  # type: ignore[no-any-return]
+
+    with pytest.raises(ValueError, match=r"the output of Linear depends on no parameter.*Pass output="):
+        measure_rates(
+            model, {"weight": torch.ones(3, 4)}, [{"input": torch.ones(2, 4)}], estimator=estimator, output=detached
+        )
+
+
+class TimeMajor(nn.Module):
+    """Works on [T, N, d] inside; with as many positions as examples the two cannot be told apart by shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.norm = RMSNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.first(x.transpose(0, 1)))).cumsum(0)
+        return self.last(h).transpose(0, 1)
+
+
+@pytest.mark.parametrize("positions", [2, 3, 6, 7])
+def test_examples_along_the_second_dimension(positions: int) -> None:
+    torch.manual_seed(0)
+    made = Case(perturb(TimeMajor()), [features(3, positions, 4)])
+    result = made.measure("per_example", probes=200)
+    assert set(result.estimators.values()) == {"per_example"}
+    probe = RateProbe(made.model)
+    probe.measure(made.updates, made.batches, seeded(0))
+    assert {site.module for sites in probe._sites.sites.values() for site in sites} == {"first", "norm", "last"}
+    for name, update in made.updates.items():
+        change = finite_difference(made.model, {name: update}, made.batches)
+        assert abs(result.rates[name] - change.rate) < 4 * change.error("per_example", 200), name
+
+
+def test_probes_stop_at_the_target_error() -> None:
+    made = case("llama lora")
+    taken = []
+
+    def batches() -> Iterator[Batch]:
+        for seed in range(50):
+            taken.append(seed)
+            yield text("right", seed)
+
+    few = measure_rates(made.model, made.updates, batches(), target_error=0.2, generator=seeded(0))
+    assert few.num_probes == len(taken) < 50
+    assert few.relative_error <= 0.2
+    before = measure_rates(made.model, made.updates, [text("right", seed) for seed in taken[:-1]], generator=seeded(0))
+    assert before.relative_error > 0.2
+    taken.clear()
+    many = measure_rates(made.model, made.updates, batches(), target_error=1e-6, generator=seeded(0))
+    assert many.num_probes == len(taken) == 50
+    with pytest.raises(ValueError, match="target_error is 0"):
+        measure_rates(made.model, made.updates, batches(), target_error=0)
+
+
+@pytest.mark.parametrize("name", ["every kind", "gpt2, tied, left padding", "llama dora"])
+def test_later_draws_of_a_forward_use_what_the_first_has_kept(name: str) -> None:
+    # D phi is linear in omega: with the same omega a second backward pass reads the same numbers.
+    made = case(name)
+    probe = RateProbe(made.model, probes_per_batch=3, outputs=Outputs(made.output))
+    original = Output.omega
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "omega", lambda self, generator: original(self, seeded(1)))
+        patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+        result = probe.measure(made.updates, made.batches[:1], seeded(0))
+    assert result.draws is not None
+    by_probe = result.draws.derivatives.reshape(len(result.rates), 3, -1)
+    largest = by_probe.abs().max()
+    torch.testing.assert_close(by_probe[:, 1], by_probe[:, 0], rtol=1e-4, atol=1e-6 * float(largest))
+    torch.testing.assert_close(by_probe[:, 2], by_probe[:, 0], rtol=1e-4, atol=1e-6 * float(largest))
 
 
 def test_a_probe_measures_again_at_new_weights() -> None:
