@@ -1278,7 +1278,7 @@ def test_an_output_that_no_parameter_moves_is_refused(estimator: str) -> None:
 
     def detached(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            return model(batch["x"])  # type: ignore[no-any-return]
+            return model(**batch)  # type: ignore[no-any-return]
 
     with pytest.raises(ValueError, match=r"the output of Linear depends on no parameter.*Pass output="):
         measure_rates(
