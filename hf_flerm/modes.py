@@ -15,6 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+# What modules are given for the time of a probe. Autograd leaves an embedding's padding row out of its gradient, though
+# outputs depend on it; bitsandbytes repacks 4-bit weights in place, for a product that has no gradient.
+_PROBED_WITH: dict[str, Any] = {"padding_idx": None, "support_avx512bf16_for_cpu": False}
+
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -38,6 +42,10 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         )
         if "torch._dynamo" in sys.modules:  # what is compiled does not see hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modes:
+            for attribute in _PROBED_WITH.keys() & vars(module).keys():
+                stack.callback(setattr, module, attribute, getattr(module, attribute))
+                setattr(module, attribute, _PROBED_WITH[attribute])
         try:
             model.eval()
             for parameter in frozen:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import count, islice
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -177,17 +178,20 @@ class StepScales:
     Just before a step the tensors are regrouped by scale, just after it the optimizer has its own groups again:
     schedulers, logs and checkpoints see the nominal learning rate and the groups that they know.
 
+    Attributes:
+        scales: `{canonical name: factor}`; to be replaced, not changed in place. 1 for a tensor that is not there.
+
     Args:
         optimizer: The optimizer that steps.
         parameters: `{canonical name: parameter}` of all that is trained.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.scales: dict[str, float] = {}
+        self.scales: Mapping[str, float] = {}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._optimizer = optimizer
         self._whole: list[dict[str, Any]] | None = None
-        self._parts_of: list[dict[str, Any] | None] = []
+        self._partition: _Partition | None = None
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._part()),
             optimizer.register_step_post_hook(lambda *_: self._join()),
@@ -201,32 +205,86 @@ class StepScales:
 
     def _part(self) -> None:
         self._join()
-        self._whole = self._optimizer.param_groups
-        parts: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for group in self._whole:
-            options = {key: value for key, value in group.items() if key not in ("params", GROUP_KEY)}
-            signature = tuple(value if isinstance(value, Hashable) else id(value) for value in options.values())
-            self._parts_of.append(None)
-            for parameter in group["params"]:
-                scale = self.scales.get(self._names.get(id(parameter), ""), 1.0)
-                # Tensors that step alike share a part: a fused step over hundreds of groups is slow.
-                alike = (scale, *options, *signature)
-                if alike not in parts:
-                    rate = group["lr"] if scale == 1.0 else group["lr"] * scale
-                    parts[alike] = {**options, "params": [], "lr": rate}
-                part = parts[alike]
-                part["params"].append(parameter)
-                self._parts_of[-1] = part
-        self._optimizer.param_groups = list(parts.values())
+        groups = self._optimizer.param_groups
+        if self._partition is None or not self._partition.fits(groups, self.scales):
+            self._partition = _Partition(groups, self.scales, self._names)
+        self._whole = groups
+        self._optimizer.param_groups = self._partition.parts(groups)
 
     def _join(self) -> None:
-        if self._whole is None:
-            return
-        for group, part in zip(self._whole, self._parts_of, strict=True):
-            # Some optimizers count steps or keep averages in their groups.
-            group.update({key: value for key, value in (part or {}).items() if key not in ("params", "lr")})
-        self._optimizer.param_groups = self._whole
-        self._whole, self._parts_of = None, []
+        if self._whole is not None and self._partition is not None:
+            self._partition.take_over(self._whole)
+            self._optimizer.param_groups = self._whole
+        self._whole = None
+
+
+class _Partition:
+    """Tensors that step alike, put together: a fused step over hundreds of groups is slow.
+
+    It is made anew only when scales, groups or options are no longer the same objects; learning rates may change.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], scales: Mapping[str, float], names: Mapping[int, str]) -> None:
+        self._scales = scales
+        self._seen = [_options(group) for group in groups]
+        self._members: list[tuple[dict[str, Any], float, list[int]]] = []  # a part, its scale, and the groups in it
+        self._alike: list[tuple[int, int]] = []  # a group, and the first group of a part that it is in
+        self._before: list[tuple[Callable[[Any], Any], tuple[Any, ...]]] = []
+        found: dict[tuple[Any, ...], int] = {}
+        for index, group in enumerate(groups):
+            options = {key: value for key, value in group.items() if key not in ("params", GROUP_KEY)}
+            signature = tuple(value if isinstance(value, Hashable) else id(value) for value in options.values())
+            for parameter in group["params"]:
+                scale = scales.get(names.get(id(parameter), ""), 1.0)
+                alike = (scale, *options, *signature)
+                if alike not in found:
+                    found[alike] = len(self._members)
+                    self._members.append(({**options, "params": []}, scale, []))
+                part, _, members = self._members[found[alike]]
+                part["params"].append(parameter)
+                if not members or members[-1] != index:
+                    members.append(index)
+                    self._alike.append((index, members[0]))
+
+    def fits(self, groups: Sequence[dict[str, Any]], scales: Mapping[str, float]) -> bool:
+        if scales is not self._scales or len(groups) != len(self._seen):
+            return False
+        rates = [group["lr"] for group in groups]
+        if any(rates[index] != rates[first] for index, first in self._alike):
+            return False
+        return all(map(_same, self._seen, groups))
+
+    def parts(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        for part, scale, members in self._members:
+            rate = groups[members[0]]["lr"]
+            part["lr"] = rate if scale == 1.0 else rate * scale
+        self._before = [_options(part) for part, _, _ in self._members]
+        return [part for part, _, _ in self._members]
+
+    def take_over(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Give the groups what the optimizer has written into their parts: some count steps or keep averages there."""
+        for (part, _, members), before in zip(self._members, self._before, strict=True):
+            if _same(before, part):
+                continue
+            for index in members:
+                groups[index].update({key: value for key, value in part.items() if key not in ("params", "lr")})
+
+
+def _options(group: Mapping[str, Any]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
+    """The values of a group but for its learning rate, and what gets them; `params` as the list that it is."""
+    get = _getter(tuple(key for key in group if key != "lr"))
+    return get, get(group)
+
+
+@cache
+def _getter(keys: tuple[str, ...]) -> Callable[[Any], Any]:
+    return itemgetter("params", *keys)  # of two keys or more it gives a tuple
+
+
+def _same(seen: tuple[Callable[[Any], Any], tuple[Any, ...]], group: Mapping[str, Any]) -> bool:
+    """Whether a group still holds the very objects that it held."""
+    get, values = seen
+    return len(group) == len(values) and all(map(is_, get(group), values))
 
 
 def _schedulers(scheduler: Any) -> Iterator[Any]:

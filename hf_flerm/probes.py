@@ -250,7 +250,7 @@ class RateProbe:
             def values(parameter: Tensor, key: str = key) -> tuple[Tensor, ...]:
                 return (torch.func.functional_call(whole, {key: parameter}, (batch,)).values,)
 
-            (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update)
+            (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update, self.model)
             tangents.append(out.sized(tangent))
         samples.add_tangents(torch.stack(tangents))
         samples.count_outputs(out.count())

@@ -18,7 +18,7 @@ from .tangents import Affine
 logger = logging.get_logger(__name__)
 
 _PATIENCE = 8
-_ROUND_OFF = 8  # how many units of rounding a sum of products may be off
+_ROUND_OFF = 16  # how many units of rounding a sum of products may be off
 
 
 class VerifiedSites:

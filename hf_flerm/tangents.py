@@ -96,13 +96,16 @@ def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
     return _ADJOINT.get((type(module), attribute))
 
 
-def jvp(function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor) -> tuple[Tensor, ...]:
+def jvp(
+    function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor, model: nn.Module
+) -> tuple[Tensor, ...]:
     """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
 
     Args:
         function: Tensor to tensors.
         primal: Where.
         tangent: Along what, shaped like `primal`.
+        model: What the function runs.
 
     Returns:
         The derivative of each output.
@@ -110,6 +113,8 @@ def jvp(function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangen
     primal = primal.detach()
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
         try:
+            if any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules()):
+                raise NotImplementedError("4-bit products drop forward-mode tangents without a word")
             with torch.no_grad():
                 tangents: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
         except RuntimeError as error:
@@ -128,7 +133,7 @@ def _derivative(
     def forward(parameter: Tensor) -> tuple[Tensor, ...]:
         return _tensors(torch.func.functional_call(module, {attribute: parameter}, args, kwargs))
 
-    return list(jvp(forward, module.get_parameter(attribute), update))
+    return list(jvp(forward, module.get_parameter(attribute), update, module))
 
 
 def _difference(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from torch.overrides import TorchFunctionMode
 
 Batch = dict[str, Tensor]
 OutputFunction = Callable[[nn.Module, Batch], Tensor]
@@ -47,6 +46,29 @@ class Change:
         return (error_of_square / (2 * self.rate)).item() if self.rate else 0.0
 
 
+def joint_error(by_example: Change, by_gradient: Change, probes: int) -> float:
+    """The standard error of the joint rate of two groups of tensors, `probes` probes on every batch.
+
+    With d[n] and z[n] the two groups' D phi_n, its square is estimated by sum d[n]^2 + 2 (sum d) (sum z) + (sum z)^2,
+    a quadratic form v'Av in Gaussians of covariance C, whose variance is 2 tr(ACAC).
+    """
+    both = torch.stack([by_example.values, by_gradient.values])
+    variance = 0.0
+    for batch in by_example.batches.unique():
+        chosen = by_example.batches == batch
+        index = by_example.examples[chosen].unique(return_inverse=True)[1]
+        count = int(index.max()) + 1
+        energies = torch.zeros(2, 2, count, dtype=torch.float64)
+        energies.index_add_(2, index, both[:, None, chosen] * both[None, :, chosen])
+        covariance = torch.diag_embed(energies).transpose(1, 2).reshape(2 * count, 2 * count)
+        form = torch.ones(2 * count, 2 * count, dtype=torch.float64)
+        form[:count, :count] = torch.eye(count)
+        product = form @ covariance
+        variance += 2 * (product @ product).trace().item() / probes
+    rate = both.sum(0).square().mean().sqrt().item()
+    return variance**0.5 / both.shape[1] / (2 * rate)
+
+
 def outputs(model: nn.Module, batch: Batch, output: OutputFunction | None) -> list[Tensor]:
     """The outputs of each example that count, one flat vector per example."""
     with torch.no_grad():
@@ -54,16 +76,32 @@ def outputs(model: nn.Module, batch: Batch, output: OutputFunction | None) -> li
             return [row.flatten() for row in output(model, batch)]
         result = model(**batch)
     logits = getattr(result, "logits", result["logits"] if isinstance(result, dict) else result)
-    mask = batch.get("attention_mask", torch.ones(logits.shape[:-1]))
-    return [row[kept.bool()].flatten() for row, kept in zip(logits, mask, strict=True)]
+    kept = counted(batch, logits)
+    return [row[mask].flatten() for row, mask in zip(logits, kept, strict=True)]
+
+
+def counted(batch: Batch, logits: Tensor) -> Tensor:
+    """Which positions of the logits count: none that is padding, and all that prompt tuning puts in front."""
+    if "labels" in batch:
+        return batch["labels"] != -100
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    if mask is None or logits.ndim != 3:
+        return torch.ones(logits.shape[:-1], dtype=torch.bool)
+    virtual = torch.ones(len(mask), logits.shape[1] - mask.shape[1], dtype=torch.bool)
+    return torch.cat([virtual, mask.bool()], 1)
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode that computes in float64 throughout and has the derivatives of the original."""
-    model = copy.deepcopy(model).eval().double()
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__module__.startswith("bitsandbytes"):
+                setattr(module, name, _dequantized(child))
+    model = model.double()
     for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):  # computes in float32 whatever its dtype
-            module.forward = partial(_rms_norm, module)
+        if getattr(getattr(module, "config", None), "_experts_implementation", None):
+            module.config._experts_implementation = "eager"  # a grouped product has no float64
         if isinstance(module, DoraLinearLayer):  # differentiates as if the weight's norm were a constant
             module.get_weight_norm = _Constant(module.get_weight_norm)
     return model
@@ -77,18 +115,47 @@ def finite_difference(
     step: float = 1e-4,
 ) -> Change:
     """Change of the outputs along all `updates` at once: a central difference of the model's own outputs."""
+    return _finite_differences(model, [updates], batches, output, step)[0]
+
+
+def finite_differences(
+    model: nn.Module,
+    updates: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    output: OutputFunction | None = None,
+    step: float = 1e-4,
+) -> dict[str, Change]:
+    """Change of the outputs along each of `updates` alone."""
+    alone = [{name: update} for name, update in updates.items()]
+    return dict(zip(updates, _finite_differences(model, alone, batches, output, step), strict=True))
+
+
+def _finite_differences(
+    model: nn.Module,
+    directions: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
+    output: OutputFunction | None,
+    step: float,
+) -> list[Change]:
     model = float64_copy(model)
     parameters = dict(model.named_parameters())
-    start = {name: parameters[name].detach().clone() for name in updates}
     batches = [{key: _double(value) for key, value in batch.items()} for batch in batches]
 
-    def at(distance: float) -> list[list[Tensor]]:
+    def at(updates: Mapping[str, Tensor], distance: float) -> list[list[Tensor]]:
+        start = {name: parameters[name].detach().clone() for name in updates}
         for name, update in updates.items():
-            parameters[name].data.copy_(start[name] + distance * update.double())
-        return [outputs(model, batch, output) for batch in batches]
+            parameters[name].data += distance * update.double()
+        rows = [outputs(model, batch, output) for batch in batches]
+        for name, value in start.items():
+            parameters[name].data.copy_(value)
+        return rows
 
-    at(0.0)
-    ahead, behind = at(step), at(-step)
+    with _Float64():
+        at({}, 0.0)
+        return [_difference(at(updates, step), at(updates, -step), step) for updates in directions]
+
+
+def _difference(ahead: Sequence[Sequence[Tensor]], behind: Sequence[Sequence[Tensor]], step: float) -> Change:
     values, examples, indices, count = [], [], [], 0
     for index, (plus, minus) in enumerate(zip(ahead, behind, strict=True)):
         for f_plus, f_minus in zip(plus, minus, strict=True):
@@ -147,9 +214,23 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _rms_norm(module: LlamaRMSNorm, hidden: Tensor) -> Tensor:
-    scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
-    return module.weight * hidden * scale
+def _dequantized(layer: Any) -> nn.Linear:
+    """A linear layer with the weight that a quantized one shows to the columns of the identity."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False).requires_grad_(False)
+    with torch.no_grad():
+        plain.weight.copy_(layer(torch.eye(layer.in_features)).T)
+    return plain
+
+
+class _Float64(TorchFunctionMode):
+    """Float64 wherever code asks for float32 whatever its model's dtype, as norms, routers and softmaxes do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 class _Constant:

@@ -1,0 +1,61 @@
+"""What one learning rate per tensor costs in an optimizer step: 400 tensors, fused AdamW, side by side.
+
+python examples/benchmarks/optimizer_step.py [--tensors 400] [--steps 200]
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+import torch
+from cases import seconds
+from torch import nn
+
+from hf_flerm.optimizer import StepScales, split_param_groups
+
+SHAPE = (8, 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensors", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = [f"h.{i}.w" for i in range(options.tensors)]
+
+    def make(scales: dict[str, float] | None, split: bool) -> torch.optim.Optimizer:
+        parameters = {name: nn.Parameter(torch.randn(SHAPE, device=device)) for name in names}
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, fused=True)
+        if split:
+            split_param_groups(optimizer, parameters)
+        if scales is not None:
+            StepScales(optimizer, parameters).scales = scales
+        return optimizer
+
+    kinds = {name: 1.0 + (i % 8) / 8 for i, name in enumerate(names)}
+    optimizers = {
+        "usual groups": make(None, split=False),
+        "a group per tensor, as it is": make(None, split=True),
+        "a group per tensor, 8 scales (`pool='kind'`)": make(kinds, split=True),
+        "a group per tensor, 400 scales (`pool='tensor'`)": make(
+            {name: 1.0 + i / options.tensors for i, name in enumerate(names)}, split=True
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for optimizer in optimizers.values():
+        optimizer.step()
+    for _ in range(options.steps):
+        for name, optimizer in optimizers.items():
+            times[name].append(seconds(optimizer.step))
+    usual = median(times["usual groups"])
+    print("| step of 400 tensors | ms | / usual |\n|---|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {1e3 * median(values):.2f} | {median(values) / usual:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What a probe costs and what it is worth: time and memory against a training step, error at equal time.
+
+    python examples/benchmarks/probes.py [--repeats 5] [--skip-large]
+
+Cost: one `per_example` probe on as many examples as a training step takes, AdamW, random tokens. Error: a 4-layer GPT-2
+(d = 128) with LoRA r = 8 on all linear layers after a few steps; root-mean-square log error of its 32 rates against
+`exact`, over repeats, in the time that so many `kronecker` probes take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from cases import LEARNING_RATE, Training, gpt2, llama, lora, peak_memory, seconds
+from tqdm.auto import tqdm
+
+from hf_flerm.probes import RateProbe
+from hf_flerm.updates import Snapshot
+
+SMALL = {
+    "GPT-2, 4 layers, d = 128, LoRA r = 8": lambda: Training(lora(gpt2(128, 4, 4096), 8), 8, 128),
+    "GPT-2, 4 layers, d = 128": lambda: Training(gpt2(128, 4, 4096), 8, 128),
+    "Llama, 4 layers, d = 128, LoRA r = 8": lambda: Training(lora(llama(128, 4, 4096), 8), 8, 128),
+    "Llama, 4 layers, d = 128": lambda: Training(llama(128, 4, 4096), 8, 128),
+}
+LARGE = {
+    "cpu": {
+        "GPT-2 small (124M), LoRA r = 8": lambda: Training(lora(gpt2(768, 12, 50257), 8), 8, 128),
+        "GPT-2 small (124M)": lambda: Training(gpt2(768, 12, 50257), 8, 128),
+        "Llama, 12 layers, d = 768, 32k words (134M)": lambda: Training(llama(768, 12, 32000), 8, 128),
+    },
+    "cuda": {
+        "Llama, 24 layers, d = 1024, 32k words (346M), LoRA r = 8": lambda: Training(
+            lora(llama(1024, 24, 32000), 8), 8, 512
+        ),
+        "Llama, 24 layers, d = 1024, 32k words (346M)": lambda: Training(llama(1024, 24, 32000), 8, 512),
+    },
+}
+COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 40)
+BUDGETS = (1, 2, 5, 10, 20, 40)
+ESTIMATORS = ("kronecker", "per_example", "full", "iid")
+
+
+def cost(name: str, make: Callable[[], Training], repeats: int) -> str:
+    training = make()
+    training.step()
+    probe = RateProbe(training.model)
+    several = RateProbe(training.model, probes_per_batch=2)
+    first: list[float] = []
+    steps, probes, shared = [], [], []
+
+    def measure(updates: object) -> None:
+        first.append(seconds(lambda: probe.measure(updates, [training.probe_batch])))
+
+    for _ in range(2):  # LoRA's A has no effect, and cannot be verified, before B has moved
+        training.measured(measure)
+    several.measure({n: torch.zeros_like(p) for n, p in training.parameters.items()}, [training.probe_batch])
+    before = Snapshot(training.parameters)
+    training.update()
+    for _ in range(repeats):
+        steps.append(seconds(training.step))
+        with before.put_back(dict.fromkeys(training.parameters, LEARNING_RATE)) as updates:
+            probes.append(seconds(lambda: probe.measure(updates, [training.probe_batch])))
+            several.measure(updates, [training.probe_batch])
+            shared.append(seconds(lambda: several.measure(updates, [training.probe_batch])) / 2)
+    del before
+    half = {key: value[: training.examples // 2] for key, value in training.probe_batch.items()}
+    plain = training.held + peak_memory(training.step)
+    measured = training.held + peak_memory(lambda: training.measured(lambda updates: probe.measure(updates, [half])))
+    step = median(steps)
+    return (
+        f"| {name} | {1e3 * step:.0f} | {median(probes) / step:.2f} | {median(shared) / step:.2f} | "
+        f"{sum(first) / step:.1f} | {measured / plain:.2f} | {(plain + training.trained) / plain:.2f} |"
+    )
+
+
+def errors(examples: int, repeats: int) -> tuple[list[str], str]:
+    training = Training(lora(gpt2(128, 4, 1024), 8), examples, 128)
+    for _ in range(3):
+        training.step()
+    before = Snapshot(training.parameters)
+    training.update()
+    found: dict[str, dict[int, float]] = {}
+    times: dict[str, float] = {}
+    with before.put_back(dict.fromkeys(training.parameters, LEARNING_RATE)) as updates:
+        exact = RateProbe(training.model, estimator="exact").measure(updates, [training.probe_batch])
+        truth = torch.tensor(list(exact.rates.values()))
+        probes = {estimator: RateProbe(training.model, estimator=estimator) for estimator in ESTIMATORS}
+        for probe in probes.values():
+            probe.measure(updates, [training.probe_batch])
+        spent: dict[str, list[float]] = {estimator: [] for estimator in ESTIMATORS}
+        for count in tqdm(COUNTS, unit="count", desc=f"{examples} examples"):
+            squares: dict[str, list[float]] = {estimator: [] for estimator in ESTIMATORS}
+            for repeat in range(repeats):
+                for estimator, probe in probes.items():  # side by side: the machine's load changes
+                    generator = torch.Generator(training.device).manual_seed(1000 * count + repeat)
+                    rates: list[float] = []
+
+                    def measure(
+                        probe: RateProbe = probe,
+                        generator: torch.Generator = generator,
+                        rates: list[float] = rates,
+                        count: int = count,
+                    ) -> None:
+                        rates += probe.measure(updates, [training.probe_batch] * count, generator).rates.values()
+
+                    spent[estimator].append(seconds(measure) / count)
+                    squares[estimator].append((torch.tensor(rates) / truth).log().square().mean().item())
+            for estimator, values in squares.items():
+                found.setdefault(estimator, {})[count] = (sum(values) / len(values)) ** 0.5
+        times = {estimator: median(values) for estimator, values in spent.items()}
+    rows = []
+    for estimator in ESTIMATORS:
+        cells = []
+        for budget in BUDGETS:
+            affordable = int(budget * times["kronecker"] / times[estimator] + 0.05)
+            best = max((count for count in COUNTS if count <= affordable), default=None)
+            cells.append("" if best is None else f"{found[estimator][best]:.2f}")
+        rows.append(f"| `{estimator}` | {examples} | {1e3 * times[estimator]:.0f} | " + " | ".join(cells) + " |")
+    floor = found["kronecker"][40]
+    enough = next((count for count in COUNTS if found["per_example"][count] <= floor), None)
+    if enough is None:
+        return rows, f"{examples} examples: 40 `per_example` probes do not reach the error of 40 `kronecker` probes."
+    share = 40 * times["kronecker"] / (enough * times["per_example"])
+    return rows, (
+        f"{examples} examples: the error of 40 `kronecker` probes ({floor:.2f}) is reached by `per_example` with "
+        f"{enough}, in 1/{share:.1f} of the time."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-large", action="store_true")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [(name, make, 4 * options.repeats) for name, make in SMALL.items()]
+    if not options.skip_large:
+        cases += [(name, make, options.repeats) for name, make in LARGE[device].items()]
+    lines = [cost(name, make, repeats) for name, make, repeats in tqdm(cases, unit="model")]
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} {platform.machine()}"
+    print(f"Cost ({machine}{'' if device == 'cuda' else ' cores'}):\n")
+    print("| model | step, ms | probe / step | 2 draws a forward | verifying, steps | peak memory / step's | bound |")
+    print("|---|---|---|---|---|---|---|")
+    print("\n".join(lines))
+    print("\nError in the time of so many `kronecker` probes:\n")
+    print("| estimator | examples | ms per probe | " + " | ".join(map(str, BUDGETS)) + " |")
+    print("|---|---|---|" + "---|" * len(BUDGETS))
+    tables = [errors(8, options.repeats), errors(32, max(options.repeats - 2, 1))]
+    print("\n".join(row for rows, _ in tables for row in rows))
+    print("\n" + "\n".join(f"- {verdict}" for _, verdict in tables))
+
+
+if __name__ == "__main__":
+    main()
