@@ -90,7 +90,7 @@ class Readers:
         """
         tangent = linear_tangent(module, attribute)
         if tangent is None or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
-            tangents = self._affine.tangents(module, attribute, self._updates[name], args, kwargs)
+            tangents = self._affine.tangents(module, attribute, self._updates[name], args, kwargs, outputs)
             return {i: Reader(name, dim, _with_kept, [value]) for i, value in enumerate(tangents)}
         x, output = args[0].detach(), outputs[0]
         adjoint = linear_adjoint(module, attribute)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,13 +35,19 @@ _ADJOINT: dict[tuple[type[nn.Module], str], Tangent] = {
 
 
 class Affine:
-    """Which parameters a module is affine in, found out by trial: two plain calls then replace a derivative."""
+    """Which parameters a module without parts is affine in, found out by trial: a plain call then gives the tangent."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[nn.Module, str], bool] = {}
 
     def tangents(
-        self, module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        attribute: str,
+        update: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: Sequence[Any],
     ) -> list[Tensor]:
         """Differentiate a module's output along a change of one of its parameters.
 
@@ -51,20 +57,21 @@ class Affine:
             update: U, shaped like the parameter.
             args: What the module was called with.
             kwargs: What else.
+            outputs: What it put out.
 
         Returns:
-            The derivative of every tensor of the output; 0 for what is none.
+            The derivative of every output; 0 for what is no floating-point tensor.
         """
         key = (module, attribute)
         if self._known.get(key):
-            return _difference(module, attribute, update, args, kwargs)
+            return _difference(module, attribute, update, args, kwargs, outputs)
         derivative = _derivative(module, attribute, update, args, kwargs)
         if key not in self._known:
-            self._known[key] = all(
+            self._known[key] = next(module.children(), None) is None and all(
                 torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
                 for sign in (1, -1)
                 for d, value in zip(
-                    derivative, _difference(module, attribute, sign * update, args, kwargs), strict=True
+                    derivative, _difference(module, attribute, sign * update, args, kwargs, outputs), strict=True
                 )
             )
         return derivative
@@ -137,17 +144,27 @@ def _derivative(
 
 
 def _difference(
-    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    attribute: str,
+    update: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: Sequence[Any],
 ) -> list[Tensor]:
-    """f(U) - f(0), which is the derivative along U if f is affine. U is made of size 1, for round-off's sake."""
-    size = update.abs().amax() if update.numel() else update.new_ones(())
-    size = torch.where(size > 0, size, 1.0)
-    with torch.no_grad():
-        ends = []
-        for value in (update / size, torch.zeros_like(update)):
-            with _replaced(module, attribute, value):
-                ends.append(_tensors(module.forward(*args, **kwargs)))
-    return [(end - start) * size.to(end.dtype) for end, start in zip(*ends, strict=True)]
+    """f(W + U) - f(W), which is the derivative along U if f is affine. U is made of W's size, for round-off's sake."""
+    own = module.get_parameter(attribute).detach()
+    size, scale = (_largest(tensor) for tensor in (own, update))
+    with torch.no_grad(), _replaced(module, attribute, own + update * (size / scale)):
+        moved = _tensors(module.forward(*args, **kwargs))
+        return [
+            (end - start) * (scale / size).to(end.dtype) for end, start in zip(moved, _tensors(outputs), strict=True)
+        ]
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest magnitude of an entry; 1 where there is none."""
+    largest = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
+    return torch.where(largest > 0, largest, 1.0)
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import platform
+import time
 from collections.abc import Callable
-from statistics import median
+from statistics import mean, median
 
 import torch
-from cases import LEARNING_RATE, Training, gpt2, llama, lora, peak_memory, seconds
+from cases import LEARNING_RATE, Training, gpt2, llama, lora, peak_memory, seconds, synchronize
 from tqdm.auto import tqdm
 
 from hf_flerm.probes import RateProbe
@@ -40,9 +41,13 @@ LARGE = {
         "Llama, 24 layers, d = 1024, 32k words (346M)": lambda: Training(llama(1024, 24, 32000), 8, 512),
     },
 }
-COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 40)
 BUDGETS = (1, 2, 5, 10, 20, 40)
-ESTIMATORS = ("kronecker", "per_example", "full", "iid")
+COUNTS = {  # of probes, by estimator
+    "kronecker": BUDGETS,
+    "per_example": (1, 2, 3, 4, 5, 7, 10, 20, 30),
+    "full": (1, 5, 10, 40),
+    "iid": (1, 5, 10, 40),
+}
 
 
 def cost(name: str, make: Callable[[], Training], repeats: int) -> str:
@@ -84,50 +89,42 @@ def errors(examples: int, repeats: int) -> tuple[list[str], str]:
         training.step()
     before = Snapshot(training.parameters)
     training.update()
-    found: dict[str, dict[int, float]] = {}
-    times: dict[str, float] = {}
+    squares: dict[tuple[str, int], list[float]] = {}
+    spent: dict[str, list[float]] = {}
     with before.put_back(dict.fromkeys(training.parameters, LEARNING_RATE)) as updates:
         exact = RateProbe(training.model, estimator="exact").measure(updates, [training.probe_batch])
         truth = torch.tensor(list(exact.rates.values()))
-        probes = {estimator: RateProbe(training.model, estimator=estimator) for estimator in ESTIMATORS}
+        probes = {estimator: RateProbe(training.model, estimator=estimator) for estimator in COUNTS}
         for probe in probes.values():
             probe.measure(updates, [training.probe_batch])
-        spent: dict[str, list[float]] = {estimator: [] for estimator in ESTIMATORS}
-        for count in tqdm(COUNTS, unit="count", desc=f"{examples} examples"):
-            squares: dict[str, list[float]] = {estimator: [] for estimator in ESTIMATORS}
-            for repeat in range(repeats):
-                for estimator, probe in probes.items():  # side by side: the machine's load changes
+        for repeat in tqdm(range(repeats), unit="repeat", desc=f"{examples} examples"):
+            for estimator, probe in probes.items():  # side by side: the machine's load changes
+                for count in COUNTS[estimator]:
                     generator = torch.Generator(training.device).manual_seed(1000 * count + repeat)
-                    rates: list[float] = []
-
-                    def measure(
-                        probe: RateProbe = probe,
-                        generator: torch.Generator = generator,
-                        rates: list[float] = rates,
-                        count: int = count,
-                    ) -> None:
-                        rates += probe.measure(updates, [training.probe_batch] * count, generator).rates.values()
-
-                    spent[estimator].append(seconds(measure) / count)
-                    squares[estimator].append((torch.tensor(rates) / truth).log().square().mean().item())
-            for estimator, values in squares.items():
-                found.setdefault(estimator, {})[count] = (sum(values) / len(values)) ** 0.5
-        times = {estimator: median(values) for estimator, values in spent.items()}
+                    synchronize()
+                    start = time.perf_counter()
+                    rates = probe.measure(updates, [training.probe_batch] * count, generator).rates
+                    synchronize()
+                    spent.setdefault(estimator, []).append((time.perf_counter() - start) / count)
+                    error = (torch.tensor(list(rates.values())) / truth).log().square().mean().item()
+                    squares.setdefault((estimator, count), []).append(error)
+    found = {key: mean(values) ** 0.5 for key, values in squares.items()}
+    times = {estimator: median(values) for estimator, values in spent.items()}
     rows = []
-    for estimator in ESTIMATORS:
+    for estimator, counts in COUNTS.items():
         cells = []
         for budget in BUDGETS:
-            affordable = int(budget * times["kronecker"] / times[estimator] + 0.05)
-            best = max((count for count in COUNTS if count <= affordable), default=None)
-            cells.append("" if best is None else f"{found[estimator][best]:.2f}")
+            affordable = int(budget * times["kronecker"] / times[estimator] + 0.1)
+            best = max((count for count in counts if count <= affordable), default=None)
+            cells.append("" if best is None else f"{found[estimator, best]:.2f} ({best})")
         rows.append(f"| `{estimator}` | {examples} | {1e3 * times[estimator]:.0f} | " + " | ".join(cells) + " |")
-    floor = found["kronecker"][40]
-    enough = next((count for count in COUNTS if found["per_example"][count] <= floor), None)
+    target = found["kronecker", 40]
+    enough = next((count for count in COUNTS["per_example"] if found["per_example", count] <= target), None)
     if enough is None:
-        return rows, f"{examples} examples: 40 `per_example` probes do not reach the error of 40 `kronecker` probes."
+        return rows, f"{examples} examples: the error of 40 `kronecker` probes ({target:.2f}) was not reached."
     share = 40 * times["kronecker"] / (enough * times["per_example"])
     return rows, (
-        f"{examples} examples: the error of 40 `kronecker` probes ({floor:.2f}) is reached by `per_example` with "
+        f"{examples} examples: the error of 40 `kronecker` probes ({target:.2f}) is reached by `per_example` with "
         f"{enough}, in 1/{share:.1f} of the time."
     )
 
@@ -147,7 +144,7 @@ def main() -> None:
     print("| model | step, ms | probe / step | 2 draws a forward | verifying, steps | peak memory / step's | bound |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(lines))
-    print("\nError in the time of so many `kronecker` probes:\n")
+    print("\nError in the time of so many `kronecker` probes (and how many fit into it):\n", flush=True)
     print("| estimator | examples | ms per probe | " + " | ".join(map(str, BUDGETS)) + " |")
     print("|---|---|---|" + "---|" * len(BUDGETS))
     tables = [errors(8, options.repeats), errors(32, max(options.repeats - 2, 1))]
