@@ -279,7 +279,8 @@ class FLeRMCallback(TrainerCallback):
                 "(a few hundred examples will do)."
             )
         training_batch = args.per_device_train_batch_size
-        wanted = min(8, math.ceil(training_batch * args.gradient_accumulation_steps / 2))
+        draws = min(8, math.ceil(training_batch * args.gradient_accumulation_steps / 2))
+        wanted = math.ceil(draws / self.config.probes_per_batch)
         size = self.config.probe_batch_size or min(wanted, training_batch)
         least = self.config.probe_batch_size or training_batch
         if len(dataset) < least:

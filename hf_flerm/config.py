@@ -53,13 +53,13 @@ class FLeRMConfig:
         measure_every: Steps between measurements, once they are no longer dense.
         measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, 16, 32
             and then every `measure_every`.
-        probes: Probe batches per measurement. None: as many as it takes for half of the examples that an optimizer
-            step sees on one device, at most 8. So a measurement costs about half a training step. `auto`: until every
-            rate's relative standard error is at most `target_error`, but no more than `max_probes`.
+        probes: Probe batches per measurement. None: as many as it takes for half as many draws of omega as an optimizer
+            step sees examples on one device, at most 8. So a measurement costs about a third of a training step.
+            `auto`: until every rate's relative standard error is at most `target_error`, but no more than `max_probes`.
         target_error: For `probes="auto"`.
         max_probes: For `probes="auto"`.
-        probes_per_batch: Draws of omega that share one forward pass of a probe batch: cheaper than another batch,
-            but it averages over fewer examples.
+        probes_per_batch: Draws of omega that share one forward pass of a probe batch: cheaper than as many batches,
+            but over fewer examples.
         probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.
         unmatched: What to do if profile and model do not have the same parameters: `error`, or `keep` the nominal
             learning rate for those that only the model has.
@@ -85,7 +85,7 @@ class FLeRMConfig:
     probes: int | str | None = None
     target_error: float = 0.05
     max_probes: int = 64
-    probes_per_batch: int = 1
+    probes_per_batch: int = 2
     probe_batch_size: int | None = None
     unmatched: str = "error"
     output: str | OutputFunction | None = None

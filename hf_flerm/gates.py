@@ -124,9 +124,10 @@ class Gates(AbstractContextManager["Gates"]):
         self._readers = Readers(updates, affine)
         self._paths: dict[nn.Module, str] = {}
         self._tensors: dict[nn.Module, list[tuple[str, Site]]] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
         for name, places in sites.items():
             for site in places:
-                module = model.get_submodule(site.module)
+                module = modules[site.module]
                 self._tensors.setdefault(module, []).append((name, site))
                 self._paths[module] = site.module
         device = next(model.parameters()).device

@@ -54,7 +54,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 yield
         finally:
             for module, training in modes.items():
-                module.training = training
+                vars(module)["training"] = training
             for parameter in frozen:
                 parameter.requires_grad_(True)
             random.setstate(python_state)

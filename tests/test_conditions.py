@@ -301,6 +301,20 @@ def test_memory_of_a_measured_step_of_full_fine_tuning() -> None:
     assert later <= plain + copy
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_memory_of_a_measured_step_with_checkpoints(lora_rank: int) -> None:
+    """Transformers checkpoints in training mode only; a probe that did not would be the largest thing there is."""
+    model = language_model()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora_rank:
+        model = get_peft_model(model, LoraConfig(r=lora_rank, target_modules=["c_attn", "c_fc", "c_proj"]))
+    steps = Steps(model.train())
+    copy = sum(parameter.nbytes for parameter in steps.parameters.values())
+    plain = peak_memory(steps.train)
+    assert max(peak_memory(steps.measured), peak_memory(steps.measured)) <= max(1.05 * plain, plain + copy)
+
+
 def probe_memory(estimator: str, layers: int) -> float:
     """Peak memory of a probe on layers with wide weights and few activations, in weights."""
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(layers)))

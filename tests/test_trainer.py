@@ -1067,12 +1067,12 @@ def test_probes_draw_from_the_probe_dataset_by_their_own_seed(folder: Path, monk
 
 @pytest.mark.parametrize(
     ("batch", "accumulation", "probe_batch", "probes"),
-    [(1, 1, 1, 1), (4, 1, 2, 1), (4, 2, 4, 1), (2, 8, 2, 4), (3, 5, 3, 3), (12, 4, 8, 1)],
+    [(1, 1, 1, 1), (4, 1, 1, 1), (4, 2, 2, 1), (2, 8, 2, 2), (3, 5, 3, 2), (12, 4, 4, 1)],
 )
-def test_a_measurement_takes_half_of_what_a_step_takes(
+def test_a_measurement_draws_half_as_often_as_a_step_sees_examples(
     folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int, accumulation: int, probe_batch: int, probes: int
 ) -> None:
-    """In examples, rounded up to whole batches no larger than the training's, and at most 8."""
+    """Twice per example, rounded up to whole batches no larger than the training's, and at most 8 draws."""
     options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     batches = probed(folder, monkeypatch, Rows(12, seed=3), FLeRMConfig(measure_steps=(0,)), **options)
     assert [len(rows) for rows in batches] == [probe_batch] * probes

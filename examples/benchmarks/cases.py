@@ -58,25 +58,21 @@ def lora(model: nn.Module, rank: int) -> nn.Module:
 
 @dataclass
 class Training:
-    """A model in training: steps of AdamW on random tokens, under bf16 autocast on a GPU."""
+    """A model in training: steps of AdamW on one batch, under bf16 autocast on a GPU; another batch to probe with."""
 
     model: nn.Module
-    examples: int
-    length: int
+    train_ids: Tensor
+    probe_ids: Tensor
 
     def __post_init__(self) -> None:
-        set_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         if self.device.type == "cuda":
             self.model.forward = torch.autocast("cuda", torch.bfloat16)(self.model.forward)
         self.parameters = trainable_parameters(self.model)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=LEARNING_RATE, fused=True)
-        self.vocabulary = self.model.get_input_embeddings().num_embeddings
-        self.train_batch, self.probe_batch = self.batch(), self.batch()
-
-    def batch(self) -> dict[str, Tensor]:
-        return {"input_ids": torch.randint(self.vocabulary, (self.examples, self.length), device=self.device)}
+        self.train_batch = {"input_ids": self.train_ids.to(self.device)}
+        self.probe_batch = {"input_ids": self.probe_ids.to(self.device)}
 
     def update(self) -> None:
         """Forward, backward, clipping and the optimizer's step; gradients stay, as in a Trainer's step."""
@@ -107,6 +103,12 @@ class Training:
     def trained(self) -> int:
         """Bytes of the trainable weights."""
         return sum(parameter.nbytes for parameter in self.parameters.values())
+
+
+def on_random_tokens(model: nn.Module, examples: int, length: int) -> Training:
+    set_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return Training(model, *torch.randint(vocabulary, (2, examples, length)))
 
 
 def seconds(function: Callable[[], Any]) -> float:
