@@ -11,6 +11,7 @@ import shutil
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer
@@ -148,7 +149,9 @@ def adapted(run: Run) -> torch.nn.Module:
     return get_peft_model(model, lora)
 
 
-def fine_tune(run: Run, flerm: FLeRMConfig | None = None) -> tuple[float, Trainer]:
+def fine_tune(
+    run: Run, flerm: FLeRMConfig | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> tuple[float, Trainer]:
     """Train one run; its validation loss and its trainer."""
     train, validation = python_data()
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
@@ -165,6 +168,7 @@ def fine_tune(run: Run, flerm: FLeRMConfig | None = None) -> tuple[float, Traine
             "model": adapted(run),
             "train_dataset": train,
             "eval_dataset": validation,
+            "callbacks": [*callbacks],
         }
         trainer = Trainer(**options) if flerm is None else FLeRMTrainer(**options, flerm=flerm)
         trainer.train()
