@@ -216,15 +216,24 @@ def _log_probs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def _hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    result = model(**inputs, output_hidden_states=True)
-    states = getattr(result, "decoder_hidden_states", None) or getattr(result, "hidden_states", None)
-    if not states:
+    """What the backbone hands to the head. Asking for `output_hidden_states` would leave hooks in the model."""
+    whole: Any = model
+    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    backbone = getattr(inner, "base_model", None)
+    seen: list[Any] = []
+    if isinstance(backbone, nn.Module):
+        handle = backbone.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            model(**inputs)
+        finally:
+            handle.remove()
+    state = getattr(seen[-1], "last_hidden_state", None) if seen else None
+    if not isinstance(state, Tensor):
         raise ValueError(
-            f"{type(model).__name__} returned {type(result).__name__} without hidden_states. "
+            f"{type(model).__name__} has no backbone with a last_hidden_state. "
             "Pass output=(model, batch) -> tensor to say what the function is."
         )
-    last: Tensor = states[-1]
-    return last
+    return state
 
 
 OUTPUTS = {"logits": _logits, "log_probs": _log_probs, "hidden": _hidden}

@@ -182,7 +182,7 @@ class VerifiedSites:
         values, sizes = gates.differentiate(out.values, omega, reductions, retain_graph=True)
         if not all(bool(found[2].isfinite()) for found in sizes.values()):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
-        multiplied, _ = gates.differentiate(out.values, omega * by_row)
+        multiplied, _ = gates.differentiate(out.values, omega.mul_(by_row))
         self._largest_gradient = max(self._largest_gradient, *(float(found[2]) for found in sizes.values()), 0.0)
         noise = _ROUND_OFF * gates.precision * self._largest_gradient
         coarse = gates.precision**0.5

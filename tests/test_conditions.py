@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from test_probes import WIDTH, features, gpt2, llama, perturb, seeded, text
 from torch import Tensor, nn
@@ -144,6 +145,7 @@ def test_autocast_gives_the_rates_of_the_function_in_low_precision(name: str, dt
 
 def accelerated(model: nn.Module) -> nn.Module:
     """What Accelerate makes of a model under mixed precision: autocast, and outputs in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     prepared: nn.Module = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     return prepared
 
@@ -312,7 +314,10 @@ def test_memory_of_a_measured_step_with_checkpoints(lora_rank: int) -> None:
     steps = Steps(model.train())
     copy = sum(parameter.nbytes for parameter in steps.parameters.values())
     plain = peak_memory(steps.train)
-    assert max(peak_memory(steps.measured), peak_memory(steps.measured)) <= max(1.05 * plain, plain + copy)
+    first, later = peak_memory(steps.measured), peak_memory(steps.measured)
+    # Verifying has the logits of its probe batch and the step's gradients at the same time, as training never has.
+    assert first <= max(1.05 * plain, plain + 2 * copy)
+    assert later <= max(1.05 * plain, plain + copy)
 
 
 def probe_memory(estimator: str, layers: int) -> float:

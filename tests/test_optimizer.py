@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -478,3 +479,63 @@ def test_without_a_learning_rate_there_is_nothing_to_scale() -> None:
     optimizer = Adafactor(list(model.parameters()), lr=None, relative_step=True)
     with pytest.raises(ValueError, match=r"no learning rate for \[0.bias, 0.weight, 1.bias, 1.weight\]"):
         rates(optimizer, model)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop], ids=lambda make: make.__name__)
+def test_changes_between_steps_reach_the_tensors_that_they_are_for(make: Any) -> None:
+    """What is put together for a step is kept for the next one, but not if anything has changed in between."""
+    names = ["h.0.w", "h.1.w", "h.2.w", "h.3.w"]
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(3, generator=generator) for name in names}
+    ours = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    theirs = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    optimizer = make(ours.values(), lr=0.1, weight_decay=0.1)
+    split_param_groups(optimizer, ours)
+    scaling = StepScales(optimizer, ours)
+    scales = {"h.0.w": 2.0, "h.1.w": 2.0, "h.2.w": 0.5}
+    by_hand = make([{"params": [parameter]} for parameter in theirs.values()], lr=0.1, weight_decay=0.1)
+    kept: list[Any] = []
+
+    def change_weight_decay() -> None:
+        for each in (optimizer, by_hand):
+            each.param_groups[1]["weight_decay"] = 0.7
+
+    def change_learning_rate() -> None:
+        for each in (optimizer, by_hand):
+            each.param_groups[0]["lr"] = 0.03
+
+    def schedule() -> None:
+        for each in (optimizer, by_hand):
+            for group in each.param_groups:
+                group["lr"] = 0.5 * group["lr"]
+
+    def load() -> None:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def change_scales() -> None:
+        scales["h.1.w"] = 3.0
+
+    def nothing() -> None:
+        pass
+
+    before = [nothing, nothing, schedule, load, nothing]
+    for change in [*before, change_learning_rate, nothing, change_weight_decay, schedule, change_scales, nothing]:
+        change()
+        if scaling.scales != scales:
+            scaling.scales = dict(scales)
+        for name in names:
+            gradient = torch.randn(3, generator=generator)
+            ours[name].grad, theirs[name].grad = gradient.clone(), gradient.clone()
+        nominal = [group["lr"] for group in by_hand.param_groups]
+        for group, name in zip(by_hand.param_groups, names, strict=True):
+            group["lr"] = group["lr"] * scales.get(name, 1.0)
+        optimizer.step()
+        kept.append(scaling._partition)
+        by_hand.step()
+        for group, rate in zip(by_hand.param_groups, nominal, strict=True):
+            group["lr"] = rate
+        for name in names:
+            assert torch.equal(ours[name], theirs[name]), (name, change.__name__)
+    assert kept[0] is kept[1] is kept[2], "made anew though nothing but the learning rate of all had changed"
+    assert kept[5] is kept[6]
+    assert len({id(partition) for partition in kept}) == 4  # at first, and after each of the three changes
