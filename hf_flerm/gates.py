@@ -204,13 +204,14 @@ class Gates(AbstractContextManager["Gates"]):
                 for parameter, reduce in reductions.items()
             ]
             try:
-                torch.autograd.grad(
-                    values,
-                    [self._anchor, *reductions],
-                    (omega * scale).to(values.dtype),
-                    retain_graph=retain_graph or not last,
-                    allow_unused=True,
-                )
+                with torch.autocast(values.device.type, enabled=False):  # the caller's is for the forward pass
+                    torch.autograd.grad(
+                        values,
+                        [self._anchor, *reductions],
+                        (omega * scale).to(values.dtype),
+                        retain_graph=retain_graph or not last,
+                        allow_unused=True,
+                    )
             finally:
                 for handle in handles:
                     handle.remove()

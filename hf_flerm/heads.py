@@ -41,7 +41,8 @@ class LinearHead:
         self._scales = {key: block.norm().clamp_min(tiny) for key, block in blocks.items()}
         self._widths = {key: block.shape[1] for key, block in blocks.items()}
         sizes = torch.cat([self._scales[key].expand(width) for key, width in self._widths.items()])
-        self._root = _square_root(_gram(list(blocks.values())) / sizes / sizes.unsqueeze(1))
+        with torch.autocast(module.weight.device.type, enabled=False):
+            self._root = _square_root(_gram(list(blocks.values())) / sizes / sizes.unsqueeze(1))
         self._made_of = self._fingerprint()
 
     def is_current(self) -> bool:
@@ -79,7 +80,8 @@ class LinearHead:
         h = hidden.values.detach()
         shape = (*h.shape[:-1], len(self._root))
         noise = torch.randn(shape, generator=generator, device=generator.device, dtype=self._root.dtype).to(h.device)
-        drawn = ((noise * hidden.weight.to(noise)) @ self._root.T).split(list(self._widths.values()), -1)
+        with torch.autocast(h.device.type, enabled=False):
+            drawn = ((noise * hidden.weight.to(noise)) @ self._root.T).split(list(self._widths.values()), -1)
         draws = {key: part * self._scales[key] for key, part in zip(self._widths, drawn, strict=True)}
         derivatives = {
             name: (draws[attribute] * h if attribute == "weight" else draws[attribute]).flatten(1).sum(1)

@@ -143,6 +143,16 @@ def test_autocast_gives_the_rates_of_the_function_in_low_precision(name: str, dt
     assert set(found.estimators.values()) == {"per_example"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_callers_autocast_is_for_the_forward_pass_alone(dtype: torch.dtype) -> None:
+    model, own = made("llama"), made("llama")
+    own.forward = torch.autocast("cpu", dtype)(own.forward)
+    expected = rates(own)
+    with torch.autocast("cpu", dtype):
+        found = rates(model)
+    assert_same_rates(found, expected, 1e-6)
+
+
 def accelerated(model: nn.Module) -> nn.Module:
     """What Accelerate makes of a model under mixed precision: autocast, and outputs in float32."""
     AcceleratorState._reset_state(reset_partial_state=True)
