@@ -24,6 +24,9 @@ _PIECES = 4  # of a block's columns; more save more of the symmetric half, in sm
 class LinearHead:
     """The last linear map of a model, and how omega reaches its input and its own tensors.
 
+    Attributes:
+        names: Names of its measured tensors, by attribute.
+
     Args:
         module: The map.
         updates: Unit updates of its measured tensors: of `{"weight": (name, U), "bias": (name, U)}` those it has.
@@ -31,7 +34,7 @@ class LinearHead:
 
     def __init__(self, module: nn.Linear, updates: Mapping[str, tuple[str, Tensor]]) -> None:
         self.module = module
-        self._names = {attribute: name for attribute, (name, _) in updates.items()}
+        self.names = {attribute: name for attribute, (name, _) in updates.items()}
         blocks = {"hidden": module.weight.detach()}
         blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
@@ -47,7 +50,7 @@ class LinearHead:
 
     def is_current(self) -> bool:
         """Tell whether this may be used in another measurement: nothing of the map is trained, or has changed."""
-        return not self._names and self._made_of == self._fingerprint()
+        return not self.names and self._made_of == self._fingerprint()
 
     def _fingerprint(self) -> tuple[int, int, float]:
         weight = self.module.weight.detach()
@@ -85,7 +88,7 @@ class LinearHead:
         draws = {key: part * self._scales[key] for key, part in zip(self._widths, drawn, strict=True)}
         derivatives = {
             name: (draws[attribute] * h if attribute == "weight" else draws[attribute]).flatten(1).sum(1)
-            for attribute, name in self._names.items()
+            for attribute, name in self.names.items()
         }
         return draws["hidden"].to(h.dtype), derivatives
 
@@ -148,7 +151,11 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
 
         return hook
 
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module._parameters.keys() == {"weight", "bias"}  # no weight_norm, no pruning
+    }
     handles = [module.register_forward_hook(watch(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():

@@ -160,6 +160,7 @@ class Samples:
         self._num_examples: list[int] = []
         self._derivatives: dict[str, list[Tensor]] = {name: [] for name in self._names}
         self._statistics: dict[str, list[Tensor | None]] = {name: [] for name in self._names}
+        self._first = dict.fromkeys(self._names, 0)  # the first probe that counts for a tensor
         self._estimators = dict.fromkeys(self._names, UNUSED)
         self._gram: Tensor | None = None
 
@@ -185,7 +186,9 @@ class Samples:
             statistics: Float64 [1 + F]: the sum of Z, then what the estimator makes of Z; None if the tensor takes no
                 part in the outputs.
         """
-        if self._derivatives[name]:  # not verified until now, because it moved no output before
+        if self._derivatives[name]:  # not verified until now, or refuted only now: what gates said does not count
+            if any(bool(values.any()) for values in self._derivatives[name]):
+                self._first[name] = len(self._num_outputs)
             self._derivatives[name].clear()
             self._statistics[name] = [None] * len(self._num_outputs)
         self._statistics[name].append(statistics)
@@ -233,8 +236,10 @@ class Samples:
             statistics = [row for row in self._statistics[name] if row is not None]
             if statistics:
                 empty = torch.zeros_like(statistics[0])
-                rows = torch.stack([empty if row is None else row for row in self._statistics[name]]).cpu()
-                found[i] = from_weight_gradients(self._estimators[name], rows[:, 1:], draws.num_outputs)
+                counted = self._statistics[name][self._first[name] :]
+                rows = torch.stack([empty if row is None else row for row in counted]).cpu()
+                num_outputs = draws.num_outputs[self._first[name] :]
+                found[i] = from_weight_gradients(self._estimators[name], rows[:, 1:], num_outputs)
         return Measurement(
             {name: rate for name, (rate, _) in zip(self._names, found, strict=True)},
             {name: error for name, (_, error) in zip(self._names, found, strict=True)},

@@ -15,9 +15,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# What modules are given for the time of a probe. Autograd leaves an embedding's padding row out of its gradient, though
-# outputs depend on it; bitsandbytes repacks 4-bit weights in place, for a product that has no gradient.
-_PROBED_WITH: dict[str, Any] = {"padding_idx": None, "support_avx512bf16_for_cpu": False}
+# What modules are given for the time of a probe. Autograd leaves an embedding's padding row out of its gradient and may
+# divide by frequencies, though outputs do not; bitsandbytes repacks 4-bit weights in place for a product that has no
+# gradient.
+_PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.Embedding, "padding_idx", None),
+    (nn.Embedding, "scale_grad_by_freq", False),
+    (nn.Module, "support_avx512bf16_for_cpu", False),
+)
 
 
 @contextmanager
@@ -43,9 +48,12 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # what is compiled does not see hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modes:
-            for attribute in _PROBED_WITH.keys() & vars(module).keys():
-                stack.callback(setattr, module, attribute, getattr(module, attribute))
-                setattr(module, attribute, _PROBED_WITH[attribute])
+            for kind, attribute, value in _PROBED_WITH:
+                if attribute in vars(module) and isinstance(module, kind):
+                    stack.callback(setattr, module, attribute, getattr(module, attribute))
+                    setattr(module, attribute, value)
+            if module._buffers:
+                stack.enter_context(_kept_state(module))
         try:
             model.eval()
             for parameter in frozen:
@@ -59,6 +67,21 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 parameter.requires_grad_(True)
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _kept_state(module: nn.Module) -> Iterator[None]:
+    """Put back a module's buffers and the numbers beside them: rotary embeddings note the longest input seen there."""
+    buffers = {name: (value, None if value is None else value.clone()) for name, value in module._buffers.items()}
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    try:
+        yield
+    finally:
+        for name, (value, copy) in buffers.items():
+            module._buffers[name] = value
+            if value is not None and copy is not None and not torch.equal(value, copy):
+                value.copy_(copy)
+        vars(module).update(numbers)
 
 
 @contextmanager

@@ -271,9 +271,9 @@ class _Partition:
 
 
 def _options(group: Mapping[str, Any]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
-    """The values of a group but for its learning rate, and what gets them; `params` as the list that it is."""
+    """The values of a group but for its learning rate, its tensors, and what gets the values."""
     get = _getter(tuple(key for key in group if key != "lr"))
-    return get, get(group)
+    return get, (*get(group), *group["params"])
 
 
 @cache
@@ -284,7 +284,8 @@ def _getter(keys: tuple[str, ...]) -> Callable[[Any], Any]:
 def _same(seen: tuple[Callable[[Any], Any], tuple[Any, ...]], group: Mapping[str, Any]) -> bool:
     """Whether a group still holds the very objects that it held."""
     get, values = seen
-    return len(group) == len(values) and all(map(is_, get(group), values))
+    now = (*get(group), *group["params"])
+    return len(now) == len(values) and all(map(is_, now, values))
 
 
 def _schedulers(scheduler: Any) -> Iterator[Any]:

@@ -248,12 +248,18 @@ def _inputs(model: Any, batch: Batch) -> tuple[dict[str, Any], Any]:
     if getattr(config, "is_encoder_decoder", False):
         labels = batch.get("labels")
         mask = inputs.get("decoder_attention_mask")
-        if "decoder_input_ids" not in inputs and labels is not None:
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.ndim == 2:
+            inputs["decoder_input_ids"] = _shifted_right(labels, config)
             mask = (labels != -100) if mask is None else mask
     if hasattr(config, "use_cache"):
         inputs["use_cache"] = False
     return inputs, mask
+
+
+def _shifted_right(labels: Tensor, config: Any) -> Tensor:
+    """The decoder's inputs, as encoder-decoder models make them of labels; not all have a method for it."""
+    shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return shifted.masked_fill(shifted == -100, config.pad_token_id)
 
 
 def _trained_positions(model: Any, batch: Batch, values: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def measure_rates(
     Raises:
         ValueError: If a name, a shape or an argument is wrong, or there is no batch.
     """
+    if isinstance(batches, Mapping):
+        raise ValueError("batches is one batch: pass a list of them, [batch].")
     outputs = Outputs(output, positions, metric)
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
@@ -201,7 +203,8 @@ class RateProbe:
                 derivatives, statistics = gates.differentiate(
                     out.values, omega, reductions, retain_graph=not last, keep_tangents=not last
                 )
-                for name, values in own.items():
+                for name, drawn in own.items():
+                    values = drawn.reshape(num_examples(batch), -1).sum(1)
                     derivatives[name] = derivatives[name] + values if name in derivatives else values
                 samples.add_derivatives(derivatives, (gates.reached | own.keys()) - self._sites.absent)
                 for parameter, name in by_gradient.items():
@@ -282,6 +285,8 @@ class RateProbe:
                 if Site(self._head_name, attribute) not in self._sites.sites.get(name, ()):
                     return None
                 own[attribute] = name
+        if self._head is not None and self._head.names != own:
+            self._head = None
         if self._head is None and LinearHead.pays(module, len(own)):
             self._head = LinearHead(module, {attribute: (name, updates[name]) for attribute, name in own.items()})
         return self._head

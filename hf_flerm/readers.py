@@ -92,6 +92,8 @@ class Readers:
         if tangent is None or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
             tangents = self._affine.tangents(module, attribute, self._updates[name], args, kwargs, outputs)
             return {i: Reader(name, dim, _with_kept, [value]) for i, value in enumerate(tangents)}
+        if attribute == "bias":
+            return {0: Reader(name, dim, partial(self._bias, name), [])}
         x, output = args[0].detach(), outputs[0]
         adjoint = linear_adjoint(module, attribute)
         if adjoint is not None and output.shape[-1] < x.shape[-1]:
@@ -100,6 +102,9 @@ class Readers:
                 return {0: Reader(name, dim, _with_kept, [tangent(module, update, x.to(output.dtype))], size)}
         size = 1.0 if output.dtype != torch.float16 else _size(self._updates[name])
         return {0: Reader(name, dim, partial(self._late, module, name, tangent, adjoint, []), [x], size)}
+
+    def _bias(self, name: str, grad: Tensor, kept: Kept) -> Factors:
+        return grad, self._updates[name]
 
     def _late(
         self,

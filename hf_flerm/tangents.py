@@ -66,7 +66,7 @@ class Affine:
         if self._known.get(key):
             return _difference(module, attribute, update, args, kwargs, outputs)
         derivative = _derivative(module, attribute, update, args, kwargs)
-        if key not in self._known:
+        if key not in self._known and any(bool(d.any()) for d in derivative):
             self._known[key] = next(module.children(), None) is None and all(
                 torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
                 for sign in (1, -1)

@@ -452,3 +452,27 @@ def test_the_head_is_left_as_it_was() -> None:
     forward = own.head.forward
     measure_rates(own, updates_of(own), [text()])
     assert own.head.forward is forward
+
+
+def test_a_frozen_head_that_is_measured_later_is_measured() -> None:
+    model = made(LanguageModel(bias=True))
+    updates = updates_of(model)
+    probe = RateProbe(model, probes_per_batch=100)
+    body = {name: update for name, update in updates.items() if "head" not in name}
+    probe.measure(body, [text()], seeded(0))
+    head = {name: update for name, update in updates.items() if "head" in name}
+    found = probe.measure(head, [text()], seeded(0))
+    exact = measure_rates(model, head, [text()], estimator="exact")
+    for name, rate in exact.rates.items():
+        assert found.rates[name] == pytest.approx(rate, rel=0.25), name
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=lambda wrap: wrap.__name__)
+def test_a_head_whose_weight_is_computed_is_evaluated(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = made(LanguageModel())
+    wrap(model.head)
+    updates = {name: update for name, update in updates_of(model).items() if "head" in name}
+    found = measure_rates(model, updates, [text()], probes_per_batch=100, generator=seeded(0))
+    exact = measure_rates(model, updates, [text()], estimator="exact")
+    for name, rate in exact.rates.items():
+        assert found.rates[name] == pytest.approx(rate, rel=0.25), name

@@ -539,3 +539,17 @@ def test_changes_between_steps_reach_the_tensors_that_they_are_for(make: Any) ->
     assert kept[0] is kept[1] is kept[2], "made anew though nothing but the learning rate of all had changed"
     assert kept[5] is kept[6]
     assert len({id(partition) for partition in kept}) == 4  # at first, and after each of the three changes
+
+
+def test_tensors_that_join_and_leave_a_group_between_steps() -> None:
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ("a", "b", "c")}
+    optimizer = SGD([parameters["a"], parameters["b"]], lr=1.0)
+    scaling = StepScales(optimizer, parameters)
+    scaling.scales = {"a": 2.0, "b": 3.0, "c": 5.0}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(parameters["c"])
+    del optimizer.param_groups[0]["params"][0]
+    optimizer.step()
+    assert {name: parameter[0].item() for name, parameter in parameters.items()} == {"a": -1.0, "b": -5.0, "c": -4.0}

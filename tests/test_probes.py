@@ -21,7 +21,16 @@ from peft import LoraConfig, get_peft_model
 from reference import Batch, Change, OutputFunction, finite_difference, kronecker_loop, weight_gradient_products
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hf_flerm import Measurement, measure_rates
@@ -1349,6 +1358,77 @@ def test_later_draws_of_a_forward_use_what_the_first_has_kept(name: str) -> None
     largest = by_probe.abs().max()
     torch.testing.assert_close(by_probe[:, 1], by_probe[:, 0], rtol=1e-4, atol=1e-6 * float(largest))
     torch.testing.assert_close(by_probe[:, 2], by_probe[:, 0], rtol=1e-4, atol=1e-6 * float(largest))
+
+
+def test_a_model_that_reads_its_padding_index() -> None:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+    )
+    made = Case(perturb(RobertaForMaskedLM(config)), [text("right")])
+    assert set(made.measure("per_example").estimators.values()) == {"per_example"}
+    assert made.model.roberta.embeddings.word_embeddings.padding_idx == config.pad_token_id
+
+
+def test_an_encoder_decoder_that_classifies() -> None:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        max_position_embeddings=16,
+        num_labels=3,
+        eos_token_id=2,
+    )
+    model = perturb(BartForSequenceClassification(config))
+    ids = torch.cat([torch.randint(3, VOCABULARY, (3, 5), generator=seeded(0)), torch.full((3, 1), 2)], 1)
+    result = measure_rates(model, Case(model, []).updates, [{"input_ids": ids, "labels": torch.tensor([0, 1, 2])}])
+    assert result.rates["classification_head.out_proj.weight"] > 0
+
+
+def test_what_gates_said_before_they_were_refuted_does_not_count() -> None:
+    """One example alone refutes nothing; with several, these outputs turn out to mix them."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    updates = {"weight": torch.randn(3, 4), "bias": torch.randn(3)}
+
+    def output(model: nn.Module, batch: Batch) -> Tensor:
+        h = torch.tanh(model(batch["x"]))
+        return (h @ h.T).logsumexp(1)
+
+    single = [features(1, 4, seed=seed) for seed in range(8)]
+    together = features(4, 4, seed=9)
+    mixed = measure_rates(model, updates, [*single, *[together] * 50], output=output, generator=seeded(0))
+    alone = measure_rates(model, updates, [together] * 50, output=output, generator=seeded(1))
+    assert mixed.estimators == alone.estimators == dict.fromkeys(updates, "kronecker")
+    for name, rate in alone.rates.items():
+        error = math.hypot(alone.standard_errors[name], mixed.standard_errors[name])
+        assert abs(mixed.rates[name] - rate) < 4 * error, name
+
+
+def test_one_batch_is_no_list_of_batches() -> None:
+    with pytest.raises(ValueError, match=r"pass a list of them, \[batch\]"):
+        measure_rates(nn.Linear(4, 3), {"weight": torch.ones(3, 4)}, {"input": torch.ones(2, 4)})
+
+
+def test_rotary_embeddings_forget_how_long_a_probe_was() -> None:
+    model = llama(max_position_embeddings=4, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    model(**text("right", length=3))
+    before = {name: value.clone() for name, value in rotary._buffers.items()}, rotary.max_seq_len_cached
+    measure_rates(model, Case(model, []).updates, [text("right", length=9)])
+    assert rotary.max_seq_len_cached == before[1]
+    assert all(torch.equal(rotary._buffers[name], value) for name, value in before[0].items())
 
 
 def test_a_probe_measures_again_at_new_weights() -> None:
