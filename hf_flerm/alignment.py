@@ -15,7 +15,7 @@ from .modes import undisturbed
 from .names import resolve_names
 from .outputs import Batch, OutputFunction, Outputs
 from .sites import owners
-from .tangents import linear_tangent
+from .tangents import Tangent, linear_tangent
 
 
 def log_alignments(
@@ -48,14 +48,16 @@ def log_alignments(
     raw = resolve_names(model, updates)
     own = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
+    tangents: dict[str, Tangent] = {}
     for name, path in raw.items():
         holders = [
             model.get_submodule(site.module)
             for site in owners(model, model.get_parameter(path))
             if site.attribute == "weight"
         ]
-        if all(isinstance(module, (nn.Linear, Conv1D)) and linear_tangent(module, "weight") for module in holders):
-            layers[name] = holders
+        tangent = linear_tangent(holders[0], "weight") if holders else None
+        if tangent is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
+            layers[name], tangents[name] = holders, tangent
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of (U x)^2, of x^2, and of their rows
     mask: Any = None
 
@@ -65,9 +67,7 @@ def log_alignments(
             if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
                 x = x[mask.bool()]
             x = x.reshape(-1, x.shape[-1])
-            tangent = linear_tangent(module, "weight")
-            assert tangent is not None
-            moved = tangent(module, own[name].to(x), x)
+            moved = tangents[name](module, own[name].to(x), x)
             sizes = [value.float().square().mean(-1).sum().item() for value in (moved, x)]
             sums[name] += torch.tensor([*sizes, float(len(x))], dtype=torch.float64)
 

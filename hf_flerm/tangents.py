@@ -118,18 +118,20 @@ def jvp(
         The derivative of each output.
     """
     primal = primal.detach()
+    # The products of bitsandbytes drop forward-mode tangents without a word.
+    quantized = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
-        try:
-            if any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules()):
-                raise NotImplementedError("4-bit products drop forward-mode tangents without a word")
-            with torch.no_grad():
-                tangents: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            with torch.enable_grad():
-                tangents = torch.autograd.functional.jvp(function, primal, tangent)[1]
-        return tangents
+        if not quantized:
+            try:
+                with torch.no_grad():
+                    forward: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
+                return forward
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+        with torch.enable_grad():
+            backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primal, tangent)[1]
+        return backward
 
 
 def _derivative(
