@@ -215,7 +215,8 @@ class Gates(AbstractContextManager["Gates"]):
             finally:
                 for handle in handles:
                     handle.remove()
-            if all(bool(found.isfinite().all()) for found in (self._values, *reduced.values())):
+            finite = [found.isfinite().all().to(values.device) for found in (self._values, *reduced.values())]
+            if bool(torch.stack(finite).all()):
                 break
         return dict(zip(self._rows, self._values / scale, strict=True)), reduced
 

@@ -72,15 +72,18 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _kept_state(module: nn.Module) -> Iterator[None]:
     """Put back a module's buffers and the numbers beside them: rotary embeddings note the longest input seen there."""
-    buffers = {name: (value, None if value is None else value.clone()) for name, value in module._buffers.items()}
+    buffers = {
+        name: (value, None if value is None else (value._version, value.clone()))
+        for name, value in module._buffers.items()
+    }
     numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
     try:
         yield
     finally:
-        for name, (value, copy) in buffers.items():
+        for name, (value, kept) in buffers.items():
             module._buffers[name] = value
-            if value is not None and copy is not None and not torch.equal(value, copy):
-                value.copy_(copy)
+            if value is not None and kept is not None and value._version != kept[0]:
+                value.copy_(kept[1])
         vars(module).update(numbers)
 
 
