@@ -47,11 +47,12 @@ LARGE = {
     },
 }
 BUDGETS = (1, 2, 5, 10, 20, 40)
-COUNTS = {  # of probes, by estimator
-    "kronecker": BUDGETS,
-    "per_example": (1, 2, 3, 4, 5, 7, 10, 20, 30),
-    "full": (1, 5, 10, 40),
-    "iid": (1, 5, 10, 40),
+COUNTS = {  # of probes, by estimator and probes per forward pass
+    ("kronecker", 1): BUDGETS,
+    ("per_example", 1): (1, 2, 3, 4, 5, 7, 10, 20, 30),
+    ("per_example", 2): (2, 4, 6, 8, 10, 20, 40),
+    ("full", 1): (1, 5, 10, 40),
+    ("iid", 1): (1, 5, 10, 40),
 }
 
 
@@ -96,44 +97,47 @@ def errors(examples: int, repeats: int) -> tuple[list[str], str]:
         training.step()
     before = Snapshot(training.parameters)
     training.update()
-    squares: dict[tuple[str, int], list[float]] = {}
-    spent: dict[str, list[float]] = {}
+    squares: dict[tuple[tuple[str, int], int], list[float]] = {}
+    spent: dict[tuple[str, int], list[float]] = {}
     with before.put_back(dict.fromkeys(training.parameters, LEARNING_RATE)) as updates:
         exact = RateProbe(training.model, estimator="exact").measure(updates, [training.probe_batch])
         truth = torch.tensor(list(exact.rates.values()))
-        probes = {estimator: RateProbe(training.model, estimator=estimator) for estimator in COUNTS}
+        probes = {way: RateProbe(training.model, estimator=way[0], probes_per_batch=way[1]) for way in COUNTS}
         for probe in probes.values():
             probe.measure(updates, [training.probe_batch])
         for repeat in tqdm(range(repeats), unit="repeat", desc=f"{examples} examples"):
-            for estimator, probe in probes.items():  # side by side: the machine's load changes
-                for count in COUNTS[estimator]:
+            for way, probe in probes.items():  # side by side: the machine's load changes
+                for count in COUNTS[way]:
                     generator = torch.Generator(training.device).manual_seed(1000 * count + repeat)
                     synchronize()
                     start = time.perf_counter()
-                    rates = probe.measure(updates, [training.probe_batch] * count, generator).rates
+                    rates = probe.measure(updates, [training.probe_batch] * (count // way[1]), generator).rates
                     synchronize()
-                    spent.setdefault(estimator, []).append((time.perf_counter() - start) / count)
+                    spent.setdefault(way, []).append((time.perf_counter() - start) / count)
                     error = (torch.tensor(list(rates.values())) / truth).log().square().mean().item()
-                    squares.setdefault((estimator, count), []).append(error)
+                    squares.setdefault((way, count), []).append(error)
     found = {key: mean(values) ** 0.5 for key, values in squares.items()}
-    times = {estimator: median(values) for estimator, values in spent.items()}
+    times = {way: median(values) for way, values in spent.items()}
+    unit = times["kronecker", 1]
     lines = []
-    for estimator, counts in COUNTS.items():
+    for way, counts in COUNTS.items():
         cells = []
         for budget in BUDGETS:
-            affordable = int(budget * times["kronecker"] / times[estimator] + 0.1)
+            affordable = int(budget * unit / times[way] + 0.1)
             best = max((count for count in counts if count <= affordable), default=None)
-            cells.append("" if best is None else f"{found[estimator, best]:.2f} ({best})")
-        lines.append(f"| `{estimator}` | {examples} | {1e3 * times[estimator]:.0f} | " + " | ".join(cells) + " |")
-    target = found["kronecker", 40]
-    enough = next((count for count in COUNTS["per_example"] if found["per_example", count] <= target), None)
-    if enough is None:
-        return lines, f"{examples} examples: the error of 40 `kronecker` probes ({target:.2f}) was not reached."
-    share = 40 * times["kronecker"] / (enough * times["per_example"])
-    return lines, (
-        f"{examples} examples: the error of 40 `kronecker` probes ({target:.2f}) is reached by `per_example` with "
-        f"{enough}, in 1/{share:.1f} of the time."
-    )
+            cells.append("" if best is None else f"{found[way, best]:.2f} ({best})")
+        name = f"`{way[0]}`" + (f", {way[1]} a forward" if way[1] > 1 else "")
+        lines.append(f"| {name} | {examples} | {1e3 * times[way]:.0f} | " + " | ".join(cells) + " |")
+    target = found[("kronecker", 1), 40]
+    verdict = f"{examples} examples: the error of 40 `kronecker` probes is {target:.3f}. `per_example` "
+    for way in (way for way in COUNTS if way[0] == "per_example"):
+        enough = next((count for count in COUNTS[way] if found[way, count] <= target), COUNTS[way][-1])
+        share = 40 * unit / (enough * times[way])
+        verdict += (
+            f"with {way[1]} a forward pass: {found[way, enough]:.3f} with {enough}, in 1/{share:.1f} of the time"
+            + (". " if way[1] > 1 else "; ")
+        )
+    return lines, verdict.strip()
 
 
 def main() -> None:
@@ -154,7 +158,7 @@ def main() -> None:
     print("\nError in the time of so many `kronecker` probes (and how many fit into it):\n", flush=True)
     print("| estimator | examples | ms per probe | " + " | ".join(map(str, BUDGETS)) + " |")
     print("|---|---|---|" + "---|" * len(BUDGETS))
-    tables = [errors(8, 2 * options.repeats), errors(32, options.repeats)]
+    tables = [errors(8, 4 * options.repeats), errors(32, options.repeats)]
     print("\n".join(row for rows, _ in tables for row in rows))
     print("\n" + "\n".join(f"- {verdict}" for _, verdict in tables))
 
