@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from .config import FLeRMConfig
-from .matching import pooled_scales
+from .mapping import joint_groups, map_profile
+from .matching import Evidence
 from .measurement import UNUSED, Measurement
 from .names import preview, tensor_kinds, trainable_parameters
 from .optimizer import StepScales, learning_rates, raw_optimizer
@@ -29,6 +30,7 @@ from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_nam
 from .updates import Snapshot
 
 logger = logging.get_logger(__name__)
+_EVIDENCE = "matching"
 
 
 class FLeRMCallback(TrainerCallback):
@@ -111,8 +113,12 @@ class FLeRMCallback(TrainerCallback):
             probes_per_batch=self.config.probes_per_batch,
             outputs=outputs,
         )
+        self._groups = joint_groups(model, self._parameters)
         self._recorded = self._resumed(args, state) or RateProfile(
-            [], {name: [] for name in self._parameters}, self._provenance(args)
+            [],
+            {name: [] for name in self._parameters},
+            self._provenance(args),
+            {granularity: {path: [] for path in groups} for granularity, groups in self._groups.items()},
         )
         self._before = None
         self._pending_logs = {}
@@ -125,8 +131,16 @@ class FLeRMCallback(TrainerCallback):
         self.scales = dict.fromkeys(self._parameters, 1.0)
         if self.base is not None:
             self._check_base(self.base)
+            self._mapped = map_profile(
+                self.base,
+                model,
+                granularity=self.config.granularity,
+                depth=self.config.depth,
+                unmatched=self.config.unmatched,
+            )
+            self._evidence = Evidence.recorded(self._recorded.metadata.get(_EVIDENCE), self._mapped)
             self._step_scales = StepScales(self._optimizer, self._parameters)
-            self._update_scales(self.base, self._step_scales)
+            self._set_scales(self._step_scales)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -213,14 +227,22 @@ class FLeRMCallback(TrainerCallback):
             raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
         self._report_unused(measurement)
         self.last_measurement = measurement
-        self._recorded = self.rate_profile.appended(step, measurement.rates)
+        self._recorded = self.rate_profile.appended(step, measurement.rates, self._joint_rates(measurement))
         self._pending_logs.update(self._by_kind("rate", measurement.rates))
         self._pending_logs["flerm/rate/total"] = measurement.total
         if self.base is not None and self._step_scales is not None:
             old = self.scales
-            self._update_scales(self.base, self._step_scales)
+            self._evidence = self._evidence.appended(step, self._mapped, measurement).estimated(
+                self._mapped,
+                pool=self.config.pool,
+                beta=self.config.beta,
+                max_scale=self.config.max_scale,
+                max_change=self.config.max_change,
+            )
+            self._recorded.metadata[_EVIDENCE] = self._evidence.record()
+            self._set_scales(self._step_scales)
             self._pending_logs.update(self._by_kind("scale", self.scales))
-            before.rescale({name: scale / old[name] for name, scale in self.scales.items()})
+            before.rescale({name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]})
 
     def _report_unused(self, measurement: Measurement) -> None:
         """Warn once of tensors that take no part in the outputs, so that a rate of 0 is no riddle."""
@@ -228,12 +250,21 @@ class FLeRMCallback(TrainerCallback):
         if unused and self.last_measurement is None:
             logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
 
-    def _update_scales(self, base: RateProfile, step_scales: StepScales) -> None:
-        names = [name for name in self._parameters if name in base.rates]
-        target = RateProfile(self.rate_profile.steps, {name: self.rate_profile.rates[name] for name in names})
-        scales = pooled_scales(base, target, self._kinds, pool=self.config.pool, beta=self.config.beta)
-        self.scales = {name: scales.get(name, 1.0) for name in self._parameters}
-        step_scales.scales = self.scales
+    def _joint_rates(self, measurement: Measurement) -> dict[str, dict[str, float]]:
+        """Joint rates by module, by block and of everything."""
+        return {
+            granularity: {
+                path: rate
+                for path, (rate, _) in measurement.joint_rates(
+                    {path: dict.fromkeys(names, 1.0) for path, names in groups.items()}
+                ).items()
+            }
+            for granularity, groups in self._groups.items()
+        }
+
+    def _set_scales(self, step_scales: StepScales) -> None:
+        logs = dict(zip(self._evidence.units, self._evidence.scales.tolist(), strict=True))
+        self.scales = step_scales.scales = self._mapped.tensor_scales(logs)
 
     def _by_kind(self, what: str, values: Mapping[str, float]) -> dict[str, float]:
         """Geometric means over the tensors of each kind, under the names of log entries."""
@@ -244,19 +275,6 @@ class FLeRMCallback(TrainerCallback):
         return {f"flerm/{what}/{kind}": math.exp(sum(logs) / len(logs)) for kind, logs in groups.items()}
 
     def _check_base(self, base: RateProfile) -> None:
-        if self.config.unmatched == "error":
-            try:
-                check_names(base.rates, self._parameters, "the profile", "the model")
-            except RateProfileError as error:
-                raise RateProfileError(
-                    f"{error} Record a base whose trainable parameters have these names, or pass "
-                    "unmatched='keep' to leave those without a rate at the nominal learning rate."
-                ) from None
-        if not base.rates.keys() & self._parameters.keys():
-            raise RateProfileError(
-                f"profile and model share no parameter: the profile has {preview(base.rates)}, "
-                f"the model {preview(self._parameters)}."
-            )
         recorded = base.metadata.get("flerm", {})
         for name, value in self._function().items():
             if recorded.get(name, value) != value:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .estimators import ESTIMATORS
+from .mapping import DEPTHS, GRANULARITIES, UNMATCHED
 from .matching import POOLS
 from .outputs import OutputFunction, Outputs
 from .rate_profile import RateProfile
@@ -19,9 +20,10 @@ from .rate_profile import RateProfile
 _ALLOWED = {
     "mode": ("record", "match"),
     "estimator": ESTIMATORS,
-    "granularity": ("tensor",),
+    "granularity": GRANULARITIES,
+    "depth": DEPTHS,
     "pool": POOLS,
-    "unmatched": ("error", "keep"),
+    "unmatched": UNMATCHED,
 }
 
 _WHOLE_NUMBERS = {
@@ -78,8 +80,11 @@ class FLeRMConfig:
     profile: RateProfile | str | os.PathLike[str] | None = None
     estimator: str = "per_example"
     granularity: str = "tensor"
+    depth: str = "joint"
     pool: str = "kind"
-    beta: float = 1.0
+    beta: float | None = None
+    max_scale: float = 1000.0
+    max_change: float = 4.0
     measure_every: int = 100
     measure_steps: Sequence[int] | None = None
     probes: int | str | None = None
@@ -112,8 +117,12 @@ class FLeRMConfig:
             if not (_is_whole(value) and value >= least) and value not in words:
                 also = "".join(f", or {word!r}" for word in words)
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}{also}.")
-        if not _is_number(self.beta) or not 0 <= self.beta <= 1:
-            raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1.")
+        if self.beta is not None and not (_is_number(self.beta) and 0 <= self.beta <= 1):
+            raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1, or be None.")
+        for name in ("max_scale", "max_change"):
+            value = getattr(self, name)
+            if not _is_number(value) or not value >= 1:
+                raise ValueError(f"{name} is {value!r}; it must be a number of at least 1.")
         if not _is_number(self.target_error) or not 0 < self.target_error < math.inf:
             raise ValueError(f"target_error is {self.target_error!r}; it must be positive, 0.05 for 5 %.")
         Outputs(self.output, self.positions, self.metric)

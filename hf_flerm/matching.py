@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .estimators import average_weights
+from .mapping import ProfileMap
 from .measurement import Measurement
 from .rate_profile import RateProfile, check_names
 
-POOLS = ("kind", "tensor")
+POOLS = ("kind", "unit")
+_ENOUGH_PRODUCTS = 8  # for a covariance that is worth more than the probes' own errors
 
 
-def match_rates(base: Mapping[str, float], measured: Mapping[str, float] | Measurement) -> dict[str, float]:
+def match_rates(
+    base: RateProfile | Mapping[str, float], measured: Mapping[str, float] | Measurement
+) -> dict[str, float]:
     """Scales that make every tensor move the outputs as far per unit learning rate as it did in the base run.
 
     Args:
-        base: `{canonical name: rate}` of the base run.
+        base: `{canonical name: rate}` of the base run, or its profile, whose first step is taken.
         measured: The target's rates, with the same names.
 
     Returns:
@@ -28,45 +35,187 @@ def match_rates(base: Mapping[str, float], measured: Mapping[str, float] | Measu
         RateProfileError: If the names differ.
     """
     rates = measured.rates if isinstance(measured, Measurement) else measured
-    check_names(base, rates, "the base", "the target")
-    return {name: base[name] / rates[name] if _positive(base[name], rates[name]) else 1.0 for name in base}
+    wanted = base.at(0) if isinstance(base, RateProfile) else base
+    check_names(wanted, rates, "the base", "the target")
+    return {name: wanted[name] / rates[name] if _positive(wanted[name], rates[name]) else 1.0 for name in wanted}
 
 
-def pooled_scales(
-    base: RateProfile, target: RateProfile, kinds: Mapping[str, str], *, pool: str = "kind", beta: float = 1.0
-) -> dict[str, float]:
-    """Scales from everything that the target has measured so far.
+@dataclass(frozen=True)
+class Evidence:
+    """What a target has measured so far of the scale that each unit needs, and what scales came of it.
 
-    Single log-scales are noisy, and base and target drift apart after the first steps, so they are averaged: over the
-    tensors of one kind at each step, and over steps.
+    Attributes:
+        units: Names of the units.
+        steps: The steps at which was measured.
+        logs: log(wanted rate / own rate), float64 [T, U]; nan where either was 0.
+        errors: Standard errors of the logarithm of the own rate, float64 [T, U]; nan where not known.
+        scales: Log-scales of the units, float64 [U]; 0 before anything could be compared.
+    """
+
+    units: tuple[str, ...]
+    steps: tuple[int, ...]
+    logs: Tensor
+    errors: Tensor
+    scales: Tensor
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any] | None, mapped: ProfileMap) -> Evidence:
+        """Go on from a record, or from nothing.
+
+        Args:
+            record: What `record` gave, or None.
+            mapped: What is matched.
+
+        Returns:
+            The evidence.
+
+        Raises:
+            RateProfileError: If it is of other units.
+        """
+        units = tuple(mapped.measured_units)
+        if record is None:
+            nothing = torch.empty(0, len(units), dtype=torch.float64)
+            return cls(units, (), nothing, nothing, torch.zeros(len(units), dtype=torch.float64))
+        check_names(record["scales"], dict.fromkeys(units), "what the checkpoint matched", "what this run matches")
+        logs, errors = (
+            torch.tensor([[math.nan if value is None else value for value in record[key][unit]] for unit in units]).T
+            for key in ("logs", "errors")
+        )
+        scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
+        return cls(units, tuple(record["steps"]), logs.double(), errors.double(), scales)
+
+    def record(self) -> dict[str, Any]:
+        """Write as JSON can hold it; unknown numbers are None.
+
+        Returns:
+            The attributes, by unit.
+        """
+
+        def columns(values: Tensor) -> dict[str, list[float | None]]:
+            plain = [[value if math.isfinite(value) else None for value in row] for row in values.T.tolist()]
+            return dict(zip(self.units, plain, strict=True))
+
+        return {
+            "steps": list(self.steps),
+            "logs": columns(self.logs),
+            "errors": columns(self.errors),
+            "scales": dict(zip(self.units, self.scales.tolist(), strict=True)),
+        }
+
+    def appended(self, step: int, mapped: ProfileMap, measurement: Measurement) -> Evidence:
+        """Add a measurement.
+
+        Args:
+            step: When it was made.
+            mapped: What is wanted of the units.
+            measurement: Of the target.
+
+        Returns:
+            More evidence, with the scales from before.
+        """
+        units = mapped.measured_units.values()
+        joint = measurement.joint_rates({unit.name: unit.shares for unit in units})
+        row = []
+        for unit in units:
+            rate, error = joint[unit.name]
+            if list(unit.shares.values()) == [1.0]:
+                (name,) = unit.shares
+                rate, error = measurement.rates[name], measurement.standard_errors[name]
+            wanted = mapped.base.interpolated(unit.rates, step).item()
+            comparable = _positive(wanted, rate)
+            row.append((math.log(wanted / rate), error / rate) if comparable else (math.nan, math.nan))
+        logs, errors = torch.tensor(row, dtype=torch.float64).T.unsqueeze(1)
+        return replace(
+            self,
+            steps=(*self.steps, step),
+            logs=torch.cat([self.logs, logs]),
+            errors=torch.cat([self.errors, errors]),
+        )
+
+    def estimated(
+        self,
+        mapped: ProfileMap,
+        *,
+        pool: str = "kind",
+        beta: float | None = None,
+        max_scale: float = math.inf,
+        max_change: float = math.inf,
+    ) -> Evidence:
+        """Estimate the scales.
+
+        Args:
+            mapped: What is matched.
+            pool: `kind` takes the mean over the units of one kind, `unit` leaves each on its own.
+            beta: None: as much is averaged over measurements as the evidence supports (`track`), and a log-scale moves
+                from 0 only as far as it is known: it is multiplied by 1 - variance / log-scale^2 (James and Stein),
+                at least 0. A number: the decay of a bias-corrected running average over measurements: 1 is the plain
+                mean, 0.9 the paper's, 0 the latest alone.
+            max_scale: Scales are held between its inverse and it.
+            max_change: Once it is known, a scale changes by at most this factor from one measurement to the next.
+
+        Returns:
+            The evidence with the scales that it supports.
+        """
+        members = _members(mapped, pool)
+        logs = torch.stack([self.logs[:, index].nanmean(1) for index in members], 1)
+        if beta is None:
+            counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
+            squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
+            levels, variances = track(logs, 2 * squares / counts.clamp(min=1) ** 2)  # twice: the base has errors too
+            levels = levels * (1 - variances / levels.square()).clamp(min=0).nan_to_num(0.0)
+        else:
+            levels = torch.stack([_running_average(column[column.isfinite()], beta) for column in logs.T])
+        limit, change = math.log(max_scale), math.log(max_change)
+        scales = self.scales.clone()
+        for index, level in zip(members, levels.tolist(), strict=True):
+            old = self.scales[index]
+            nearby = torch.full_like(old, level).clamp(old - change, old + change)
+            known_before = self.logs[:-1, index].isfinite().any()
+            scales[index] = (nearby if known_before else torch.full_like(old, level)).clamp(-limit, limit)
+        return replace(self, scales=scales)
+
+
+def track(values: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Follow levels that wander, each seen through noise: the local-level model (a random walk plus noise).
+
+    The variance of the walk's steps, and of noise beyond the known, are the same for all and come from the values: for
+    differences d of neighbors, E[d_t^2] = walk + 2 noise and E[d_t d_(t+1)] = -noise.
 
     Args:
-        base: Profile of the base run.
-        target: Rates that the target measured so far, for names that the base has.
-        kinds: `{name: kind}` of the target's tensors.
-        pool: `kind` averages over the tensors of one kind, `tensor` leaves each on its own.
-        beta: Decay of the bias-corrected running average over steps: 1 is the plain mean, 0.9 the paper's, 0 takes the
-            latest measurement alone.
+        values: Float64 [T, G], oldest first; nan where nothing was seen.
+        variances: Of the known part of the noise, [T, G].
 
     Returns:
-        `{name: scale}` for the names of `target`; 1 for a tensor for which nothing could be compared yet.
+        The latest levels and their variances (the Kalman filter's), float64 [G]; 0 and infinite if never seen.
     """
-    steps, names = target.steps.tolist(), list(target.rates)
-    if not steps:
-        return dict.fromkeys(names, 1.0)
-    own = torch.stack(list(target.rates.values()), 1)  # [S, L]
-    expected = torch.tensor([[rates[name] for name in names] for rates in map(base.at, steps)], dtype=torch.float64)
-    logs = torch.where((own > 0) & (expected > 0), (expected / own).log(), math.nan)
+    differences = values.diff(dim=0)
+    products = differences[1:] * differences[:-1]
+    products = products[products.isfinite()]
+    known = variances[values.isfinite()].mean().item() if values.isfinite().any() else 0.0
+    rest = max(0.0, -products.mean().item() - known) if len(products) >= _ENOUGH_PRODUCTS else 0.0
+    squares = (differences.square() - variances[1:] - variances[:-1])[differences.isfinite()]
+    walk = max(0.0, squares.mean().item() - 2 * rest) if len(squares) else 0.0
+    level = torch.zeros(values.shape[1], dtype=torch.float64)
+    variance = torch.full_like(level, math.inf)
+    for value, own in zip(values, variances, strict=True):
+        seen = value.isfinite()
+        noise, variance = own + rest, variance + walk
+        gain = torch.where(variance.isinf(), 1.0, variance / (variance + noise)).nan_to_num(1.0)
+        level = torch.where(seen, level + gain * (value.nan_to_num() - level), level)
+        variance = torch.where(seen, gain * noise, variance)
+    return level, variance
+
+
+def _members(mapped: ProfileMap, pool: str) -> list[list[int]]:
+    """The positions of the units that share a scale."""
     groups: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        groups.setdefault(kinds[name] if pool == "kind" else name, []).append(index)
-    scales: dict[str, float] = {}
-    for members in groups.values():
-        history = logs[:, members].nanmean(1)
-        history = history[history.isfinite()]
-        scale = float((average_weights(len(history), beta) @ history).exp())
-        scales.update((names[index], scale) for index in members)
-    return scales
+    for index, unit in enumerate(mapped.measured_units.values()):
+        groups.setdefault(unit.kind if pool == "kind" else unit.name, []).append(index)
+    return list(groups.values())
+
+
+def _running_average(values: Tensor, beta: float) -> Tensor:
+    return average_weights(len(values), beta) @ values if len(values) else values.new_zeros(())
 
 
 def _positive(*rates: float) -> bool:

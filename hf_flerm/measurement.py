@@ -43,26 +43,29 @@ class Draws:
         by_example = self.derivatives @ self.derivatives.T
         return torch.where(both, by_example, self.sums @ self.sums.T) / self.num_outputs.sum()
 
-    def group_error(self, index: Tensor) -> float:
-        """Estimate the standard error of a joint rate.
+    def joint_errors(self, weights: Tensor) -> Tensor:
+        """Estimate the standard errors of joint rates.
 
         Args:
-            index: Positions of the tensors.
+            weights: How much of each tensor's update is in each group, float64 [G, L].
 
         Returns:
-            The error over omega; nan if it takes more than one probe to tell.
+            The errors over omega, float64 [G]; nan where it takes more than one probe to tell.
         """
-        values = self.derivatives[index].sum(0)
-        if bool(self.by_example[index].all()):
-            return from_examples(values.unsqueeze(0), self.num_outputs.sum().item())[1].item()
+        values = weights @ self.derivatives
+        errors = from_examples(values, self.num_outputs.sum().item())[1]
+        mixed = (weights[:, ~self.by_example] != 0).any(1)
+        if not mixed.any():
+            return errors
         count = len(self.num_outputs)
-        of_probe = torch.zeros(count, dtype=values.dtype).index_add(0, self.probes, values)
-        squares = torch.zeros(count, dtype=values.dtype).index_add(0, self.probes, values.square())
-        sizes = self.sums[index].sum(0).square() - of_probe.square() + squares
-        rate = math.sqrt(max(sizes.sum().item(), 0.0) / self.num_outputs.sum().item())
-        if count < 2 or not rate:
-            return math.nan
-        return (sizes.std() / math.sqrt(count) / (2 * rate * self.num_outputs.mean())).item()
+        of_probe = torch.zeros(len(weights), count, dtype=values.dtype)
+        squares = of_probe.index_add(1, self.probes, values.square())
+        of_probe.index_add_(1, self.probes, values)
+        sizes = (weights @ self.sums).square() - of_probe.square() + squares
+        rates = (sizes.sum(1).clamp(min=0) / self.num_outputs.sum()).sqrt()
+        spread = sizes.std(1) if count > 1 else torch.full_like(rates, math.nan)
+        over_probes = spread / math.sqrt(count) / (2 * rates * self.num_outputs.mean())
+        return torch.where(mixed, torch.where(rates > 0, over_probes, math.nan), errors)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,7 @@ class Measurement:
         Raises:
             ValueError: If a name was not measured.
         """
-        index = self._index(names)
-        return math.sqrt(max(self.inner_products[index][:, index].sum().item(), 0.0))
+        return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][0]
 
     def group_standard_error(self, names: Iterable[str]) -> float:
         """Estimate the standard error of a joint rate.
@@ -115,8 +117,31 @@ class Measurement:
         Raises:
             ValueError: If a name was not measured.
         """
-        index = self._index(names)
-        return 0.0 if self.draws is None else self.draws.group_error(index)
+        return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][1]
+
+    def joint_rates(self, groups: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+        """Estimate the joint rates of several groups of tensors at once.
+
+        Args:
+            groups: `{group: {canonical name: how much of its update is meant}}`.
+
+        Returns:
+            `{group: (rate, standard error)}`, as `group_rate` and `group_standard_error` estimate them.
+
+        Raises:
+            ValueError: If a name was not measured.
+        """
+        order = {name: i for i, name in enumerate(self.rates)}
+        unknown = {name for group in groups.values() for name in group} - order.keys()
+        if unknown:
+            raise ValueError(f"not measured: {preview(unknown)}. Measured: {preview(order)}.")
+        weights = torch.zeros(len(groups), len(order), dtype=torch.float64)
+        for row, group in zip(weights, groups.values(), strict=True):
+            for name, share in group.items():
+                row[order[name]] = share
+        rates = ((weights @ self.inner_products) * weights).sum(1).clamp(min=0).sqrt()
+        errors = torch.zeros_like(rates) if self.draws is None else self.draws.joint_errors(weights)
+        return dict(zip(groups, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
 
     def interactions(self) -> tuple[list[str], Tensor]:
         """Inner products of the tensors' output changes.
@@ -137,14 +162,6 @@ class Measurement:
         """The largest standard error of a rate, relative to that rate; inf where one cannot be told."""
         errors = [error / self.rates[name] for name, error in self.standard_errors.items() if self.rates[name]]
         return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
-
-    def _index(self, names: Iterable[str]) -> Tensor:
-        order = {name: i for i, name in enumerate(self.rates)}
-        chosen = dict.fromkeys(names)
-        unknown = [name for name in chosen if name not in order]
-        if unknown:
-            raise ValueError(f"not measured: {preview(unknown)}. Measured: {preview(order)}.")
-        return torch.tensor([order[name] for name in chosen], dtype=torch.long)
 
 
 class Samples:

@@ -7,7 +7,11 @@ Everything in the package is keyed by canonical name: the name in `named_paramet
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 _WRAPPER_COMPONENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -22,7 +26,7 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     Returns:
         `{name: canonical name}` in the order of `named_parameters()`. Two adapters of one model share canonical names.
     """
-    return {name: ".".join(part for part, _ in parts) for name, parts in _components(model).items()}
+    return {name: ".".join(part.text for part in parts) for name, parts in _components(model).items()}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,8 +99,27 @@ def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return resolved
 
 
-def tensor_kinds(model: nn.Module) -> dict[str, str]:
-    """Map canonical names to kinds: the name with the index of every repeated block replaced by `*`.
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in its model.
+
+    Attributes:
+        module: The module that it belongs to; of an adapter's tensors, the layer that is adapted.
+        block: The repeated block that it lies in; outside of these, the module.
+        kind: Its name, with the index of every repeated block replaced by `*`.
+        module_kind: The same of `module`.
+        block_kind: The same of `block`.
+    """
+
+    module: str
+    block: str
+    kind: str
+    module_kind: str
+    block_kind: str
+
+
+def tensor_places(model: nn.Module) -> dict[str, Place]:
+    """Map canonical names to places.
 
     A component is the index of a repeated block if its container is an `nn.ModuleList`, or an `nn.Sequential` of
     modules that all are of one class and have parts of their own.
@@ -105,12 +128,40 @@ def tensor_kinds(model: nn.Module) -> dict[str, str]:
         model: Any module.
 
     Returns:
-        `{canonical name: kind}`, for instance `h.3.attn.c_attn.lora_B.weight -> h.*.attn.c_attn.lora_B.weight`.
+        `{canonical name: place}`; the kind of `h.3.attn.lora_B.weight` is `h.*.attn.lora_B.weight`.
     """
-    return {
-        ".".join(part for part, _ in parts): ".".join("*" if is_index else part for part, is_index in parts)
-        for parts in _components(model).values()
-    }
+    places = {}
+    modules = dict(model.named_modules())
+    for parts in _components(model).values():
+        names = [part.text for part in parts]
+        kinds = ["*" if part.is_block else part.text for part in parts]
+        owner = len(parts) - 1
+        module = next((i + 1 for i, part in enumerate(parts) if _is_adapted(modules.get(part.path))), owner)
+        block = next((i + 1 for i, part in enumerate(parts) if part.is_block), module)
+        places[".".join(names)] = Place(
+            module=".".join(names[:module]),
+            block=".".join(names[:block]),
+            kind=".".join(kinds),
+            module_kind=".".join(kinds[:module]),
+            block_kind=".".join(kinds[:block]),
+        )
+    return places
+
+
+def _is_adapted(module: nn.Module | None) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def tensor_kinds(model: nn.Module) -> dict[str, str]:
+    """Map canonical names to kinds.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        `{canonical name: kind}`; see `tensor_places`.
+    """
+    return {name: place.kind for name, place in tensor_places(model).items()}
 
 
 def preview(names: Iterable[str], limit: int = 5) -> str:
@@ -128,20 +179,30 @@ def preview(names: Iterable[str], limit: int = 5) -> str:
     return f"[{', '.join(names[:limit])}{more}]"
 
 
-def _components(model: nn.Module) -> dict[str, list[tuple[str, bool]]]:
-    """The canonical components of every parameter's name, and whether each is the index of a repeated block."""
+class _Component(NamedTuple):
+    """A part of a canonical name, whether it is the index of a repeated block, and the path of its module."""
+
+    text: str
+    is_block: bool
+    path: str
+
+
+def _components(model: nn.Module) -> dict[str, list[_Component]]:
+    """The canonical components of every parameter's name."""
     modules = dict(model.named_modules())
     adapters = _adapter_names(modules.values())
     components = {}
     for name, _ in model.named_parameters():
         parts = name.split(".")
-        kept = []
+        kept: list[_Component] = []
         for i, part in enumerate(parts):
             container = modules.get(".".join(parts[:i]))
-            is_adapter = part in adapters and isinstance(container, (nn.ModuleDict, nn.ParameterDict))
-            if part not in _WRAPPER_COMPONENTS and not is_adapter:
-                kept.append((part, part.isdigit() and _holds_blocks(container)))
-        while len(kept) > 1 and kept[0][0] == "module":
+            path = ".".join(parts[: i + 1])
+            if part in _WRAPPER_COMPONENTS:
+                kept[-1:] = [last._replace(path=path) for last in kept[-1:]]
+            elif not (part in adapters and isinstance(container, (nn.ModuleDict, nn.ParameterDict))):
+                kept.append(_Component(part, part.isdigit() and _holds_blocks(container), path))
+        while len(kept) > 1 and kept[0].text == "module":
             kept = kept[1:]
         components[name] = kept
     return components

@@ -22,6 +22,8 @@ PROFILE_NAME = "rate_profile.safetensors"
 SCHEMA_VERSION = 1
 _METADATA_KEY = "hf_flerm"
 _STEPS = "steps"
+_VERSION = "schema_version"
+_JOINT_RATES = "joint_rates"
 
 
 class RateProfileError(ValueError):
@@ -35,6 +37,8 @@ class RateProfile:
         steps: Optimizer steps at which the rates were measured (0 = the first update), strictly increasing, int64 [S].
         rates: `{canonical parameter name: float64 [S]}` in output units per unit learning rate, finite and >= 0.
         metadata: Where the rates come from; anything that JSON can hold.
+        joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all that was trained of a module, a block
+            or everything.
 
     Raises:
         RateProfileError: If any of these is not so.
@@ -45,9 +49,11 @@ class RateProfile:
         steps: Tensor | Sequence[int],
         rates: Mapping[str, Tensor | Sequence[float]],
         metadata: Mapping[str, Any] | None = None,
+        joint_rates: Mapping[str, Mapping[str, Tensor | Sequence[float]]] | None = None,
     ) -> None:
         self.steps = torch.as_tensor(steps).to(torch.int64, copy=True)
-        self.rates = {name: torch.as_tensor(values, dtype=torch.float64).clone() for name, values in rates.items()}
+        self.rates = _rows(rates)
+        self.joint_rates = {granularity: _rows(groups) for granularity, groups in (joint_rates or {}).items()}
         self.metadata = dict(metadata or {})
         if not torch.equal(self.steps.double(), torch.as_tensor(steps).double()):
             raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()}.")
@@ -55,23 +61,27 @@ class RateProfile:
             raise RateProfileError(
                 f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()}."
             )
-        if "schema_version" in self.metadata:
-            raise RateProfileError("'schema_version' is not for metadata: the file's own version goes there.")
+        if taken := self.metadata.keys() & {_VERSION, _JOINT_RATES}:
+            raise RateProfileError(f"{preview(taken)} cannot be in the metadata: the file keeps its own there.")
         try:
             json.dumps(self.metadata, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise RateProfileError(f"the metadata cannot be written as JSON: {error}") from error
         if not self.rates:
             raise RateProfileError("a profile needs the rates of at least one parameter; got none.")
-        for name, values in self.rates.items():
+        for name in self.rates:
             if not name or name == _STEPS:
                 raise RateProfileError(f"{name!r} cannot be the name of a parameter in a profile; rename it.")
-            if values.shape != self.steps.shape:
-                raise RateProfileError(
-                    f"the rates of {name!r} have shape {tuple(values.shape)}; there are {len(self.steps)} steps."
-                )
-            if not bool(values.isfinite().all()) or bool((values < 0).any()):
-                raise RateProfileError(f"the rates of {name!r} must be finite and not negative; got {values.tolist()}.")
+        for group in (self.rates, *self.joint_rates.values()):
+            for name, values in group.items():
+                if values.shape != self.steps.shape:
+                    raise RateProfileError(
+                        f"the rates of {name!r} have shape {tuple(values.shape)}; there are {len(self.steps)} steps."
+                    )
+                if not bool(values.isfinite().all()) or bool((values < 0).any()):
+                    raise RateProfileError(
+                        f"the rates of {name!r} must be finite and not negative; got {values.tolist()}."
+                    )
 
     @property
     def names(self) -> list[str]:
@@ -98,22 +108,42 @@ class RateProfile:
         Raises:
             RateProfileError: If nothing was recorded.
         """
+        rates = torch.stack(list(self.rates.values()), 1)
+        return dict(zip(self.rates, self.interpolated(rates, step).tolist(), strict=True))
+
+    def interpolated(self, series: Tensor, step: int) -> Tensor:
+        """What a series over the profile's steps is at a step: linear between them, constant before and after.
+
+        Args:
+            series: [S, ...].
+            step: Optimizer step.
+
+        Returns:
+            [...].
+
+        Raises:
+            RateProfileError: If nothing was recorded.
+        """
         if not len(self.steps):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
         right = int(torch.searchsorted(self.steps, step).clamp(max=len(self.steps) - 1))
         left = right if self.steps[right] <= step or right == 0 else right - 1
         span = float(self.steps[right] - self.steps[left])
         part = (step - float(self.steps[left])) / span if span else 0.0
-        rates = torch.stack(list(self.rates.values()))
-        row = rates[:, left] + (rates[:, right] - rates[:, left]) * part
-        return dict(zip(self.rates, row.tolist(), strict=True))
+        return series[left] + (series[right] - series[left]) * part
 
-    def appended(self, step: int, rates: Mapping[str, float]) -> RateProfile:
+    def appended(
+        self,
+        step: int,
+        rates: Mapping[str, float],
+        joint_rates: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> RateProfile:
         """A profile with one more step.
 
         Args:
             step: After the last one.
             rates: The rates of the same parameters.
+            joint_rates: The joint rates of the same groups.
 
         Returns:
             A new profile.
@@ -122,11 +152,29 @@ class RateProfile:
             RateProfileError: If the names differ or the step is not later.
         """
         check_names(self.rates, rates, "this profile", "the new rates")
+        joint = joint_rates or {}
+        check_names(self.joint_rates, joint, "this profile's joint rates", "the new ones")
+        for granularity, groups in self.joint_rates.items():
+            check_names(groups, joint[granularity], f"this profile's joint rates by {granularity}", "the new ones")
         return RateProfile(
             [*self.steps.tolist(), step],
             {name: [*values.tolist(), rates[name]] for name, values in self.rates.items()},
             self.metadata,
+            {
+                granularity: {path: [*values.tolist(), joint[granularity][path]] for path, values in groups.items()}
+                for granularity, groups in self.joint_rates.items()
+            },
         )
+
+    def equalized(self) -> RateProfile:
+        """A profile in which all tensors have one rate: at every step the root mean square of those above 0.
+
+        Returns:
+            A new profile, without joint rates. As a base it is what a mass of 1 for every module amounts to (Modula).
+        """
+        rows = torch.stack(list(self.rates.values()))
+        mean = (rows.square().sum(0) / (rows > 0).sum(0).clamp(min=1)).sqrt()
+        return RateProfile(self.steps, dict.fromkeys(self.rates, mean), self.metadata)
 
     @staticmethod
     def average(profiles: Sequence[RateProfile]) -> RateProfile:
@@ -148,9 +196,14 @@ class RateProfile:
             check_names(first.rates, other.rates, "the first profile", "another one")
             if not torch.equal(first.steps, other.steps):
                 raise RateProfileError(f"the steps differ: {first.steps.tolist()} and {other.steps.tolist()}.")
-        rates = {name: torch.stack([p.rates[name] for p in profiles]).log().mean(0).exp() for name in first.rates}
         shared = {k: v for k, v in first.metadata.items() if all(p.metadata.get(k) == v for p in profiles)}
-        return RateProfile(first.steps, rates, {**shared, "averaged_over": len(profiles)})
+        joint = {
+            granularity: _geometric_mean([p.joint_rates[granularity] for p in profiles])
+            for granularity, groups in first.joint_rates.items()
+            if all(p.joint_rates.get(granularity, {}).keys() == groups.keys() for p in profiles)
+        }
+        rates = _geometric_mean([p.rates for p in profiles])
+        return RateProfile(first.steps, rates, {**shared, "averaged_over": len(profiles)}, joint)
 
     def to_bytes(self) -> bytes:
         """Serialize.
@@ -158,7 +211,9 @@ class RateProfile:
         Returns:
             The content of a `rate_profile.safetensors`; the same for the same profile.
         """
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **self.metadata}, sort_keys=True, allow_nan=False)
+        joint = {key: {path: row.tolist() for path, row in rows.items()} for key, rows in self.joint_rates.items()}
+        content = {_VERSION: SCHEMA_VERSION, **self.metadata, **({_JOINT_RATES: joint} if joint else {})}
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
         return save({_STEPS: self.steps, **self.rates}, metadata={_METADATA_KEY: text})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -289,6 +344,20 @@ def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: s
     )
 
 
+def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
+    rows = {}
+    for name, values in rates.items():
+        try:
+            rows[name] = torch.as_tensor(values, dtype=torch.float64).clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RateProfileError(f"the rates of {name!r} are not a row of numbers: {error}") from error
+    return rows
+
+
+def _geometric_mean(profiles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([rates[name] for rates in profiles]).log().mean(0).exp() for name in profiles[0]}
+
+
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
@@ -306,7 +375,7 @@ def _read(path: Path) -> RateProfile:
         metadata = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RateProfileError(f"the {_METADATA_KEY!r} metadata of {path} is not JSON: {error}") from error
-    version = metadata.pop("schema_version", None) if isinstance(metadata, dict) else None
+    version = metadata.pop(_VERSION, None) if isinstance(metadata, dict) else None
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise RateProfileError(
             f"{path} has schema version {version!r}; this hf_flerm reads up to {SCHEMA_VERSION}. Upgrade hf_flerm."
@@ -315,7 +384,10 @@ def _read(path: Path) -> RateProfile:
     for name, tensor in tensors.items():
         if tensor.dtype != wanted[name]:
             raise RateProfileError(f"{name!r} in {path} is {tensor.dtype}; it must be {wanted[name]}.")
+    joint = metadata.pop(_JOINT_RATES, {})
+    if not isinstance(joint, dict) or not all(isinstance(groups, dict) for groups in joint.values()):
+        raise RateProfileError(f"the joint rates of {path} are not JSON objects of lists.")
     try:
-        return RateProfile(tensors.pop(_STEPS), tensors, metadata)
+        return RateProfile(tensors.pop(_STEPS), tensors, metadata, joint)
     except RateProfileError as error:
         raise RateProfileError(f"{path}: {error}") from error

@@ -259,15 +259,16 @@ def test_errors_of_joint_rates_are_calibrated(by_example: list[bool]) -> None:
         values = torch.einsum("lm,mpn->lpn", mixing, noise)
         one = draws(values, values.sum(2), by_example)
         found.append(one.inner_products()[index][:, index].sum().sqrt())
-        claimed.append(one.group_error(index))
+        claimed.append(one.joint_errors(torch.ones(1, 3, dtype=torch.float64)).item())
     spread = torch.stack(found).std().item()
     assert sum(claimed) / repetitions == pytest.approx(spread, rel=4 / math.sqrt(2 * repetitions) + 0.03)
 
 
 def test_one_probe_cannot_tell_the_error_of_a_joint_rate_of_weight_gradients() -> None:
     values = torch.ones(2, 1, 4, dtype=torch.float64)
-    assert math.isnan(draws(values, values.sum(2), [True, False]).group_error(torch.tensor([0, 1])))
-    assert draws(values, values.sum(2), [True, True]).group_error(torch.tensor([0, 1])) > 0
+    both = torch.ones(1, 2, dtype=torch.float64)
+    assert draws(values, values.sum(2), [True, False]).joint_errors(both).isnan().all()
+    assert (draws(values, values.sum(2), [True, True]).joint_errors(both) > 0).all()
 
 
 def test_errors_of_joint_rates_of_a_measurement() -> None:
