@@ -23,6 +23,7 @@ from .matching import Evidence
 from .measurement import UNUSED, Measurement
 from .names import preview, tensor_kinds, trainable_parameters
 from .optimizer import StepScales, learning_rates, raw_optimizer
+from .optimizer_table import check_optimizer, weight_decays
 from .outputs import Batch, Outputs
 from .probes import RateProbe
 from .provenance import provenance
@@ -39,6 +40,12 @@ class FLeRMCallback(TrainerCallback):
     At a measured step it keeps the weights from before the update, lets the optimizer step, puts the old weights back
     for the probes (by reference, so bit for bit), and then the new ones. In `match` mode the step at which scales are
     computed is redone at these scales.
+
+    Rates are per unit of the optimizer's own learning rate. Where weight decay is decoupled (AdamW, Lion, Muon), its
+    part of a step is left out of the rates, and not scaled with the learning rate: a matched tensor decays as it would
+    have. Where it goes through the gradient (SGD, Adam), and for an optimizer class that is not known
+    (`optimizer_table.TABLE`), it is part of the update. A class whose update is known not to be linear in the learning
+    rate is refused before the first step; one that is not known is taken to be linear.
 
     Attributes:
         scales: `{canonical name: factor on the learning rate}`, all 1 when recording.
@@ -105,6 +112,7 @@ class FLeRMCallback(TrainerCallback):
         self._kinds = tensor_kinds(model)
         self._optimizer = raw_optimizer(kwargs["optimizer"])
         learning_rates(self._optimizer, self._parameters)
+        check_optimizer(self._optimizer, self.config.mode)
         self._find_probe_examples(args, kwargs.get("train_dataloader"))
         outputs = Outputs(self.config.output, self.config.positions, self.config.metric)
         self._probe = RateProbe(
@@ -218,7 +226,8 @@ class FLeRMCallback(TrainerCallback):
         random_numbers = random.Random(f"{self.config.seed} {step}")
         device = next(iter(self._parameters.values())).device
         generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
-        with before.put_back(used) as updates:
+        decays = {n: nominal[n] * decay for n, decay in weight_decays(self._optimizer, self._parameters).items()}
+        with before.put_back(used, decays) as updates:
             batches = self._probe_batches(random_numbers)
             target_error = self.config.target_error if self.config.probes == "auto" else None
             measurement = self._probe.measure(updates, batches, generator, target_error=target_error)
@@ -242,7 +251,8 @@ class FLeRMCallback(TrainerCallback):
             self._recorded.metadata[_EVIDENCE] = self._evidence.record()
             self._set_scales(self._step_scales)
             self._pending_logs.update(self._by_kind("scale", self.scales))
-            before.rescale({name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]})
+            ratios = {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
+            before.rescale(ratios, decays)
 
     def _report_unused(self, measurement: Measurement) -> None:
         """Warn once of tensors that take no part in the outputs, so that a rate of 0 is no riddle."""

@@ -14,9 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .names import preview
+from .optimizer_table import undo_scale
 
 GROUP_KEY = "flerm_name"
 NAMES_KEY = "flerm_names"
+_OWN_TO_A_PART = ("params", "lr", "weight_decay")
 _PER_GROUP_LISTS = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "_init_lrs")
 
 
@@ -75,20 +77,22 @@ def split_param_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Paramet
     The order of the parameters stays, and so does every option of a group. Checkpoints keep the groups that there were:
     `state_dict()` puts them together again and `load_state_dict()` takes them apart, so that a plain `Trainer` reads
     what was saved and the other way round (`joined_scheduler` does the same for a scheduler's state). To be called
-    before a learning-rate scheduler is made: these count groups.
+    before a learning-rate scheduler is made: these count groups. An optimizer that loads its state by code of its own
+    (bitsandbytes) would not take it apart: it keeps its groups, and scales apply to it all the same.
 
     Args:
         optimizer: The optimizer that steps.
         parameters: `{canonical name: parameter}` of all that is trained.
 
     Returns:
-        The sizes of the groups that there were; empty if they were split before.
+        The sizes of the groups that there were; empty if they were split before, or stay.
 
     Raises:
         ValueError: If a trainable parameter is in no group, or has no learning rate.
     """
     learning_rates(optimizer, parameters)
-    if all(GROUP_KEY in group for group in optimizer.param_groups):
+    own_loading = type(optimizer).load_state_dict is not Optimizer.load_state_dict
+    if own_loading or all(GROUP_KEY in group for group in optimizer.param_groups):
         return []
     names = {id(parameter): name for name, parameter in parameters.items()}
     counts = [len(group["params"]) for group in optimizer.param_groups]
@@ -176,7 +180,8 @@ class StepScales:
     """Multiplies learning rates inside `optimizer.step` and nowhere else.
 
     Just before a step the tensors are regrouped by scale, just after it the optimizer has its own groups again:
-    schedulers, logs and checkpoints see the nominal learning rate and the groups that they know.
+    schedulers, logs and checkpoints see the nominal learning rate and the groups that they know. Weight decay that is
+    apart from the update (`optimizer_table`) stays what it is at the nominal learning rate.
 
     Attributes:
         scales: `{canonical name: factor}`; to be replaced, not changed in place. 1 for a tensor that is not there.
@@ -207,7 +212,7 @@ class StepScales:
         self._join()
         groups = self._optimizer.param_groups
         if self._partition is None or not self._partition.fits(groups, self.scales):
-            self._partition = _Partition(groups, self.scales, self._names)
+            self._partition = _Partition(self._optimizer, self.scales, self._names)
         self._whole = groups
         self._optimizer.param_groups = self._partition.parts(groups)
 
@@ -224,7 +229,8 @@ class _Partition:
     It is made anew only when scales, groups or options are no longer the same objects; learning rates may change.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], scales: Mapping[str, float], names: Mapping[int, str]) -> None:
+    def __init__(self, optimizer: Optimizer, scales: Mapping[str, float], names: Mapping[int, str]) -> None:
+        groups = optimizer.param_groups
         self._scales = scales
         self._seen = [_options(group) for group in groups]
         self._members: list[tuple[dict[str, Any], float, list[int]]] = []  # a part, its scale, and the groups in it
@@ -239,7 +245,7 @@ class _Partition:
                 alike = (scale, *options, *signature)
                 if alike not in found:
                     found[alike] = len(self._members)
-                    self._members.append(({**options, "params": []}, scale, []))
+                    self._members.append(({**options, **undo_scale(optimizer, group, scale), "params": []}, scale, []))
                 part, _, members = self._members[found[alike]]
                 part["params"].append(parameter)
                 if not members or members[-1] != index:
@@ -267,7 +273,7 @@ class _Partition:
             if _same(before, part):
                 continue
             for index in members:
-                groups[index].update({key: value for key, value in part.items() if key not in ("params", "lr")})
+                groups[index].update({key: value for key, value in part.items() if key not in _OWN_TO_A_PART})
 
 
 def _options(group: Mapping[str, Any]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:

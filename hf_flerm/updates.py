@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+
+_NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
 
 class UnitUpdates(Mapping[str, Tensor]):
@@ -38,6 +41,9 @@ class UnitUpdates(Mapping[str, Tensor]):
 class Snapshot:
     """The weights from before an optimizer step, in one buffer that is swapped with those from after it.
 
+    A step has two parts: decoupled weight decay, which takes `decay * before`, and the update, which is the rest. Only
+    the update is measured, and only the update is scaled.
+
     Args:
         parameters: `{canonical name: parameter}`.
         device: Where the buffer lies; None: with the parameters.
@@ -58,33 +64,37 @@ class Snapshot:
         )
 
     @contextmanager
-    def put_back(self, learning_rates: Mapping[str, float]) -> Iterator[Mapping[str, Tensor]]:
+    def put_back(
+        self, learning_rates: Mapping[str, float], decays: Mapping[str, float] = _NO_DECAY
+    ) -> Iterator[Mapping[str, Tensor]]:
         """Give the model its weights from before the step for a block, bit for bit, and then those from after it.
 
         Args:
             learning_rates: `{canonical name: learning rate that the step used}`.
+            decays: `{canonical name: fraction of the weights that decayed in it}`; 0 for a tensor that is not there.
 
         Yields:
             The unit updates, each computed when it is looked up; 0 at a learning rate of 0.
         """
         try:
             self._swap()
-            yield _Step(self._parameters, self._buffer, learning_rates)
+            yield _Step(self._parameters, self._buffer, learning_rates, decays)
         finally:
             self._swap()
 
-    def rescale(self, ratios: Mapping[str, float]) -> None:
-        """Redo the step with other learning rates, for an optimizer that is linear in them.
+    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = _NO_DECAY) -> None:
+        """Redo the step with other learning rates, for an optimizer that is linear in them; weights decay as before.
 
         Args:
             ratios: `{canonical name: new learning rate / old one}`.
+            decays: `{canonical name: fraction of the weights that decayed in it}`; 0 for a tensor that is not there.
         """
         with torch.no_grad():
             for name, ratio in ratios.items():
                 parameter = self._parameters[name]
                 if ratio != 1.0:
-                    before = self._buffer[name].to(parameter.device)
-                    parameter.copy_(before + (parameter - before) * ratio)
+                    start = _decayed(self._buffer[name].to(parameter.device), decays.get(name, 0.0))
+                    parameter.copy_(start + (parameter - start) * ratio)
 
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
@@ -97,24 +107,34 @@ class Snapshot:
 
 
 class _Step(Mapping[str, Tensor]):
-    """(after - before) / learning rate."""
+    """(after - before + decay * before) / learning rate."""
 
     def __init__(
         self,
         before: Mapping[str, nn.Parameter],
         after: Mapping[str, Tensor],
         learning_rates: Mapping[str, float],
+        decays: Mapping[str, float],
     ) -> None:
         self._before = before
         self._after = after
         self._learning_rates = learning_rates
+        self._decays = decays
 
     def __getitem__(self, name: str) -> Tensor:
         before, rate = self._before[name].detach(), self._learning_rates[name]
-        return torch.sub(self._after[name].to(before.device), before).div_(rate) if rate else torch.zeros_like(before)
+        if not rate:
+            return torch.zeros_like(before)
+        start = _decayed(before, self._decays.get(name, 0.0))
+        return torch.sub(self._after[name].to(before.device), start).div_(rate)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._before)
 
     def __len__(self) -> int:
         return len(self._before)
+
+
+def _decayed(before: Tensor, decay: float) -> Tensor:
+    """The weights after decay alone, rounded as an optimizer rounds them that decays before it updates."""
+    return before * (1.0 - decay) if decay else before

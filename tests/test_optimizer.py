@@ -223,6 +223,23 @@ def test_the_state_of_other_tensors_is_refused() -> None:
         optimizers[0].load_state_dict(optimizers[1].state_dict())
 
 
+class LoadsByItself(AdamW):
+    """As bitsandbytes' optimizers do: no hook is called."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+
+
+def test_an_optimizer_that_loads_by_itself_keeps_its_groups() -> None:
+    model = net()
+    optimizer = LoadsByItself(two_groups(model), lr=0.5)
+    groups = list(optimizer.param_groups)
+    assert split_param_groups(optimizer, trainable_parameters(model)) == []
+    assert all(left is right for left, right in zip(optimizer.param_groups, groups, strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 # --- scales -------------------------------------------------------------------------------------------------------
 
 
@@ -261,12 +278,15 @@ def test_scales_of_one_change_no_bit(name: str, scales: Mapping[str, float], spl
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_scaled_step_is_the_step_at_the_scaled_learning_rate(name: str, split: Split) -> None:
-    """Bit for bit what the optimizer does when the scale is baked into a group's learning rate."""
+    """Bit for bit what the optimizer does when the scale is baked into a group's rate, and out of its decay."""
     models = net(), net()
     baked, scaled = (OPTIMIZERS[name](model) for model in models)
     split_param_groups(baked, trainable_parameters(models[0]))
     for group in baked.param_groups:
-        group["lr"] *= SCALES.get(group["flerm_name"], 1.0)
+        factor = SCALES.get(group["flerm_name"], 1.0)
+        group["lr"] *= factor
+        if isinstance(baked, (AdamW, Adafactor)):
+            group["weight_decay"] /= factor
     split(scaled, models[1])
     scale(scaled, models[1], SCALES)
     stepped(models[0], baked, range(3))
@@ -454,7 +474,7 @@ def test_tensor_learning_rates_of_split_groups_are_their_own() -> None:
     assert rates(optimizer, model) == {**dict.fromkeys(NAMES, 0.5), NAMES[0]: 2.0}
 
 
-class Counting(SGD):
+class Counting(AdamW):
     """Keeps a count in its groups, as schedule-free optimizers do."""
 
     def step(self, closure: Any = None) -> Any:
@@ -467,9 +487,11 @@ def test_what_an_optimizer_keeps_in_its_groups_stays_there(split: Split) -> None
     model = net()
     optimizer = Counting(two_groups(model), lr=0.5)
     split(optimizer, model)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     scale(optimizer, model, SCALES)
     for _ in range(3):
         optimizer.step()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == decays, "a part's decay must stay its own"
     assert [group["count"] for group in optimizer.param_groups] == [3] * len(optimizer.param_groups)
 
 
@@ -494,6 +516,7 @@ def test_changes_between_steps_reach_the_tensors_that_they_are_for(make: Any) ->
     scaling = StepScales(optimizer, ours)
     scales = {"h.0.w": 2.0, "h.1.w": 2.0, "h.2.w": 0.5}
     by_hand = make([{"params": [parameter]} for parameter in theirs.values()], lr=0.1, weight_decay=0.1)
+    apart = make is AdamW
     kept: list[Any] = []
 
     def change_weight_decay() -> None:
@@ -526,14 +549,15 @@ def test_changes_between_steps_reach_the_tensors_that_they_are_for(make: Any) ->
         for name in names:
             gradient = torch.randn(3, generator=generator)
             ours[name].grad, theirs[name].grad = gradient.clone(), gradient.clone()
-        nominal = [group["lr"] for group in by_hand.param_groups]
+        nominal = [(group["lr"], group["weight_decay"]) for group in by_hand.param_groups]
         for group, name in zip(by_hand.param_groups, names, strict=True):
             group["lr"] = group["lr"] * scales.get(name, 1.0)
+            group["weight_decay"] = group["weight_decay"] / (scales.get(name, 1.0) if apart else 1.0)
         optimizer.step()
         kept.append(scaling._partition)
         by_hand.step()
-        for group, rate in zip(by_hand.param_groups, nominal, strict=True):
-            group["lr"] = rate
+        for group, (rate, decay) in zip(by_hand.param_groups, nominal, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
         for name in names:
             assert torch.equal(ours[name], theirs[name]), (name, change.__name__)
     assert kept[0] is kept[1] is kept[2], "made anew though nothing but the learning rate of all had changed"
