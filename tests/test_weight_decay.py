@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from training import BATCH, Rows, flerm_callback, lora, make_trainer, recorded, scaled, some_factors, weights_of
+from transformers import TrainerCallback
 
 from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.names import trainable_parameters
@@ -97,6 +98,47 @@ def test_a_matched_run_decays_at_its_nominal_rate(tmp_path: Path, name: str, alo
         for key in (key for key in start if not torch.equal(expected[key], start[key])):
             moved = expected[key] - start[key]
             assert (actual[key] - expected[key]).norm() < tolerance * moved.norm(), key
+
+
+class SecondStep(TrainerCallback):
+    """Gives the groups, one per tensor, other learning rates and decays for the second step."""
+
+    def __init__(self, optimizer: Optimizer, scales: list[float]) -> None:
+        self.optimizer = optimizer
+        self.scales = scales
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+                group.update(lr=LR * scale, weight_decay=DECAY / scale)
+
+
+def test_a_step_that_had_scales_is_redone_at_its_nominal_decay(tmp_path: Path) -> None:
+    """The second measured step was made at the first one's scales, and is redone at others."""
+    net = model()
+    parameters = list(trainable_parameters(net).values())
+    own = recorded(tmp_path, net, max_steps=1, **OPTIONS, **given("adamw", parameters))
+    factors = {key: factor**3 for key, factor in some_factors(net).items()}
+    net = model()
+    match = FLeRMConfig(mode="match", profile=scaled(own, factors), pool="tensor", measure_steps=(0, 1), beta=0.0)
+    options = given("adamw", list(trainable_parameters(net).values()))
+    trainer = make_trainer(tmp_path, net, match, max_steps=2, **OPTIONS, **options)
+    trainer.train()
+    actual, scales = weights_of(net), flerm_callback(trainer).scales
+    assert all(abs(scales[key] / factors[key] - 1) > 0.01 for key in factors), "the second step must change scales"
+
+    net = model()
+    start = weights_of(net)
+    groups = [
+        {"params": [parameter], "lr": LR * factors[key], "weight_decay": DECAY / factors[key]}
+        for key, parameter in trainable_parameters(net).items()
+    ]
+    options = given("adamw", groups)
+    second = SecondStep(options["extra"]["optimizers"][0], [scales[key] for key in trainable_parameters(net)])
+    make_trainer(tmp_path, net, max_steps=2, callbacks=[second], **OPTIONS, **options).train()
+    expected = weights_of(net)
+    for key in (key for key in start if not torch.equal(expected[key], start[key])):
+        assert (actual[key] - expected[key]).norm() < 1e-3 * (expected[key] - start[key]).norm(), key
 
 
 def refusals() -> list[Any]:
