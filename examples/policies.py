@@ -28,11 +28,11 @@ from hf_flerm import FLeRMConfig
 
 EARLY = (0, 1, 2, 3, 4, 6, 8)
 POLICIES: dict[str, dict[str, Any]] = {
-    "once, at step 6 (the paper's LoRA runs)": {"measure_steps": (6,), "pool": "tensor"},
-    "steps 0 to 8, the latest alone": {"measure_steps": EARLY, "pool": "tensor", "beta": 0.0},
+    "once, at step 6 (the paper's LoRA runs)": {"measure_steps": (6,), "pool": "unit"},
+    "steps 0 to 8, the latest alone": {"measure_steps": EARLY, "pool": "unit", "beta": 0.0},
     "steps 0 to 8, averaged over kinds": {"measure_steps": EARLY, "beta": 0.0},
     "steps 0 to 8, averaged over kinds and steps": {"measure_steps": EARLY},
-    "steps 0 to 32, averaged over steps": {"pool": "tensor"},
+    "steps 0 to 32, averaged over steps": {"pool": "unit"},
     "steps 0 to 32, averaged over kinds, beta = 0.9 over steps": {"beta": 0.9},
     "steps 0 to 32, averaged over kinds and steps (default)": {},
 }

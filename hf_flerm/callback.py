@@ -6,14 +6,13 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset as HubDataset
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -24,7 +23,8 @@ from .measurement import UNUSED, Measurement
 from .names import preview, tensor_kinds, trainable_parameters
 from .optimizer import StepScales, learning_rates, raw_optimizer
 from .optimizer_table import check_optimizer, weight_decays
-from .outputs import Batch, Outputs
+from .outputs import Outputs
+from .probe_data import ProbeData
 from .probes import RateProbe
 from .provenance import provenance
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
@@ -68,6 +68,7 @@ class FLeRMCallback(TrainerCallback):
         self.scales: dict[str, float] = {}
         self.seconds = 0.0
         self._failure_reported = False
+        self._owed = False
         self._resume_from: Path | None = None
         self._recorded: RateProfile | None = None
         self._pending_logs: dict[str, float] = {}
@@ -113,7 +114,7 @@ class FLeRMCallback(TrainerCallback):
         self._optimizer = raw_optimizer(kwargs["optimizer"])
         learning_rates(self._optimizer, self._parameters)
         check_optimizer(self._optimizer, self.config.mode)
-        self._find_probe_examples(args, kwargs.get("train_dataloader"))
+        self._probe_data = ProbeData(self.config, args, kwargs.get("train_dataloader"), self.probe_dataset)
         outputs = Outputs(self.config.output, self.config.positions, self.config.metric)
         self._probe = RateProbe(
             model,
@@ -130,6 +131,7 @@ class FLeRMCallback(TrainerCallback):
         )
         self._before = None
         self._pending_logs = {}
+        self._owed = False
         self._failure_reported = False
         self.last_measurement = None
         self.seconds = 0.0
@@ -154,7 +156,7 @@ class FLeRMCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the weights from before the update, if it will be measured."""
-        if self.config.measures_at(state.global_step):
+        if self.config.measures_at(state.global_step) or self._owed:
             self._before = None  # a step that was cut short has left its own
             self._before = Snapshot(self._parameters, self.config.snapshot_device)
 
@@ -221,14 +223,15 @@ class FLeRMCallback(TrainerCallback):
     def _measure(self, before: Snapshot, step: int) -> None:
         nominal = learning_rates(self._optimizer, self._parameters)
         used = {name: rate * self.scales[name] for name, rate in nominal.items()}
-        if not any(used.values()) or not before.moved():
-            return  # warm-up at learning rate 0, or a step that was skipped
+        self._owed = not any(used.values()) or not before.moved()
+        if self._owed:
+            return  # warm-up at learning rate 0, or a step that was skipped: the next one will do
         random_numbers = random.Random(f"{self.config.seed} {step}")
         device = next(iter(self._parameters.values())).device
         generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
         decays = {n: nominal[n] * decay for n, decay in weight_decays(self._optimizer, self._parameters).items()}
         with before.put_back(used, decays) as updates:
-            batches = self._probe_batches(random_numbers)
+            batches = self._probe_data.batches(random_numbers)
             target_error = self.config.target_error if self.config.probes == "auto" else None
             measurement = self._probe.measure(updates, batches, generator, target_error=target_error)
         broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
@@ -295,38 +298,6 @@ class FLeRMCallback(TrainerCallback):
         if not len(base.steps):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
 
-    def _find_probe_examples(self, args: TrainingArguments, dataloader: Any) -> None:
-        """Choose the examples, the collator and the size of probe batches."""
-        training: Any = getattr(dataloader, "dataset", None)
-        dataset: Any = training if self.probe_dataset is None else self.probe_dataset
-        if isinstance(dataset, HubDataset) and isinstance(training, HubDataset):
-            dataset = dataset.select_columns([c for c in training.column_names if c in dataset.column_names])
-        if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-            raise ValueError(
-                "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
-                "(a few hundred examples will do)."
-            )
-        training_batch = args.per_device_train_batch_size
-        draws = min(8, math.ceil(training_batch * args.gradient_accumulation_steps / 2))
-        wanted = math.ceil(draws / self.config.probes_per_batch)
-        size = self.config.probe_batch_size or min(wanted, training_batch)
-        least = self.config.probe_batch_size or training_batch
-        if len(dataset) < least:
-            raise ValueError(
-                f"the probe data set has {len(dataset)} examples, a batch needs {least}. "
-                "Pass a larger probe_dataset, or set probe_batch_size."
-            )
-        self._examples = dataset
-        self._collate = dataloader.collate_fn
-        self._probe_batch_size = size
-        probes = self.config.max_probes if self.config.probes == "auto" else self.config.probes
-        self._probes = int(probes or math.ceil(wanted / size))
-
-    def _probe_batches(self, random_numbers: random.Random) -> Iterator[Batch]:
-        for _ in range(self._probes):
-            chosen = random_numbers.sample(range(len(self._examples)), self._probe_batch_size)
-            yield self._collate([self._examples[index] for index in chosen])
-
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> RateProfile | None:
         """The profile of the checkpoint that training goes on from."""
         folder = self._resume_from or Path(str(args.output_dir), f"checkpoint-{state.global_step}")
@@ -350,16 +321,15 @@ class FLeRMCallback(TrainerCallback):
             "mode": self.config.mode,
             "estimator": self.config.estimator,
             **self._function(),
-            "probes": self._probes,
+            "probes": self._probe_data.num_batches,
             "probes_per_batch": self.config.probes_per_batch,
-            "probe_batch_size": self._probe_batch_size,
+            "probe_batch_size": self._probe_data.batch_size,
             "seed": self.config.seed,
         }
         kinds = {name: self._kinds[name] for name in self._parameters}
-        fingerprint = getattr(self._examples, "_fingerprint", None)
         return {
             **provenance(self._model, self._parameters, self._optimizer, args),
             "flerm": settings,
             "kinds": kinds,
-            "dataset_fingerprint": fingerprint,
+            "dataset_fingerprint": self._probe_data.fingerprint,
         }

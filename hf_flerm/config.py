@@ -47,11 +47,16 @@ class FLeRMConfig:
             the outputs as far as it did in the run of `profile`.
         profile: For `match`: a `RateProfile`, a folder or file that holds one, or a repository id on the Hub.
         estimator: How a probe becomes a rate; see `measure_rates`.
-        granularity: What gets a learning rate of its own.
-        pool: What log-scales are averaged over: all tensors of one `kind` (a name without its block's index), or not
-            at all (`tensor`).
-        beta: Decay of the bias-corrected average of log-scales over measurements: 1 is the plain mean of all so far,
-            0 the latest alone.
+        granularity: What is matched, and so has a scale of its own: each `tensor`, each `module` (the joint rate of
+            all that is trained of it: another adapter, or full fine-tuning), each `block`, or everything (`global`:
+            one number).
+        depth: How the rate of a base block goes to the m blocks that it becomes; see `map_profile`.
+        pool: What log-scales are averaged over: all units of one `kind` (a name without its block's index), or not at
+            all (`unit`).
+        beta: How log-scales are averaged over measurements. None: as the evidence supports. A number: the decay of a
+            bias-corrected running average, 1 for the plain mean of all so far, 0.9 as in the paper, 0 for the latest.
+        max_scale: Scales are held between its inverse and it, with a warning.
+        max_change: A scale changes by at most this factor from one measurement to the next.
         measure_every: Steps between measurements, once they are no longer dense.
         measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, 16, 32
             and then every `measure_every`.
@@ -63,8 +68,8 @@ class FLeRMConfig:
         probes_per_batch: Draws of omega that share one forward pass of a probe batch: cheaper than as many batches,
             but over fewer examples.
         probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.
-        unmatched: What to do if profile and model do not have the same parameters: `error`, or `keep` the nominal
-            learning rate for those that only the model has.
+        unmatched: What becomes of tensors that the profile has no rate for: `error`, the scale of everything together
+            (`global`), the `nominal` learning rate, or none at all (`freeze`).
         output: What "the function" is; see `measure_rates`. A callable is not kept in JSON.
         positions: Which positions count; see `measure_rates`.
         metric: Size of an output change; see `measure_rates`.

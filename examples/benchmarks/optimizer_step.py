@@ -41,7 +41,7 @@ def main() -> None:
         "usual groups": make(None, split=False),
         "a group per tensor, as it is": make(None, split=True),
         "a group per tensor, 8 scales (`pool='kind'`)": make(kinds, split=True),
-        "a group per tensor, 400 scales (`pool='tensor'`)": make(
+        "a group per tensor, 400 scales (`pool='unit'`)": make(
             {name: 1.0 + i / options.tensors for i, name in enumerate(names)}, split=True
         ),
     }

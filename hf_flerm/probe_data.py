@@ -1,0 +1,75 @@
+"""The examples that are probed: from the training set or one of the user's own, drawn by the probes' random numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset as HubDataset
+from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainingArguments
+
+from .config import FLeRMConfig
+from .outputs import Batch
+
+
+class ProbeData:
+    """Draws probe batches, collated as training batches are.
+
+    Attributes:
+        num_batches: Probe batches per measurement, at most.
+        batch_size: Examples in each.
+        fingerprint: Of the data set, if it has one.
+
+    Args:
+        config: How many batches of what size.
+        args: The Trainer's arguments.
+        dataloader: The training set's.
+        dataset: Examples to probe with; None: the training set's.
+
+    Raises:
+        ValueError: If the data set is a stream or too small.
+    """
+
+    def __init__(
+        self, config: FLeRMConfig, args: TrainingArguments, dataloader: Any, dataset: Dataset[Any] | None
+    ) -> None:
+        training: Any = getattr(dataloader, "dataset", None)
+        examples: Any = training if dataset is None else dataset
+        if isinstance(examples, HubDataset) and isinstance(training, HubDataset):
+            examples = examples.select_columns([c for c in training.column_names if c in examples.column_names])
+        if examples is None or isinstance(examples, IterableDataset) or not hasattr(examples, "__getitem__"):
+            raise ValueError(
+                "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
+                "(a few hundred examples will do)."
+            )
+        training_batch = args.per_device_train_batch_size
+        draws = min(8, math.ceil(training_batch * args.gradient_accumulation_steps / 2))
+        wanted = math.ceil(draws / config.probes_per_batch)
+        least = config.probe_batch_size or training_batch
+        if len(examples) < least:
+            raise ValueError(
+                f"the probe data set has {len(examples)} examples, a batch needs {least}. "
+                "Pass a larger probe_dataset, or set probe_batch_size."
+            )
+        self.batch_size = config.probe_batch_size or min(wanted, training_batch)
+        probes = config.max_probes if config.probes == "auto" else config.probes
+        self.num_batches = int(probes or math.ceil(wanted / self.batch_size))
+        self.fingerprint = getattr(examples, "_fingerprint", None)
+        self._examples = examples
+        self._collate = dataloader.collate_fn
+
+    def batches(self, random_numbers: random.Random) -> Iterator[Batch]:
+        """Draw the batches of one measurement.
+
+        Args:
+            random_numbers: What decides which examples; no others are used.
+
+        Yields:
+            Model inputs.
+        """
+        for _ in range(self.num_batches):
+            chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
+            yield self._collate([self._examples[index] for index in chosen])
