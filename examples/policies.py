@@ -28,13 +28,15 @@ from hf_flerm import FLeRMConfig
 
 EARLY = (0, 1, 2, 3, 4, 6, 8)
 POLICIES: dict[str, dict[str, Any]] = {
-    "once, at step 6 (the paper's LoRA runs)": {"measure_steps": (6,), "pool": "unit"},
+    "once, at step 6 (the paper's LoRA runs)": {"measure_steps": (6,), "pool": "unit", "beta": 0.0},
     "steps 0 to 8, the latest alone": {"measure_steps": EARLY, "pool": "unit", "beta": 0.0},
     "steps 0 to 8, averaged over kinds": {"measure_steps": EARLY, "beta": 0.0},
-    "steps 0 to 8, averaged over kinds and steps": {"measure_steps": EARLY},
-    "steps 0 to 32, averaged over steps": {"pool": "unit"},
+    "steps 0 to 8, averaged over kinds and steps": {"measure_steps": EARLY, "beta": 1.0},
+    "steps 0 to 32, averaged over steps": {"pool": "unit", "beta": 1.0},
+    "steps 0 to 32, averaged over kinds, the latest alone": {"beta": 0.0},
     "steps 0 to 32, averaged over kinds, beta = 0.9 over steps": {"beta": 0.9},
-    "steps 0 to 32, averaged over kinds and steps (default)": {},
+    "steps 0 to 32, averaged over kinds and steps": {"beta": 1.0},
+    "steps 0 to 32, kinds, and steps as the evidence supports (default)": {},
 }
 
 

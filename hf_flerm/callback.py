@@ -68,6 +68,7 @@ class FLeRMCallback(TrainerCallback):
         self.scales: dict[str, float] = {}
         self.seconds = 0.0
         self._failure_reported = False
+        self._held_reported = False
         self._owed = False
         self._resume_from: Path | None = None
         self._recorded: RateProfile | None = None
@@ -131,6 +132,7 @@ class FLeRMCallback(TrainerCallback):
         )
         self._before = None
         self._pending_logs = {}
+        self._held_reported = False
         self._owed = False
         self._failure_reported = False
         self.last_measurement = None
@@ -252,6 +254,7 @@ class FLeRMCallback(TrainerCallback):
                 max_change=self.config.max_change,
             )
             self._recorded.metadata[_EVIDENCE] = self._evidence.record()
+            self._report_held()
             self._set_scales(self._step_scales)
             self._pending_logs.update(self._by_kind("scale", self.scales))
             ratios = {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
@@ -262,6 +265,16 @@ class FLeRMCallback(TrainerCallback):
         unused = [name for name, estimator in measurement.estimators.items() if estimator == UNUSED]
         if unused and self.last_measurement is None:
             logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
+
+    def _report_held(self) -> None:
+        """Warn once of scales that would have gone further than they may."""
+        held = self._evidence.held(self.config.max_scale)
+        if held and not self._held_reported:
+            self._held_reported = True
+            logger.warning(
+                f"the learning-rate scales of {preview(held)} are held at max_scale = {self.config.max_scale:g}: base and "
+                "target may not be comparable, or the learning rate is far off."
+            )
 
     def _joint_rates(self, measurement: Measurement) -> dict[str, dict[str, float]]:
         """Joint rates by module, by block and of everything."""

@@ -132,6 +132,18 @@ class Evidence:
             errors=torch.cat([self.errors, errors]),
         )
 
+    def held(self, max_scale: float) -> list[str]:
+        """Find the units whose scale has met its limit.
+
+        Args:
+            max_scale: The limit.
+
+        Returns:
+            Their names.
+        """
+        limit = math.log(max_scale)
+        return [unit for unit, log in zip(self.units, self.scales.tolist(), strict=True) if abs(log) >= limit > 0]
+
     def estimated(
         self,
         mapped: ProfileMap,
