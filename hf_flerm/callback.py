@@ -272,8 +272,8 @@ class FLeRMCallback(TrainerCallback):
         if held and not self._held_reported:
             self._held_reported = True
             logger.warning(
-                f"the learning-rate scales of {preview(held)} are held at max_scale = {self.config.max_scale:g}: base and "
-                "target may not be comparable, or the learning rate is far off."
+                f"the learning-rate scales of {preview(held)} are held at max_scale = {self.config.max_scale:g}: "
+                "base and target may not be comparable, or the learning rate is far off."
             )
 
     def _joint_rates(self, measurement: Measurement) -> dict[str, dict[str, float]]:
