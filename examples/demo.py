@@ -16,15 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
-import multiprocessing
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from tqdm.auto import tqdm
-from workload import Run, fine_tune, pretrained, quiet
+from workload import Run, fine_tune, in_parallel, pretrained, processes, quiet, spread, standard_error
 
 from hf_flerm import FLeRMConfig
 
@@ -72,11 +69,8 @@ def train(method: str, run: Run, output: Path) -> Result:
 
 
 def train_all(jobs: list[tuple[str, Run]], output: Path, title: str) -> list[Result]:
-    workers = min(os.cpu_count() or 1, len(jobs))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(train, method, run, output) for method, run in jobs]
-        return [future.result() for future in tqdm(as_completed(futures), title, total=len(jobs), unit="run")]
+    with processes() as pool:
+        return in_parallel(pool, train, [(method, run, output) for method, run in jobs], title)
 
 
 def best_rate(results: list[Result], method: str, init: str) -> float:
@@ -85,12 +79,6 @@ def best_rate(results: list[Result], method: str, init: str) -> float:
         if (result.method, result.run.init) == (method, init):
             losses[result.run.learning_rate].append(result.loss)
     return min(losses, key=lambda rate: mean(losses[rate]))
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean, with the standard error over seeds."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{error}"
 
 
 def table(results: list[Result], seeds: list[int]) -> str:
@@ -152,7 +140,7 @@ def picture(results: list[Result], path: Path) -> None:
                     points[result.run.learning_rate].append(result.loss)
             rates = sorted(points)
             losses = [mean(points[r]) for r in rates]
-            errors = [stdev(points[r]) / len(points[r]) ** 0.5 if len(points[r]) > 1 else 0.0 for r in rates]
+            errors = [standard_error(points[r]) for r in rates]
             panel.errorbar(
                 rates,
                 losses,

@@ -14,15 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from demo import BASE_RANK, INITS, TARGET_RANK, profile_folder
 from tqdm.auto import tqdm
-from workload import Run, fine_tune, quiet
+from workload import Run, fine_tune, processes, quiet, spread
 
 from hf_flerm import FLeRMConfig
 
@@ -43,10 +40,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 def train(policy: str, run: Run, profile: Path) -> float:
     quiet()
     return fine_tune(run, FLeRMConfig(mode="match", profile=profile, **POLICIES[policy]))[0]
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def main() -> None:
@@ -72,7 +65,7 @@ def main() -> None:
         for policy in POLICIES
         for run in matched
     ]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes() as pool:
         losses = list(tqdm(pool.map(train, *zip(*jobs, strict=True)), total=len(jobs), unit="run"))
     for (policy, run, _), loss in zip(jobs, losses, strict=True):
         rows.setdefault(policy, {init: [] for init in INITS})[run.init].append(loss)

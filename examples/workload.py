@@ -5,32 +5,40 @@ All text is on every machine that has Python: its help topics (English) and its 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pydoc_data.topics
 import shutil
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer
 
+Result = TypeVar("Result")
+
 VOCABULARY = 1024
 LENGTH = 48
 PYTHON_FILES = 120
 ALPHA = 32
+VALIDATION_BLOCKS = 128
 CACHE = Path(os.environ.get("HF_FLERM_CACHE", Path.home() / ".cache" / "hf_flerm"))
 
 
@@ -85,7 +93,19 @@ def blocks(texts: list[str]) -> Dataset:
 def python_data() -> tuple[Dataset, Dataset]:
     """Training and validation blocks; the validation files are other files."""
     source = python_source()
-    return blocks(source[:-12]), blocks(source[-12:]).shuffle(seed=0).select(range(128))
+    return blocks(source[:-12]), _few(blocks(source[-12:]))
+
+
+@cache
+def english_data() -> tuple[Dataset, Dataset]:
+    """Training and validation blocks; every eighth help topic is for validation."""
+    topics = list(pydoc_data.topics.topics.values())
+    kept = [topic for index, topic in enumerate(topics) if index % 8]
+    return blocks(kept), _few(blocks(topics[::8]))
+
+
+def _few(data: Dataset) -> Dataset:
+    return data.shuffle(seed=0).select(range(VALIDATION_BLOCKS))
 
 
 def arguments(folder: str, **options: object) -> TrainingArguments:
@@ -135,41 +155,76 @@ def pretrained(progress: bool = True) -> Path:
     return folder
 
 
-def adapted(run: Run) -> torch.nn.Module:
+def lora(seed: int, rank: int, **options: Any) -> torch.nn.Module:
     """The pretrained model with LoRA on every linear layer; one alpha and alpha / r scaling at every rank."""
-    set_seed(run.seed)
+    set_seed(seed)
     model = GPT2LMHeadModel.from_pretrained(pretrained())
-    lora = LoraConfig(
-        r=run.rank,
-        lora_alpha=ALPHA,
-        target_modules=["c_attn", "c_proj", "c_fc"],
-        fan_in_fan_out=True,
-        init_lora_weights="gaussian" if run.init == "gaussian" else True,
-    )
-    return get_peft_model(model, lora)
+    targets = ["c_attn", "c_proj", "c_fc"]
+    config = LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, fan_in_fan_out=True, **options)
+    return get_peft_model(model, config)
+
+
+def adapted(run: Run) -> torch.nn.Module:
+    return lora(run.seed, run.rank, init_lora_weights="gaussian" if run.init == "gaussian" else True)
+
+
+def trained(
+    model: torch.nn.Module,
+    data: tuple[Dataset, Dataset],
+    flerm: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    optimizer: torch.optim.Optimizer | None = None,
+    **options: object,
+) -> tuple[float, Trainer]:
+    """Train with these arguments, silently; validation loss and trainer."""
+    train, validation = data
+    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
+        given = {
+            "args": arguments(scratch, disable_tqdm=True, per_device_eval_batch_size=64, **options),
+            "model": model,
+            "train_dataset": train,
+            "eval_dataset": validation,
+            "callbacks": [*callbacks],
+            "optimizers": (optimizer, None),
+        }
+        trainer = Trainer(**given) if flerm is None else FLeRMTrainer(**given, flerm=flerm)
+        trainer.train()
+        return trainer.evaluate()["eval_loss"], trainer
 
 
 def fine_tune(
     run: Run, flerm: FLeRMConfig | None = None, callbacks: Sequence[TrainerCallback] = ()
 ) -> tuple[float, Trainer]:
     """Train one run; its validation loss and its trainer."""
-    train, validation = python_data()
-    with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
-        options = {
-            "args": arguments(
-                scratch,
-                learning_rate=run.learning_rate,
-                max_steps=run.steps,
-                seed=run.seed,
-                disable_tqdm=True,
-                per_device_train_batch_size=run.batch_size,
-                per_device_eval_batch_size=64,
-            ),
-            "model": adapted(run),
-            "train_dataset": train,
-            "eval_dataset": validation,
-            "callbacks": [*callbacks],
-        }
-        trainer = Trainer(**options) if flerm is None else FLeRMTrainer(**options, flerm=flerm)
-        trainer.train()
-        return trainer.evaluate()["eval_loss"], trainer
+    return trained(
+        adapted(run),
+        python_data(),
+        flerm,
+        callbacks,
+        learning_rate=run.learning_rate,
+        max_steps=run.steps,
+        seed=run.seed,
+        per_device_train_batch_size=run.batch_size,
+    )
+
+
+def processes(workers: int | None = None) -> ProcessPoolExecutor:
+    """A pool of fresh processes; to be used in a `with` statement."""
+    return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def in_parallel(
+    pool: Executor, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], title: str
+) -> list[Result]:
+    """What `function` returns for the arguments of every call, in the order in which they end."""
+    futures = [pool.submit(function, *call) for call in calls]
+    return [future.result() for future in tqdm(as_completed(futures), title, total=len(futures), unit="run")]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, with the standard error over seeds."""
+    return f"{mean(values):.{digits}f}" + (f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

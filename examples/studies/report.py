@@ -1,0 +1,180 @@
+"""What the runs of an axis come to: numbers, a table, a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from workload import spread, standard_error
+
+STABLE = 1.0  # nats per token above the best of a sweep
+Sweep = dict[float, list[float]]
+
+
+@dataclass
+class Study:
+    """Validation losses of an axis, in nats per token: of sweeps by learning rate, then by seed."""
+
+    axis: str
+    claim: str
+    rule: str | None
+    seeds: list[int]
+    base: Sweep = field(default_factory=dict)
+    plain: Sweep = field(default_factory=dict)
+    methods: dict[str, list[float]] = field(default_factory=dict)
+    scales: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base_rate(self) -> float:
+        """The base's best learning rate, at which all methods train the target."""
+        return best_rate(self.base)
+
+    @property
+    def shift(self) -> float:
+        """Decades from the base's best learning rate to the target's."""
+        return math.log10(best_rate(self.plain) / self.base_rate)
+
+    @property
+    def at_base_rate(self) -> dict[str, list[float]]:
+        return {"plain": self.plain[self.base_rate], **self.methods}
+
+    @property
+    def best_losses(self) -> list[float]:
+        """For each seed the best of the target's own sweep."""
+        return [min(losses) for losses in zip(*self.plain.values(), strict=True)]
+
+    def regrets(self, method: str) -> list[float]:
+        """Losses minus the best of the target's own sweep, seed by seed."""
+        return [loss - best for loss, best in zip(self.at_base_rate[method], self.best_losses, strict=True)]
+
+    def to_json(self) -> str:
+        """As JSON; a loss that is not finite is null."""
+        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Study:
+        values = json.loads(text)
+        for name in ("base", "plain"):
+            values[name] = {float(rate): _losses(losses) for rate, losses in values[name].items()}
+        values["methods"] = {method: _losses(losses) for method, losses in values["methods"].items()}
+        return cls(**values)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _losses(values: Sequence[float | None]) -> list[float]:
+    return [math.inf if value is None else value for value in values]
+
+
+def best_rate(sweep: Sweep) -> float:
+    return min(sweep, key=lambda rate: mean(sweep[rate]))
+
+
+def edge(sweep: Sweep) -> str:
+    """The largest learning rate up to which training is stable: less than `STABLE` above the sweep's best."""
+    limit = mean(sweep[best_rate(sweep)]) + STABLE
+    above = [rate for rate in sorted(sweep) if rate >= best_rate(sweep)]
+    unstable = next((index for index, rate in enumerate(above) if not mean(sweep[rate]) < limit), None)
+    return f"{above[-1]:g} or more" if unstable is None else f"{above[max(unstable - 1, 0)]:g}"
+
+
+def written(values: Sequence[float]) -> str:
+    return spread(values) if all(map(math.isfinite, values)) else "diverges"
+
+
+def table(study: Study) -> str:
+    """One axis as Markdown."""
+    rule = study.rule or "none, or the learning rate as it is"
+    lines = [
+        f"## {study.axis}",
+        "",
+        f"{study.claim}. Rule: {rule}.",
+        "",
+        f"Best lr: base {study.base_rate:g}, target {best_rate(study.plain):g}, a shift of {study.shift:+.2f} decades. "
+        f"Largest stable lr: base {edge(study.base)}, target {edge(study.plain)}.",
+        "",
+        "| at the base's best lr | loss | regret | seconds per run |",
+        "|---|---|---|---|",
+    ]
+    for method, losses in study.at_base_rate.items():
+        seconds = f"{study.seconds[method]:.1f}" if method in study.seconds else ""
+        outcome = f"{written(losses)} | {written(study.regrets(method))}"
+        if method in study.errors:
+            outcome = study.errors[method].replace("|", "\\|").replace("\n", " ")[:200] + " | "
+        lines.append(f"| {method} | {outcome} | {seconds} |")
+    lines += [
+        f"| target's own best | {written(study.best_losses)} | | |",
+        f"| base at its best | {written(study.base[study.base_rate])} | | {study.seconds['base']:.1f} |",
+        "",
+        f"Mean ± standard error over seeds {', '.join(map(str, study.seeds))}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def combined(studies: Sequence[Study]) -> str:
+    """Regrets of every method on every axis as Markdown."""
+    methods = list(dict.fromkeys(method for study in studies for method in study.at_base_rate))
+    lines = [
+        "Regret at the base's best learning rate, nats per token.",
+        "",
+        "| axis | shift, decades | " + " | ".join(methods) + " |",
+        "|---|---|" + "---|" * len(methods),
+    ]
+    for study in studies:
+        cells = [_cell(study, method) for method in methods]
+        lines.append(f"| {study.axis} | {study.shift:+.2f} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(study: Study, method: str) -> str:
+    if method not in study.at_base_rate:
+        return ""
+    return study.errors[method].split(":")[0] if method in study.errors else written(study.regrets(method))
+
+
+def picture(study: Study, path: Path) -> None:
+    """Losses against learning rates; a star for every method at the base's best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for sweep, name, style, color in (
+        (study.base, "base, Trainer", "o--", "#999999"),
+        (study.plain, "target, Trainer", "s-", "#0072b2"),
+    ):
+        rates = [rate for rate in sorted(sweep) if all(map(math.isfinite, sweep[rate]))]
+        errors = [standard_error(sweep[rate]) for rate in rates]
+        panel.errorbar(
+            rates, [mean(sweep[rate]) for rate in rates], errors, fmt=style, color=color, label=name, capsize=2
+        )
+    for method, losses in study.methods.items():
+        if method not in study.errors and all(map(math.isfinite, losses)):
+            panel.plot([study.base_rate], [mean(losses)], "*", markersize=13, label=f"target, {method}", zorder=3)
+    panel.axvline(study.base_rate, color="#999999", linestyle=":", linewidth=1)
+    finite = [mean(losses) for sweep in (study.base, study.plain) for losses in sweep.values()]
+    finite = [loss for loss in finite if math.isfinite(loss)]
+    panel.set(
+        xscale="log",
+        xlabel="learning rate",
+        ylabel="validation loss (nats per token)",
+        title=study.axis,
+        ylim=(min(finite) - 0.1, min(max(finite), min(finite) + 2) + 0.1),
+    )
+    panel.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

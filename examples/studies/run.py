@@ -1,0 +1,242 @@
+"""One study per axis of transfer: does the base's best learning rate do for the target, and what mends it?
+
+    python examples/studies/run.py [AXIS ...] [--seeds 0 1 2] [--methods flerm ...] [--output runs/studies]
+
+Per axis: a sweep of the base (recorded), a sweep of the target with `Trainer`, and the target at the base's best
+learning rate with the field's rule and with every method. A sweep goes on until its best is not at an end. Every run
+is kept under its settings, so that an interrupted study goes on and a new method costs its own runs alone; `--again`
+forgets those of a method whose code has changed.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from axes import AXES, Axis, grid_index, grid_rate
+from report import Study, combined, picture, table
+from workload import in_parallel, pretrained, processes, quiet, trained
+
+from hf_flerm import FLeRMConfig
+
+METHODS: dict[str, dict[str, Any]] = {
+    "flerm": {},
+    "flerm, paper's, once": {"measure_steps": (6,), "pool": "tensor", "beta": 0.9},
+    "flerm, paper's": {"measure_steps": (0, 100), "pool": "tensor", "beta": 0.9},
+}
+MOST_EXTENSIONS = 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `base` records, `plain` and `rule` are without FLeRM, other methods are of `METHODS`."""
+
+    axis: str
+    method: str
+    learning_rate: float
+    seed: int
+    steps: int
+
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on; axes that have a run in common share it."""
+        axis = AXES[self.axis]
+        common = {**axis.settings(), "steps": self.steps, "learning_rate": self.learning_rate, "seed": self.seed}
+        if self.method == "base":
+            return {"side": axis.base.settings(), **common, "method": "record"}
+        target = {"side": axis.target.settings(), **common}
+        if self.method == "plain":
+            return {**target, "method": "plain"}
+        if self.method == "rule":
+            return {**target, "method": axis.rule.text if axis.rule else None}
+        return {**target, "method": self.config(), "base": replace(self, method="base").settings()}
+
+    def config(self) -> dict[str, Any]:
+        return {**AXES[self.axis].flerm, **METHODS[self.method]}
+
+    def folder(self, output: Path) -> Path:
+        text = json.dumps(self.settings(), sort_keys=True)
+        return output / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Result:
+    """What a run came to; a loss of None is one that is not finite."""
+
+    loss: float | None
+    seconds: float = 0.0
+    measuring_seconds: float = 0.0
+    scales: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+def train(job: Job, output: Path) -> tuple[Job, Result]:
+    """Train one run, or read what it came to before. An exception is its result, and is not kept."""
+    file = job.folder(output) / "result.json"
+    if file.exists():
+        return job, Result(**json.loads(file.read_text())["result"])
+    quiet()
+    torch.set_num_threads(1)
+    try:
+        result = _train(job, output)
+    except Exception as error:
+        return job, Result(None, error=f"{type(error).__name__}: {error}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"settings": job.settings(), "result": asdict(result)}, indent=1))
+    partial.rename(file)
+    return job, result
+
+
+def _train(job: Job, output: Path) -> Result:
+    axis = AXES[job.axis]
+    side = axis.base if job.method == "base" else axis.target
+    flerm = None
+    if job.method == "base":
+        flerm = FLeRMConfig(mode="record")
+    elif job.method in METHODS:
+        flerm = FLeRMConfig(mode="match", profile=replace(job, method="base").folder(output), **job.config())
+    model = side.build(job.seed)
+    rule = axis.rule if job.method == "rule" else None
+    loss, trainer = trained(
+        model,
+        axis.data(),
+        flerm,
+        optimizer=side.make_optimizer(model, job.learning_rate, rule),
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=axis.warmup,
+        max_steps=job.steps,
+        max_grad_norm=1.0,
+        seed=job.seed,
+        per_device_train_batch_size=axis.batch_size,
+    )
+    if job.method == "base":
+        trainer.rate_profile.save_pretrained(job.folder(output))
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    return Result(
+        loss if math.isfinite(loss) else None,
+        logged["train_runtime"],
+        logged.get("flerm/seconds", 0.0),
+        {key.removeprefix("flerm/scale/"): value for key, value in logged.items() if key.startswith("flerm/scale/")},
+    )
+
+
+@dataclass
+class Runner:
+    """The runs of one study, in a pool of processes."""
+
+    axis: Axis
+    seeds: list[int]
+    steps: int | None
+    output: Path
+    pool: Executor
+    seconds: dict[str, float] = field(default_factory=dict)  # per run, by method
+
+    def jobs(self, method: str, rates: list[float]) -> list[Job]:
+        steps = self.steps or self.axis.steps
+        return [Job(self.axis.name, method, rate, seed, steps) for rate in rates for seed in self.seeds]
+
+    def run(self, method: str, rates: list[float], results: dict[Job, Result]) -> None:
+        """Add the results of these runs to `results`, those that are not there."""
+        calls = [(job, self.output) for job in self.jobs(method, rates) if job not in results]
+        results.update(in_parallel(self.pool, train, calls, f"{self.axis.name}, {method}") if calls else ())
+
+    def sweep(self, method: str, rates: list[float]) -> dict[float, list[float]]:
+        """Losses by learning rate; the grid grows until the best is not at one of its ends."""
+        results: dict[Job, Result] = {}
+        for _ in range(MOST_EXTENSIONS + 1):
+            self.run(method, rates, results)
+            losses = {rate: [loss_of(results[job]) for job in self.jobs(method, [rate])] for rate in sorted(rates)}
+            best = min(losses, key=lambda rate: mean(losses[rate]))
+            beyond = {min(losses): -1, max(losses): 1}.get(best)
+            if beyond is None:
+                break
+            rates = [grid_rate(grid_index(best) + beyond)]
+            rates = sorted({*losses, *rates})
+        self.seconds[method] = mean(result.seconds for result in results.values())
+        return losses
+
+    def study(self, methods: list[str]) -> Study:
+        study = Study(self.axis.name, self.axis.claim, self.axis.rule.text if self.axis.rule else None, self.seeds)
+        study.base = self.sweep("base", list(self.axis.base.rates))
+        rate = study.base_rate
+        study.plain = self.sweep("plain", sorted({*self.axis.target.rates, rate}))
+        for method in (["rule"] if self.axis.rule else []) + methods:
+            results: dict[Job, Result] = {}
+            self.run(method, [rate], results)
+            ordered = [results[job] for job in self.jobs(method, [rate])]
+            self.seconds[method] = mean(result.seconds for result in ordered)
+            study.methods[method] = [loss_of(result) for result in ordered]
+            study.scales[method] = [result.scales for result in ordered]
+            errors = [result.error for result in ordered if result.error]
+            if errors:
+                study.errors[method] = errors[0]
+        study.seconds = self.seconds
+        return study
+
+
+def loss_of(result: Result) -> float:
+    return math.inf if result.loss is None else result.loss
+
+
+def forget(axis: Axis, method: str, output: Path) -> None:
+    """Drop what is kept of a method on an axis, at whatever learning rate and seed."""
+    probe = Job(axis.name, method, 0.0, 0, 0).settings()
+    for file in (output / "runs").glob("*/result.json"):
+        settings = json.loads(file.read_text())["settings"]
+        same = ("side", "method", "data")
+        if all(settings[key] == json.loads(json.dumps(probe[key])) for key in same):
+            file.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("axes", nargs="*", metavar="AXIS", help=", ".join(AXES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--again", nargs="*", choices=METHODS, default=[], help="methods to run again")
+    parser.add_argument("--steps", type=int, help="of every run, in place of the axis's own")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=Path("runs/studies"))
+    options = parser.parse_args()
+    unknown = [name for name in options.axes if name not in AXES]
+    if unknown:
+        parser.error(f"no axis is called {', '.join(unknown)}; there are {', '.join(AXES)}")
+    quiet()
+    pretrained(progress=True)
+    with processes(options.workers) as pool:
+        for name in options.axes or AXES:
+            for method in options.again:
+                forget(AXES[name], method, options.output)
+            runner = Runner(AXES[name], options.seeds, options.steps, options.output, pool)
+            study = runner.study(options.methods)
+            folder = options.output / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "study.json").write_text(study.to_json())
+            (folder / "study.md").write_text(table(study))
+            picture(study, folder / "study.png")
+    kept = [options.output / name / "study.json" for name in AXES]
+    studies = [Study.from_json(file.read_text()) for file in kept if file.exists()]
+    report = "\n".join([combined(studies), *map(table, studies)])
+    (options.output / "studies.md").write_text(report)
+    print(f"\n{combined(studies)}\nWritten to {options.output}: studies.md")
+
+
+if __name__ == "__main__":
+    main()
