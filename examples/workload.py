@@ -39,6 +39,8 @@ LENGTH = 48
 PYTHON_FILES = 120
 ALPHA = 32
 VALIDATION_BLOCKS = 128
+BYTES = 128  # ASCII
+BYTE_LENGTH = 64
 CACHE = Path(os.environ.get("HF_FLERM_CACHE", Path.home() / ".cache" / "hf_flerm"))
 
 
@@ -97,11 +99,17 @@ def python_data() -> tuple[Dataset, Dataset]:
 
 
 @cache
-def english_data() -> tuple[Dataset, Dataset]:
-    """Training and validation blocks; every eighth help topic is for validation."""
+def english_bytes() -> tuple[Dataset, Dataset]:
+    """Training and validation blocks of single bytes; every eighth help topic is for validation."""
     topics = list(pydoc_data.topics.topics.values())
     kept = [topic for index, topic in enumerate(topics) if index % 8]
-    return blocks(kept), _few(blocks(topics[::8]))
+    return _byte_blocks("\n".join(kept)), _few(_byte_blocks("\n".join(topics[::8])))
+
+
+def _byte_blocks(text: str) -> Dataset:
+    ids = torch.tensor(list(text.encode("ascii", "replace")))
+    rows = ids[: len(ids) // BYTE_LENGTH * BYTE_LENGTH].view(-1, BYTE_LENGTH).tolist()
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
 def _few(data: Dataset) -> Dataset:

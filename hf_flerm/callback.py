@@ -210,12 +210,14 @@ class FLeRMCallback(TrainerCallback):
             self._step_scales.remove()
             self._step_scales = None
         if self.base is not None:
-            self._report_unmatched(self.base)
+            self._report_unmatched()
 
-    def _report_unmatched(self, base: RateProfile) -> None:
-        """Warn of the tensors for which base and target never both had a positive rate."""
-        own = self.rate_profile.rates
-        left = [name for name in own if not (name in base.rates and base.rates[name].any() and own[name].any())]
+    def _report_unmatched(self) -> None:
+        """Warn of what kept its learning rate because base and target never both had a positive rate."""
+        seen = self._evidence.logs.isfinite().any(0).tolist()
+        left = [unit for unit, known in zip(self._evidence.units, seen, strict=True) if not known]
+        if self.config.unmatched == "nominal":
+            left += self._mapped.unmatched
         if left:
             logger.warning(
                 f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "

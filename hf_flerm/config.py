@@ -88,7 +88,7 @@ class FLeRMConfig:
     depth: str = "joint"
     pool: str = "kind"
     beta: float | None = None
-    max_scale: float = 1000.0
+    max_scale: float = 1e5
     max_change: float = 4.0
     measure_every: int = 100
     measure_steps: Sequence[int] | None = None

@@ -73,7 +73,7 @@ class Axis:
     target: Side
     claim: str
     rule: Rule | None = None
-    data: Callable[[], tuple[Dataset, Dataset]] = workload.english_data
+    data: Callable[[], tuple[Dataset, Dataset]] = workload.english_bytes
     steps: int = 150
     warmup: int = 20
     batch_size: int = 8
@@ -101,12 +101,13 @@ def _rms_of_adamw(name: str, parameter: nn.Parameter) -> float:
 
 WIDER = in_blocks("muP: matrices in blocks at lr / 4", 1 / 4, matrices_only=True)
 DEEPER = in_blocks("blocks at lr / sqrt(4)", 1 / 2)
+BY_MODULE = {"granularity": "module", "unmatched": "global"}
 SCRATCH = grid(1e-3, 1.78e-2)
 ADAPTER = grid(1e-3, 1e-2)
 
 
 def _decoder(name: str, claim: str, rule: Rule | None, grown: Mapping[str, Any], **both: Any) -> Axis:
-    small = {"width": 64, "depth": 2, **both}
+    small = {"width": 32, "depth": 2, **both}
     return Axis(
         f"decoder-{name}",
         Side(models.decoder, small, SCRATCH),
@@ -122,12 +123,13 @@ def _lora(
     rule: Rule | None = None,
     base: Mapping[str, Any] | None = None,
     target: Side | None = None,
+    flerm: Mapping[str, Any] | None = None,
     **both: Any,
 ) -> Axis:
     """Rank 4 to rank 64, or rank 8 to `target`."""
     small = Side(workload.lora, {"rank": 8 if target else 4, **both, **(base or {})}, ADAPTER)
     bigger = target or Side(workload.lora, {"rank": 64, **both}, ADAPTER)
-    return Axis(name, small, bigger, claim, rule, workload.python_data, steps=100)
+    return Axis(name, small, bigger, claim, rule, workload.python_data, steps=100, flerm=flerm or {})
 
 
 def _optimizer(name: str, claim: str, first: float, last: float, rule: Rule | None = None) -> Axis:
@@ -139,19 +141,19 @@ def _axes() -> list[Axis]:
     return [
         Axis(
             "gpt2-width",
-            Side(models.gpt2, {"width": 64, "depth": 2}, SCRATCH),
-            Side(models.gpt2, {"width": 256, "depth": 2}, SCRATCH),
+            Side(models.gpt2, {"width": 32, "depth": 2}, SCRATCH),
+            Side(models.gpt2, {"width": 128, "depth": 2}, SCRATCH),
             "muP: under standard parametrization the best lr falls with width",
             WIDER,
         ),
         Axis(
             "gpt2-depth",
-            Side(models.gpt2, {"width": 96, "depth": 2}, SCRATCH),
-            Side(models.gpt2, {"width": 96, "depth": 8}, SCRATCH),
+            Side(models.gpt2, {"width": 48, "depth": 2}, SCRATCH),
+            Side(models.gpt2, {"width": 48, "depth": 8}, SCRATCH),
             "depth-muP: the best lr falls with depth, as 1 / sqrt(depth)",
             DEEPER,
         ),
-        _decoder("width-pre", "muP: the best lr falls with width", WIDER, {"width": 256}),
+        _decoder("width-pre", "muP: the best lr falls with width", WIDER, {"width": 128}),
         _decoder("depth-pre", "the best lr falls with depth", DEEPER, {"depth": 8}),
         _decoder("depth-post", "the best lr falls with depth, fast: post-norm", DEEPER, {"depth": 8}, norm="post"),
         _decoder(
@@ -166,15 +168,15 @@ def _axes() -> list[Axis]:
         *(
             Axis(
                 f"resmlp-{name}",
-                Side(models.resmlp, {"width": 64, "depth": 2}, SCRATCH),
-                Side(models.resmlp, {"width": 64, "depth": 2, **grown}, SCRATCH),
+                Side(models.resmlp, {"width": 32, "depth": 2}, SCRATCH),
+                Side(models.resmlp, {"width": 32, "depth": 2, **grown}, SCRATCH),
                 claim,
                 rule,
                 models.context_data,
                 batch_size=128,
             )
             for name, grown, claim, rule in (
-                ("width", {"width": 256}, "muP: the best lr falls with width", WIDER),
+                ("width", {"width": 128}, "muP: the best lr falls with width", WIDER),
                 ("depth", {"depth": 8}, "the best lr falls with depth", DEEPER),
             )
         ),
@@ -195,12 +197,14 @@ def _axes() -> list[Axis]:
             "lora-dora",
             "DoRA paper: LoRA's lr or a little less",
             target=Side(workload.lora, {"rank": 8, "use_dora": True}, ADAPTER),
+            flerm=BY_MODULE,
         ),
         _lora(
             "lora-full",
             "LoRA Without Regret: LoRA's best lr is 10 times that of full fine-tuning",
             everywhere("lr / 10", 0.1),
             target=Side(models.full, {}, grid(3.16e-4, 5.62e-3)),
+            flerm=BY_MODULE,
         ),
         _optimizer("sgd", "no common scale", 1e-1, 1e1),
         _optimizer(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.modeling_outputs import CausalLMOutput
 
-HEAD_SIZE = 32
-CONTEXT = 8  # tokens that the residual MLP sees
+HEAD_SIZE = 16
+CONTEXT = 8  # bytes that the residual MLP sees
 STRIDE = 5  # between its examples
 
 Map = Callable[[Tensor], Tensor]
@@ -91,11 +91,11 @@ class Decoder(nn.Module):
         if width % HEAD_SIZE:
             raise ValueError(f"width is {width}; it must be a multiple of {HEAD_SIZE}.")
         super().__init__()
-        self.tokens = nn.Embedding(workload.VOCABULARY, width)
-        self.positions = nn.Embedding(workload.LENGTH, width)
+        self.tokens = nn.Embedding(workload.BYTES, width)
+        self.positions = nn.Embedding(workload.BYTE_LENGTH, width)
         self.blocks = nn.ModuleList(Block(width, depth, norm, qk_norm) for _ in range(depth))
         self.final_norm = nn.Identity() if norm == "post" else nn.LayerNorm(width)
-        self.head = nn.Linear(width, workload.VOCABULARY, bias=False)
+        self.head = nn.Linear(width, workload.BYTES, bias=False)
         scale_linear_layers(self, init_scale)
 
     def forward(
@@ -135,11 +135,11 @@ class ResMLP(nn.Module):
 
     def __init__(self, width: int, depth: int, init_scale: float = 1.0) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(workload.VOCABULARY, HEAD_SIZE)
+        self.tokens = nn.Embedding(workload.BYTES, HEAD_SIZE)
         self.input = nn.Linear(CONTEXT * HEAD_SIZE, width)
         self.blocks = nn.ModuleList(ResidualLayer(width) for _ in range(depth))
         self.final_norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, workload.VOCABULARY, bias=False)
+        self.head = nn.Linear(width, workload.BYTES, bias=False)
         scale_linear_layers(self, init_scale)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
@@ -173,8 +173,8 @@ def gpt2(seed: int, width: int, depth: int) -> nn.Module:
         n_layer=depth,
         n_embd=width,
         n_head=width // HEAD_SIZE,
-        vocab_size=workload.VOCABULARY,
-        n_positions=workload.LENGTH,
+        vocab_size=workload.BYTES,
+        n_positions=workload.BYTE_LENGTH,
         bos_token_id=0,
         eos_token_id=0,
         resid_pdrop=0.0,
@@ -192,7 +192,7 @@ def full(seed: int) -> nn.Module:
 
 def context_data() -> tuple[Dataset, Dataset]:
     """English for `ResMLP`: every row has `CONTEXT` tokens, its label is the next one."""
-    return _contexts(workload.english_data()[0]), _contexts(workload.english_data()[1])
+    return _contexts(workload.english_bytes()[0]), _contexts(workload.english_bytes()[1])
 
 
 def _contexts(blocks: Dataset) -> Dataset:

@@ -142,7 +142,7 @@ def combined(studies: Sequence[Study]) -> str:
 def _cell(study: Study, method: str) -> str:
     if method not in study.at_base_rate:
         return ""
-    return study.errors[method].split(":")[0] if method in study.errors else written(study.regrets(method))
+    return "refused" if method in study.errors else written(study.regrets(method))
 
 
 def picture(study: Study, path: Path) -> None:

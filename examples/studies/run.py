@@ -33,13 +33,21 @@ from axes import AXES, Axis, grid_index, grid_rate
 from report import Study, combined, picture, table
 from workload import in_parallel, pretrained, processes, quiet, trained
 
-from hf_flerm import FLeRMConfig
+from hf_flerm import FLeRMConfig, RateProfile
 
+PAPER = {"pool": "unit", "depth": "equal", "probes": 20}  # a scale for every tensor, a block's rate split equally
 METHODS: dict[str, dict[str, Any]] = {
     "flerm": {},
-    "flerm, paper's, once": {"measure_steps": (6,), "pool": "tensor", "beta": 0.9},
-    "flerm, paper's": {"measure_steps": (0, 100), "pool": "tensor", "beta": 0.9},
+    "flerm, split equally": {"depth": "equal"},
+    "flerm, mean over steps": {"beta": 1.0},
+    "flerm, the latest alone": {"beta": 0.0},
+    "flerm, one scale": {"granularity": "global"},
+    "paper": {"measure_steps": (0, 100), "beta": 0.9, **PAPER},
+    "paper, once": {"measure_steps": (6,), "beta": 0.0, **PAPER},
+    "equal rates": {"equalized": True, "depth": "copy"},
+    "equal rates, split": {"equalized": True, "depth": "equal"},
 }
+BASE = FLeRMConfig(mode="record", probes=8)
 MOST_EXTENSIONS = 6
 
 
@@ -108,9 +116,12 @@ def _train(job: Job, output: Path) -> Result:
     side = axis.base if job.method == "base" else axis.target
     flerm = None
     if job.method == "base":
-        flerm = FLeRMConfig(mode="record")
+        flerm = BASE
     elif job.method in METHODS:
-        flerm = FLeRMConfig(mode="match", profile=replace(job, method="base").folder(output), **job.config())
+        config = job.config()
+        profile = RateProfile.from_pretrained(replace(job, method="base").folder(output))
+        profile = profile.equalized() if config.pop("equalized", False) else profile
+        flerm = FLeRMConfig(mode="match", profile=profile, **config)
     model = side.build(job.seed)
     rule = axis.rule if job.method == "rule" else None
     loss, trainer = trained(
