@@ -3,10 +3,13 @@
 from .alignment import log_alignments
 from .callback import FLeRMCallback
 from .config import FLeRMConfig
+from .mapping import map_profile
 from .matching import match_rates
 from .measurement import Measurement
+from .planning import Plan, plan
 from .probes import measure_rates
 from .rate_profile import RateProfile, RateProfileError
+from .rules import mup_param_groups
 from .trainer import FLeRMTrainer
 
 __all__ = [
@@ -14,9 +17,13 @@ __all__ = [
     "FLeRMConfig",
     "FLeRMTrainer",
     "Measurement",
+    "Plan",
     "RateProfile",
     "RateProfileError",
     "log_alignments",
+    "map_profile",
     "match_rates",
     "measure_rates",
+    "mup_param_groups",
+    "plan",
 ]

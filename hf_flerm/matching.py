@@ -168,14 +168,12 @@ class Evidence:
         Returns:
             The evidence with the scales that it supports.
         """
-        members = _members(mapped, pool)
-        logs = torch.stack([self.logs[:, index].nanmean(1) for index in members], 1)
+        members = list(_members(mapped, pool).values())
         if beta is None:
-            counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
-            squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
-            levels, variances = track(logs, 2 * squares / counts.clamp(min=1) ** 2)  # twice: the base has errors too
+            levels, variances = self._tracked(members)
             levels = levels * (1 - variances / levels.square()).clamp(min=0).nan_to_num(0.0)
         else:
+            logs = self._means(members)
             levels = torch.stack([_running_average(column[column.isfinite()], beta) for column in logs.T])
         limit, change = math.log(max_scale), math.log(max_change)
         scales = self.scales.clone()
@@ -185,6 +183,30 @@ class Evidence:
             known_before = self.logs[:-1, index].isfinite().any()
             scales[index] = (nearby if known_before else torch.full_like(old, level)).clamp(-limit, limit)
         return replace(self, scales=scales)
+
+    def levels(self, mapped: ProfileMap, pool: str) -> dict[str, tuple[float, float]]:
+        """What the evidence says of the log-scales, before they are shrunk and held in limits.
+
+        Args:
+            mapped: What is matched.
+            pool: As for `estimated`.
+
+        Returns:
+            `{kind or unit: (log-scale, standard error)}` of what could be compared.
+        """
+        members = _members(mapped, pool)
+        levels, variances = self._tracked(list(members.values()))
+        found = zip(members, levels.tolist(), variances.sqrt().tolist(), strict=True)
+        return {name: (level, error) for name, level, error in found if math.isfinite(error)}
+
+    def _tracked(self, members: list[list[int]]) -> tuple[Tensor, Tensor]:
+        counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
+        squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
+        known = 2 * squares / counts.clamp(min=1) ** 2  # twice: the base was measured with errors, too
+        return track(self._means(members), known)
+
+    def _means(self, members: list[list[int]]) -> Tensor:
+        return torch.stack([self.logs[:, index].nanmean(1) for index in members], 1)
 
 
 def track(values: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,12 +240,12 @@ def track(values: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
     return level, variance
 
 
-def _members(mapped: ProfileMap, pool: str) -> list[list[int]]:
+def _members(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:
     """The positions of the units that share a scale."""
     groups: dict[str, list[int]] = {}
     for index, unit in enumerate(mapped.measured_units.values()):
         groups.setdefault(unit.kind if pool == "kind" else unit.name, []).append(index)
-    return list(groups.values())
+    return groups
 
 
 def _running_average(values: Tensor, beta: float) -> Tensor:

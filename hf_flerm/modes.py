@@ -26,6 +26,29 @@ _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
 
 
 @contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Put the random streams of Python, NumPy, torch's CPU and a device back after a block.
+
+    Args:
+        device: The device.
+
+    Yields:
+        Nothing.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    accelerator = torch.accelerator.current_accelerator()
+    is_accelerator = accelerator is not None and device.type == accelerator.type
+    try:
+        with torch.random.fork_rng(
+            [device] if is_accelerator else [], device_type=device.type if is_accelerator else "cuda"
+        ):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a block in eval mode with nothing trainable, uncompiled, and leave no trace of it.
 
@@ -38,13 +61,8 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    accelerator = torch.accelerator.current_accelerator()
-    devices = [device] if accelerator is not None and device.type == accelerator.type else []
     with ExitStack() as stack:
-        stack.enter_context(
-            torch.random.fork_rng(devices, device_type=accelerator.type if devices and accelerator else "cuda")
-        )
+        stack.enter_context(kept_random_state(device))
         if "torch._dynamo" in sys.modules:  # what is compiled does not see hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modes:
@@ -65,8 +83,6 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 vars(module)["training"] = training
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -37,6 +37,11 @@ class FLeRMTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, self._flerm)
 
     @property
+    def flerm_callback(self) -> FLeRMCallback:
+        """The callback that measures and matches."""
+        return self._flerm
+
+    @property
     def rate_profile(self) -> RateProfile:
         """The rates that this run has measured so far."""
         return self._flerm.rate_profile

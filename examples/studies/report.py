@@ -29,6 +29,22 @@ class Study:
     scales: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    plans: list[float] = field(default_factory=list)  # learning rates, by seed
+
+    @property
+    def optimum(self) -> float:
+        """The target's best learning rate: of a parabola in log(lr) through the sweep's best and its neighbors."""
+        rates = sorted(self.plain)
+        best = rates.index(best_rate(self.plain))
+        if not 0 < best < len(rates) - 1:
+            return rates[best]
+        low, middle, high = (mean(self.plain[rate]) for rate in rates[best - 1 : best + 2])
+        bend = low - 2 * middle + high
+        if not math.isfinite(bend) or bend <= 0:
+            return rates[best]
+        offset = (low - high) / (2 * bend)
+        step = math.log(rates[best + 1] / rates[best] if offset > 0 else rates[best] / rates[best - 1])
+        return rates[best] * math.exp(offset * step)
 
     @property
     def base_rate(self) -> float:
@@ -136,6 +152,17 @@ def combined(studies: Sequence[Study]) -> str:
     for study in studies:
         cells = [_cell(study, method) for method in methods]
         lines.append(f"| {study.axis} | {study.shift:+.2f} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "`plan`: the learning rate that it recommends, over the target's best (between the points of its sweep).",
+        "",
+        "| axis | base's best lr | target's best lr | planned lr | planned / best |",
+        "|---|---|---|---|---|",
+    ]
+    for study in (study for study in studies if study.plans):
+        planned = math.exp(mean(map(math.log, study.plans)))
+        rates = f"{study.base_rate:.3g} | {study.optimum:.3g} | {planned:.3g} | {planned / study.optimum:.2f}"
+        lines.append(f"| {study.axis} | {rates} |")
     return "\n".join([*lines, ""])
 
 

@@ -21,9 +21,12 @@ import json
 import math
 import sys
 from concurrent.futures import Executor
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from axes import AXES, Axis, grid_index, grid_rate
 from report import Study, combined, picture, table
-from workload import in_parallel, pretrained, processes, quiet, trained
+from workload import arguments, in_parallel, pretrained, processes, quiet, trained
 
-from hf_flerm import FLeRMConfig, RateProfile
+from hf_flerm import FLeRMConfig, RateProfile, plan
 
 PAPER = {"pool": "unit", "depth": "equal", "probes": 20}  # a scale for every tensor, a block's rate split equally
 METHODS: dict[str, dict[str, Any]] = {
@@ -76,6 +79,17 @@ class Job:
 
     def config(self) -> dict[str, Any]:
         return {**AXES[self.axis].flerm, **METHODS[self.method]}
+
+    def trainer_options(self) -> dict[str, Any]:
+        return {
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": AXES[self.axis].warmup,
+            "max_steps": self.steps,
+            "max_grad_norm": 1.0,
+            "seed": self.seed,
+            "per_device_train_batch_size": AXES[self.axis].batch_size,
+        }
 
     def folder(self, output: Path) -> Path:
         text = json.dumps(self.settings(), sort_keys=True)
@@ -129,13 +143,7 @@ def _train(job: Job, output: Path) -> Result:
         axis.data(),
         flerm,
         optimizer=side.make_optimizer(model, job.learning_rate, rule),
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=axis.warmup,
-        max_steps=job.steps,
-        max_grad_norm=1.0,
-        seed=job.seed,
-        per_device_train_batch_size=axis.batch_size,
+        **job.trainer_options(),
     )
     if job.method == "base":
         trainer.rate_profile.save_pretrained(job.folder(output))
@@ -146,6 +154,26 @@ def _train(job: Job, output: Path) -> Result:
         logged.get("flerm/seconds", 0.0),
         {key.removeprefix("flerm/scale/"): value for key, value in logged.items() if key.startswith("flerm/scale/")},
     )
+
+
+def planned(job: Job, output: Path) -> tuple[Job, float]:
+    """What `plan` recommends for the target from the base's profile of this job; kept as runs are."""
+    file = replace(job, method="base").folder(output) / f"plan-{job.axis}.json"
+    if not file.exists():
+        quiet()
+        torch.set_num_threads(1)
+        axis = AXES[job.axis]
+        with TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
+            advice = plan(
+                axis.target.build(job.seed),
+                arguments(scratch, disable_tqdm=True, **job.trainer_options()),
+                axis.data()[0],
+                str(file.parent),
+                optimizer=lambda model: axis.target.make_optimizer(model, job.learning_rate),
+                granularity=axis.flerm.get("granularity"),
+            )
+        file.write_text(json.dumps({"learning_rate": job.learning_rate * advice.overall.value, "words": str(advice)}))
+    return job, json.loads(file.read_text())["learning_rate"]
 
 
 @dataclass
@@ -198,6 +226,10 @@ class Runner:
             errors = [result.error for result in ordered if result.error]
             if errors:
                 study.errors[method] = errors[0]
+        advice = dict(
+            in_parallel(self.pool, planned, [(job, self.output) for job in self.jobs("base", [rate])], "plan")
+        )
+        study.plans = [advice[job] for job in self.jobs("base", [rate])]
         study.seconds = self.seconds
         return study
 
