@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .callback import FLeRMCallback
 from .config import FLeRMConfig
@@ -170,16 +170,17 @@ def plan(
             probe_dataset=probe_dataset,
             flerm=settings,
         )
+        trainer.remove_callback(PrinterCallback)
         follower.source = trainer.flerm_callback
         trainer.train()
-    if not follower.overall.steps:
+    overall = follower.overall.levels(everything, "kind").get("")
+    if overall is None:
         raise ValueError(f"nothing could be measured in {steps} steps: is the learning rate 0 for so long?")
-    overall = follower.overall.levels(everything, "kind")[""]
     by_kind = follower.by_kind.levels(mapped, "kind")
     return Plan(
         float(base_rate),
-        Multiplier(*overall),
-        {kind: Multiplier(*level) for kind, level in by_kind.items()},
+        Multiplier(math.exp(overall[0]), overall[1]),
+        {kind: Multiplier(math.exp(level), error) for kind, (level, error) in by_kind.items()},
         change_between(base, model),
         mapped,
         steps,

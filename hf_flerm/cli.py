@@ -1,0 +1,102 @@
+"""`hf-flerm` on the command line."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from datasets import Dataset, load_dataset, load_from_disk
+from peft import PeftConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from .mapping import GRANULARITIES
+from .planning import plan as make_plan
+
+app = typer.Typer(help="Function-space learning rates.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def _commands() -> None:
+    """Function-space learning rates."""
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="The target: a folder or repository; with a config alone, untrained.")],
+    data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or one on the Hub.")],
+    profile: Annotated[str, typer.Argument(help="The base's profile: a folder, a file or a repository.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
+    ] = None,
+    optim: Annotated[str, typer.Option(help="The optimizer, as TrainingArguments names it.")] = "adamw_torch",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per example, where the data is text.")] = 512,
+    max_steps: Annotated[int, typer.Option(min=1, help="Of the training that is planned: its schedule.")] = 1000,
+    warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
+    scheduler: Annotated[str, typer.Option(help="The schedule, as TrainingArguments names it.")] = "linear",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train a copy for.")] = 32,
+    granularity: Annotated[str | None, typer.Option(help=f"One of {', '.join(GRANULARITIES)}.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+) -> None:
+    """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
+    target = _model(model)
+    if adapter is not None:
+        target = get_peft_model(target, PeftConfig.from_pretrained(adapter))
+    examples, collator = _examples(data, model, length)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(
+            output_dir=scratch,
+            optim=optim,
+            per_device_train_batch_size=batch_size,
+            max_steps=max_steps,
+            warmup_steps=warmup_steps,
+            lr_scheduler_type=scheduler,
+            seed=seed,
+        )
+        try:
+            found = make_plan(
+                target, args, examples, profile, steps=steps, granularity=granularity, data_collator=collator
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+    typer.echo(str(found))
+
+
+def _model(source: str) -> Any:
+    has_weights = not Path(source).is_dir() or any(Path(source).glob("*.safetensors*"))
+    if has_weights:
+        return AutoModelForCausalLM.from_pretrained(source)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+
+
+def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
+    """Training examples and their collator; a data set with `input_ids` is taken as it is."""
+    path = Path(source)
+    if path.is_file():
+        examples = load_dataset("text", data_files=str(path), split="train")
+    else:
+        examples = load_from_disk(path) if path.is_dir() else load_dataset(source, split="train")
+    if not isinstance(examples, Dataset):
+        raise typer.BadParameter(f"{source} holds several data sets: {', '.join(examples)}. Give one of them.")
+    if "input_ids" in examples.column_names:
+        return examples, default_data_collator
+    if "text" not in examples.column_names:
+        raise typer.BadParameter(f"{source} has no column 'text' or 'input_ids'; it has {examples.column_names}.")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids = [token for row in tokenizer(rows["text"])["input_ids"] for token in row]
+        return {"input_ids": [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]}
+
+    tokenized = examples.map(blocks, batched=True, remove_columns=examples.column_names)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenized, DataCollatorForLanguageModeling(tokenizer, mlm=False)
