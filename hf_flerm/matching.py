@@ -16,7 +16,7 @@ from .measurement import Measurement
 from .rate_profile import RateProfile, check_names
 
 POOLS = ("kind", "unit")
-_ENOUGH_PRODUCTS = 8  # for a covariance that is worth more than the probes' own errors
+_LEAST_VARIANCE = 1e-12  # of a measurement without error (`exact`)
 
 
 def match_rates(
@@ -158,9 +158,9 @@ class Evidence:
         Args:
             mapped: What is matched.
             pool: `kind` takes the mean over the units of one kind, `unit` leaves each on its own.
-            beta: None: as much is averaged over measurements as the evidence supports (`track`), and a log-scale moves
-                from 0 only as far as it is known: it is multiplied by 1 - variance / log-scale^2 (James and Stein),
-                at least 0. A number: the decay of a bias-corrected running average over measurements: 1 is the plain
+            beta: None: measurements count by what is known of their errors (`random_effects_mean`), and a log-scale
+                moves from 0 only as far as it is known: it is multiplied by 1 - variance / log-scale^2 (James and
+                Stein), at least 0. A number: the decay of a bias-corrected running average over measurements: 1 is the plain
                 mean, 0.9 the paper's, 0 the latest alone.
             max_scale: Scales are held between its inverse and it.
             max_change: Once it is known, a scale changes by at most this factor from one measurement to the next.
@@ -170,7 +170,7 @@ class Evidence:
         """
         members = list(_members(mapped, pool).values())
         if beta is None:
-            levels, variances = self._tracked(members)
+            levels, variances = self._averaged(members)
             levels = levels * (1 - variances / levels.square()).clamp(min=0).nan_to_num(0.0)
         else:
             logs = self._means(members)
@@ -195,49 +195,43 @@ class Evidence:
             `{kind or unit: (log-scale, standard error)}` of what could be compared.
         """
         members = _members(mapped, pool)
-        levels, variances = self._tracked(list(members.values()))
+        levels, variances = self._averaged(list(members.values()))
         found = zip(members, levels.tolist(), variances.sqrt().tolist(), strict=True)
         return {name: (level, error) for name, level, error in found if math.isfinite(error)}
 
-    def _tracked(self, members: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _averaged(self, members: list[list[int]]) -> tuple[Tensor, Tensor]:
         counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
         squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
         known = 2 * squares / counts.clamp(min=1) ** 2  # twice: the base was measured with errors, too
-        return track(self._means(members), known)
+        return random_effects_mean(self._means(members), known)
 
     def _means(self, members: list[list[int]]) -> Tensor:
         return torch.stack([self.logs[:, index].nanmean(1) for index in members], 1)
 
 
-def track(values: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Follow levels that wander, each seen through noise: the local-level model (a random walk plus noise).
+def random_effects_mean(values: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Average repeated measurements whose errors are known in part (DerSimonian and Laird, 1986).
 
-    The variance of the walk's steps, and of noise beyond the known, are the same for all and come from the values: for
-    differences d of neighbors, E[d_t^2] = walk + 2 noise and E[d_t d_(t+1)] = -noise.
+    Beyond their own errors, measurements of one quantity scatter by a variance that is the same for all quantities; it
+    is estimated from the scatter itself. Each counts by the inverse of its total variance.
 
     Args:
-        values: Float64 [T, G], oldest first; nan where nothing was seen.
-        variances: Of the known part of the noise, [T, G].
+        values: Float64 [T, G]; nan where nothing was measured.
+        variances: Of the known errors, [T, G].
 
     Returns:
-        The latest levels and their variances (the Kalman filter's), float64 [G]; 0 and infinite if never seen.
+        Means and their variances, float64 [G]; nan and infinite where nothing was measured.
     """
-    differences = values.diff(dim=0)
-    products = differences[1:] * differences[:-1]
-    products = products[products.isfinite()]
-    known = variances[values.isfinite()].mean().item() if values.isfinite().any() else 0.0
-    rest = max(0.0, -products.mean().item() - known) if len(products) >= _ENOUGH_PRODUCTS else 0.0
-    squares = (differences.square() - variances[1:] - variances[:-1])[differences.isfinite()]
-    walk = max(0.0, squares.mean().item() - 2 * rest) if len(squares) else 0.0
-    level = torch.zeros(values.shape[1], dtype=torch.float64)
-    variance = torch.full_like(level, math.inf)
-    for value, own in zip(values, variances, strict=True):
-        seen = value.isfinite()
-        noise, variance = own + rest, variance + walk
-        gain = torch.where(variance.isinf(), 1.0, variance / (variance + noise)).nan_to_num(1.0)
-        level = torch.where(seen, level + gain * (value.nan_to_num() - level), level)
-        variance = torch.where(seen, gain * noise, variance)
-    return level, variance
+    seen = values.isfinite()
+    counts = seen.sum(0)
+    means = values.nanmean(0)
+    freedom = (counts - 1).clamp(min=0).sum()
+    scatter = (values - means).square().nansum() / freedom if freedom else values.new_zeros(())
+    known = (variances * seen).sum() / seen.sum() if seen.any() else values.new_zeros(())
+    total = (variances + (scatter - known).clamp(min=0)).clamp(min=_LEAST_VARIANCE)
+    weights = seen / total
+    sums = weights.sum(0)
+    return (weights * values.nan_to_num()).sum(0) / sums, 1 / sums
 
 
 def _members(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:

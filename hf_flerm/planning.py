@@ -60,6 +60,7 @@ class Plan:
         change: How the target differs from the base.
         mapped: Which of the base's rates stand for which tensors.
         steps: Steps that were trained on the copy.
+        evidence: What they told of the one factor for all.
     """
 
     base_learning_rate: float
@@ -68,6 +69,7 @@ class Plan:
     change: Change
     mapped: ProfileMap
     steps: int
+    evidence: Evidence
 
     @property
     def learning_rate(self) -> float:
@@ -184,6 +186,7 @@ def plan(
         change_between(base, model),
         mapped,
         steps,
+        follower.overall,
     )
 
 

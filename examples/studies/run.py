@@ -172,7 +172,13 @@ def planned(job: Job, output: Path) -> tuple[Job, float]:
                 optimizer=lambda model: axis.target.make_optimizer(model, job.learning_rate),
                 granularity=axis.flerm.get("granularity"),
             )
-        file.write_text(json.dumps({"learning_rate": job.learning_rate * advice.overall.value, "words": str(advice)}))
+        found = {
+            "learning_rate": advice.learning_rate,
+            "overall": asdict(advice.overall),
+            "evidence": advice.evidence.record(),
+            "words": str(advice),
+        }
+        file.write_text(json.dumps(found, indent=1))
     return job, json.loads(file.read_text())["learning_rate"]
 
 
