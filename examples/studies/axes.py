@@ -173,6 +173,7 @@ def _axes() -> list[Axis]:
                 claim,
                 rule,
                 models.context_data,
+                steps=300,
                 batch_size=128,
             )
             for name, grown, claim, rule in (

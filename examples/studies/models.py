@@ -175,6 +175,7 @@ def gpt2(seed: int, width: int, depth: int) -> nn.Module:
         n_head=width // HEAD_SIZE,
         vocab_size=workload.BYTES,
         n_positions=workload.BYTE_LENGTH,
+        activation_function="gelu_pytorch_tanh",
         bos_token_id=0,
         eos_token_id=0,
         resid_pdrop=0.0,

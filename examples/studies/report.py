@@ -193,8 +193,8 @@ def picture(study: Study, path: Path) -> None:
         if method not in study.errors and all(map(math.isfinite, losses)):
             panel.plot([study.base_rate], [mean(losses)], "*", markersize=13, label=f"target, {method}", zorder=3)
     panel.axvline(study.base_rate, color="#999999", linestyle=":", linewidth=1)
-    finite = [mean(losses) for sweep in (study.base, study.plain) for losses in sweep.values()]
-    finite = [loss for loss in finite if math.isfinite(loss)]
+    means = [mean(losses) for sweep in (study.base, study.plain, study.methods) for losses in sweep.values()]
+    finite = [loss for loss in means if math.isfinite(loss)]
     panel.set(
         xscale="log",
         xlabel="learning rate",

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import hashlib
 import json
+import logging
 import math
 import sys
 from concurrent.futures import Executor
@@ -113,6 +114,7 @@ def train(job: Job, output: Path) -> tuple[Job, Result]:
     if file.exists():
         return job, Result(**json.loads(file.read_text())["result"])
     quiet()
+    logging.getLogger("hf_flerm").setLevel(logging.ERROR)  # the results say which tensors were scaled
     torch.set_num_threads(1)
     try:
         result = _train(job, output)
