@@ -78,11 +78,14 @@ class Evidence:
             return cls(units, (), nothing, nothing, torch.zeros(len(units), dtype=torch.float64))
         check_names(record["scales"], dict.fromkeys(units), "what the checkpoint matched", "what this run matches")
         logs, errors = (
-            torch.tensor([[math.nan if value is None else value for value in record[key][unit]] for unit in units]).T
+            torch.tensor(
+                [[math.nan if value is None else value for value in record[key][unit]] for unit in units],
+                dtype=torch.float64,
+            ).T
             for key in ("logs", "errors")
         )
         scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
-        return cls(units, tuple(record["steps"]), logs.double(), errors.double(), scales)
+        return cls(units, tuple(record["steps"]), logs, errors, scales)
 
     def record(self) -> dict[str, Any]:
         """Write as JSON can hold it; unknown numbers are None.
@@ -168,6 +171,8 @@ class Evidence:
         Returns:
             The evidence with the scales that it supports.
         """
+        if not self.steps:
+            return self
         members = list(_members(mapped, pool).values())
         if beta is None:
             levels, variances = self._averaged(members)

@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from hf_flerm import Measurement, RateProfile, RateProfileError, match_rates
-from hf_flerm.matching import POOLS, pooled_scales
+from hf_flerm import Measurement, RateProfile, RateProfileError, map_profile, match_rates
+from hf_flerm.mapping import ProfileMap
+from hf_flerm.matching import POOLS, Evidence, random_effects_mean
 
-KINDS = {"h.0.A": "h.*.A", "h.1.A": "h.*.A", "h.0.B": "h.*.B", "h.1.B": "h.*.B"}
+
+class Blocks(nn.Module):
+    """Tensors h.0.A, h.0.B, h.1.A, ..."""
+
+    def __init__(self, depth: int = 2, names: str = "AB") -> None:
+        super().__init__()
+        block = {name: nn.Parameter(torch.zeros(2)) for name in names}
+        self.h = nn.ModuleList(nn.ParameterDict(block) for _ in range(depth))
+        for part in self.h:
+            for name in names:
+                part[name] = nn.Parameter(torch.zeros(2))
 
 
-def constant(value: float, steps: list[int], names: Mapping[str, str] = KINDS) -> RateProfile:
-    return RateProfile(steps, {name: [value] * len(steps) for name in names})
+def mapped(base: Mapping[str, list[float]], steps: list[int] | None = None, **options: str) -> ProfileMap:
+    count = len(next(iter(base.values())))
+    return map_profile(RateProfile(steps or list(range(count)), base), Blocks(), **options)
+
+
+def measurement(rates: Mapping[str, float], error: float = 0.0) -> Measurement:
+    """Tensors that do not interact, measured with a relative standard error."""
+    errors = {name: error * rate for name, rate in rates.items()}
+    inner = torch.tensor(list(rates.values()), dtype=torch.float64).square().diag()
+    return Measurement(dict(rates), errors, dict.fromkeys(rates, "exact"), 1, inner)
+
+
+def scales(found: ProfileMap, history: Mapping[int, Mapping[str, float]], **options: Any) -> dict[str, float]:
+    """Scales of tensors after measurements: `{step: rates}`."""
+    evidence = Evidence.recorded(None, found)
+    for step, rates in history.items():
+        evidence = evidence.appended(step, found, measurement(rates, 0.1)).estimated(found, **options)
+    return found.tensor_scales(dict(zip(evidence.units, evidence.scales.tolist(), strict=True)))
+
+
+ONES = {name: [1.0] for name in ("h.0.A", "h.0.B", "h.1.A", "h.1.B")}
 
 
 def test_match_rates_is_base_over_measured() -> None:
@@ -38,17 +71,23 @@ def test_match_rates_names_both_set_differences() -> None:
         match_rates({"a": 1.0, "b": 1.0, "c": 1.0}, {"c": 1.0, "d": 1.0})
 
 
+def test_match_rates_takes_a_profile() -> None:
+    assert match_rates(RateProfile([0, 1], {"a": [3.0, 5.0]}), {"a": 4.0}) == {"a": 0.75}
+
+
 @pytest.mark.parametrize("pool", POOLS)
-def test_nothing_measured_keeps_every_scale(pool: str) -> None:
-    assert pooled_scales(constant(1.0, [0]), constant(1.0, []), KINDS, pool=pool) == dict.fromkeys(KINDS, 1.0)
+@pytest.mark.parametrize("beta", [None, 0.0, 0.9, 1.0])
+def test_nothing_measured_keeps_every_scale(pool: str, beta: float | None) -> None:
+    found = mapped(ONES)
+    evidence = Evidence.recorded(None, found)
+    assert evidence.estimated(found, pool=pool, beta=beta).scales.tolist() == [0.0] * 4
 
 
 def test_pooling_over_kinds_takes_the_geometric_mean() -> None:
-    base = constant(1.0, [0])
-    target = RateProfile([0], {"h.0.A": [2.0], "h.1.A": [8.0], "h.0.B": [0.5], "h.1.B": [0.125]})
-    pooled = pooled_scales(base, target, KINDS, pool="kind")
+    rates = {"h.0.A": 2.0, "h.1.A": 8.0, "h.0.B": 0.5, "h.1.B": 0.125}
+    pooled = scales(mapped(ONES), {0: rates}, pool="kind", beta=1.0)
     assert pooled == pytest.approx({"h.0.A": 1 / 4, "h.1.A": 1 / 4, "h.0.B": 4.0, "h.1.B": 4.0}, rel=1e-14)
-    alone = pooled_scales(base, target, KINDS, pool="tensor")
+    alone = scales(mapped(ONES), {0: rates}, pool="unit", beta=1.0)
     assert alone == pytest.approx({"h.0.A": 1 / 2, "h.1.A": 1 / 8, "h.0.B": 2.0, "h.1.B": 8.0}, rel=1e-14)
 
 
@@ -63,10 +102,9 @@ def test_pooling_over_kinds_takes_the_geometric_mean() -> None:
 )
 @pytest.mark.parametrize("pool", POOLS)
 def test_averages_over_steps_with_decay(beta: float, log2_scale: float, pool: str) -> None:
-    base = constant(1.0, [0])
-    target = RateProfile([0, 1, 4], {name: [1 / 2, 1 / 4, 1 / 64] for name in KINDS})
-    scales = pooled_scales(base, target, KINDS, pool=pool, beta=beta)
-    assert scales == pytest.approx(dict.fromkeys(KINDS, 2**log2_scale), rel=1e-13)
+    history = {step: dict.fromkeys(ONES, rate) for step, rate in ((0, 1 / 2), (1, 1 / 4), (4, 1 / 64))}
+    found = scales(mapped(ONES), history, pool=pool, beta=beta)
+    assert found == pytest.approx(dict.fromkeys(ONES, 2**log2_scale), rel=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -74,29 +112,129 @@ def test_averages_over_steps_with_decay(beta: float, log2_scale: float, pool: st
 )
 def test_a_tensor_without_a_rate_yet_joins_when_it_has_one(beta: float, log2_scale: float) -> None:
     """LoRA's A moves nothing while B is 0: step 0 must not count for it, not even in the weights of the average."""
-    base = RateProfile([0, 1, 2], {"h.0.A": [0.0, 4.0, 16.0], "h.0.B": [1.0, 1.0, 1.0]})
-    target = RateProfile([0, 1, 2], {"h.0.A": [0.0, 2.0, 2.0], "h.0.B": [1.0, 1.0, 1.0]})
-    first = RateProfile([0], {name: rates[:1] for name, rates in target.rates.items()})
-    assert pooled_scales(base, first, KINDS, beta=beta) == {"h.0.A": 1.0, "h.0.B": 1.0}
-    scales = pooled_scales(base, target, KINDS, beta=beta)
-    assert scales == pytest.approx({"h.0.A": 2**log2_scale, "h.0.B": 1.0}, rel=1e-13)
+    moving, still = [0.0, 4.0, 16.0], [1.0, 1.0, 1.0]
+    found = mapped({"h.0.A": moving, "h.0.B": still, "h.1.A": moving, "h.1.B": still})
+    history = {
+        step: {"h.0.A": rate, "h.0.B": 1.0, "h.1.A": rate, "h.1.B": 1.0}
+        for step, rate in ((0, 0.0), (1, 2.0), (2, 2.0))
+    }
+    assert scales(found, {0: history[0]}, beta=beta) == dict.fromkeys(ONES, 1.0)
+    wanted = {name: 2**log2_scale if name.endswith("A") else 1.0 for name in ONES}
+    assert scales(found, history, beta=beta) == pytest.approx(wanted, rel=1e-13)
 
 
 def test_a_zero_rate_leaves_the_rest_of_its_kind_alone() -> None:
-    base = RateProfile([0], {"h.0.A": [1.0], "h.1.A": [1.0]})
-    target = RateProfile([0], {"h.0.A": [0.0], "h.1.A": [0.5]})
-    assert pooled_scales(base, target, KINDS, pool="kind") == pytest.approx({"h.0.A": 2.0, "h.1.A": 2.0}, rel=1e-14)
-    assert pooled_scales(base, target, KINDS, pool="tensor") == pytest.approx({"h.0.A": 1.0, "h.1.A": 2.0}, rel=1e-14)
+    rates = {"h.0.A": 0.0, "h.0.B": 1.0, "h.1.A": 0.5, "h.1.B": 1.0}
+    pooled = scales(mapped(ONES), {0: rates}, pool="kind", beta=1.0)
+    assert (pooled["h.0.A"], pooled["h.1.A"]) == pytest.approx((2.0, 2.0), rel=1e-14)
+    alone = scales(mapped(ONES), {0: rates}, pool="unit", beta=1.0)
+    assert (alone["h.0.A"], alone["h.1.A"]) == pytest.approx((1.0, 2.0), rel=1e-14)
 
 
 def test_compares_with_the_base_at_the_same_step() -> None:
-    base = RateProfile([0, 4], {"h.0.A": [1.0, 9.0]})
-    target = RateProfile([1, 100], {"h.0.A": [1.0, 1.0]})
-    assert pooled_scales(base, target, KINDS, beta=0.0)["h.0.A"] == pytest.approx(9.0, rel=1e-14)
-    first = RateProfile([1], {"h.0.A": [1.0]})
-    assert pooled_scales(base, first, KINDS)["h.0.A"] == pytest.approx(3.0, rel=1e-14)
+    found = mapped({name: [1.0, 9.0] for name in ONES}, steps=[0, 4])
+    assert scales(found, {1: dict.fromkeys(ONES, 1.0)}, beta=0.0)["h.0.A"] == pytest.approx(3.0, rel=1e-14)
+    history = {1: dict.fromkeys(ONES, 1.0), 100: dict.fromkeys(ONES, 1.0)}
+    assert scales(found, history, beta=0.0)["h.0.A"] == pytest.approx(9.0, rel=1e-14)
 
 
-def test_only_the_targets_names_get_scales() -> None:
-    target = RateProfile([0], {"h.1.B": [0.25]})
-    assert pooled_scales(constant(1.0, [0]), target, KINDS) == pytest.approx({"h.1.B": 4.0}, rel=1e-14)
+def test_a_scale_moves_only_as_far_as_it_is_known() -> None:
+    """One measurement of one unit: variance 2 error^2, so log s = log(quotient) (1 - 2 error^2 / log(quotient)^2)."""
+    found = mapped(ONES)
+    evidence = Evidence.recorded(None, found)
+    rates = {"h.0.A": 0.5, "h.0.B": 0.9, "h.1.A": 1.0, "h.1.B": 2.0}
+    for error in (0.0, 0.1, 0.2):
+        result = evidence.appended(0, found, measurement(rates, error)).estimated(found, pool="unit")
+        logs = {name: -math.log(rate) for name, rate in rates.items()}
+        expected = {name: log * max(0.0, 1 - 2 * error**2 / log**2) if log else 0.0 for name, log in logs.items()}
+        assert dict(zip(result.units, result.scales.tolist(), strict=True)) == pytest.approx(expected, abs=1e-10)
+
+
+def test_a_scale_changes_by_a_factor_at_most_once_it_is_known() -> None:
+    history = {step: dict.fromkeys(ONES, rate) for step, rate in ((0, 1 / 100), (1, 1.0))}
+    assert scales(mapped(ONES), {0: history[0]}, beta=0.0, max_change=4.0)["h.0.A"] == pytest.approx(100.0)
+    assert scales(mapped(ONES), history, beta=0.0, max_change=4.0)["h.0.A"] == pytest.approx(25.0)
+
+
+def test_scales_are_held_in_limits_and_named() -> None:
+    found = mapped(ONES)
+    rates = {"h.0.A": 1e-3, "h.0.B": 1e3, "h.1.A": 0.5, "h.1.B": 1.0}
+    evidence = Evidence.recorded(None, found).appended(0, found, measurement(rates))
+    evidence = evidence.estimated(found, pool="unit", beta=0.0, max_scale=10.0)
+    held = {"h.0.A": 10.0, "h.0.B": 0.1, "h.1.A": 2.0, "h.1.B": 1.0}
+    assert dict(zip(evidence.units, evidence.scales.exp().tolist(), strict=True)) == pytest.approx(held)
+    assert evidence.held(10.0) == ["h.0.A", "h.0.B"]
+    assert evidence.held(11.0) == []
+
+
+def test_evidence_survives_its_record_exactly() -> None:
+    found = mapped(ONES)
+    rates = {"h.0.A": 0.0, "h.0.B": 1 / 3, "h.1.A": math.pi, "h.1.B": 1e-9}
+    evidence = Evidence.recorded(None, found).appended(3, found, measurement(rates, 0.1)).estimated(found)
+    again = Evidence.recorded(json.loads(json.dumps(evidence.record())), found)
+    assert (again.units, again.steps) == (evidence.units, (3,))
+    for name in ("logs", "errors", "scales"):
+        assert torch.equal(getattr(again, name).nan_to_num(7.0), getattr(evidence, name).nan_to_num(7.0))
+
+
+def test_evidence_of_other_units_is_refused() -> None:
+    record = Evidence.recorded(None, mapped(ONES)).record()
+    other = map_profile(RateProfile([0], {name: [1.0] for name in ("h.0.A", "h.1.A")}), Blocks(names="A"))
+    with pytest.raises(RateProfileError, match=r"only in what the checkpoint matched \[h.0.B, h.1.B\]"):
+        Evidence.recorded(record, other)
+
+
+def test_matching_a_base_against_itself_does_nothing() -> None:
+    base = {"h.0.A": [0.0, 3.0], "h.0.B": [1.0, 2.0], "h.1.A": [0.0, 1.0], "h.1.B": [5.0, 4.0]}
+    history = {step: {name: rates[step] for name, rates in base.items()} for step in (0, 1)}
+    assert scales(mapped(base), history) == dict.fromkeys(ONES, 1.0)
+
+
+def test_the_mean_of_equal_errors_is_plain_and_its_variance_the_scatters() -> None:
+    values = torch.tensor([[1.0, 0.0], [3.0, 1.0], [8.0, math.nan]], dtype=torch.float64)
+    mean, variance = random_effects_mean(values, torch.zeros_like(values))
+    scatter = ((3.0**2 + 1.0**2 + 4.0**2) + 2 * 0.5**2) / 3  # of both quantities, 2 + 1 degrees of freedom
+    assert mean.tolist() == pytest.approx([4.0, 0.5])
+    assert variance.tolist() == pytest.approx([scatter / 3, scatter / 2])
+
+
+def test_without_scatter_measurements_count_by_their_precision() -> None:
+    values = torch.tensor([[1.0], [1.1]], dtype=torch.float64)
+    known = torch.tensor([[0.04], [0.01]], dtype=torch.float64)
+    mean, variance = random_effects_mean(values, known)
+    assert mean.item() == pytest.approx((1.0 / 0.04 + 1.1 / 0.01) / 125)
+    assert variance.item() == pytest.approx(1 / 125)
+
+
+def test_what_was_never_measured_is_not_known() -> None:
+    mean, variance = random_effects_mean(torch.full((2, 1), math.nan), torch.zeros(2, 1))
+    assert mean.isnan().all()
+    assert variance.isinf().all()
+
+
+def test_means_and_their_errors_are_calibrated() -> None:
+    """Simulated: known errors of two sizes, and scatter beyond them; means hit the truth within their errors."""
+    generator = torch.Generator().manual_seed(0)
+    truth, repeats = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64), 500
+    known = torch.tensor([0.01, 0.04] * 5, dtype=torch.float64).unsqueeze(1).expand(10, 4)
+    squares = []
+    for _ in range(repeats):
+        noise = torch.randn(10, 4, generator=generator, dtype=torch.float64) * (known + 0.05).sqrt()
+        mean, variance = random_effects_mean(truth + noise, known)
+        squares.append(((mean - truth).square() / variance).mean())
+    assert torch.stack(squares).mean().item() == pytest.approx(1.0, abs=4 * math.sqrt(2 / (4 * repeats)) + 0.05)
+
+
+def test_units_are_compared_by_their_joint_rate() -> None:
+    """Two base blocks to four: the copies' joint rate, with their interaction, is what is compared."""
+    base = RateProfile([0], {"h.0.A": [6.0], "h.1.A": [1.0]})
+    found = map_profile(base, Blocks(4, "A"))
+    inner = torch.eye(4, dtype=torch.float64)
+    inner[0, 1] = inner[1, 0] = 1.0  # the first two reinforce each other fully: 2 together; the others: sqrt(2)
+    rates = {f"h.{i}.A": 1.0 for i in range(4)}
+    measured = Measurement(rates, dict.fromkeys(rates, 0.0), dict.fromkeys(rates, "exact"), 1, inner)
+    evidence = Evidence.recorded(None, found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
+    logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
+    assert found.tensor_scales(logs) == pytest.approx(
+        {"h.0.A": 3.0, "h.1.A": 3.0, "h.2.A": 2**-0.5, "h.3.A": 2**-0.5}, rel=1e-12
+    )
