@@ -171,6 +171,7 @@ def map_profile(
     places = tensor_places(model)
     sources = {_plain(name): name for name in _rates(base, granularity)}
     members: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    plain = {_plain(_group(name, places[name], granularity)[0]) for name in parameters}
     for name in parameters:
         path, kind = _group(name, places[name], granularity)
         members.setdefault((_plain(kind), _indices(_plain(path), _plain(kind))), []).append(name)
@@ -179,8 +180,8 @@ def map_profile(
     for kind in dict.fromkeys(kind for kind, _ in members):
         known = _of_kind(sources, kind)
         targets = [indices for found, indices in members if found == kind]
-        used |= {sources[name] for name in known.values()}
-        overlaps = _overlaps(list(known), targets)
+        overlaps = _overlaps(list(known), targets, same_blocks=_stack(sources, kind) == _stack(plain, kind))
+        used |= {sources[known[origin]] for origin, _ in overlaps}
         for unit in _units(kind, overlaps, known, sources, members, _rates(base, granularity), depth):
             units[unit.name] = unit
     matched = {name for unit in units.values() for name in unit.shares}
@@ -245,13 +246,15 @@ def _units(
 
 
 def _overlaps(
-    base: Iterable[tuple[int, ...]], target: Iterable[tuple[int, ...]]
+    base: Iterable[tuple[int, ...]], target: Iterable[tuple[int, ...]], same_blocks: bool = False
 ) -> dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Fraction, Fraction]]:
     """How blocks of two stacks overlap when both are stretched to one length, stack within stack.
 
     Args:
         base: The indices of blocks, outermost stack first.
         target: The same, as deep.
+        same_blocks: Whether both outermost stacks have the same blocks: then each stands for itself, and what one side
+            does not have has no counterpart.
 
     Returns:
         `{(base block, target block): (part of the target block, part of the base block)}`.
@@ -267,12 +270,14 @@ def _overlaps(
         for j, copy in enumerate(copies):
             common = min(Fraction(i + 1, len(origins)), Fraction(j + 1, len(copies)))
             common -= max(Fraction(i, len(origins)), Fraction(j, len(copies)))
-            if common <= 0:
+            of_copy, of_origin = common * len(copies), common * len(origins)
+            if same_blocks:
+                of_copy = of_origin = Fraction(origin == copy)
+            if of_copy <= 0:
                 continue
             inner = _overlaps([b[1:] for b in base if b[0] == origin], [t[1:] for t in target if t[0] == copy])
             for (b, t), (of_target, of_base) in inner.items():
-                parts = (common * len(copies) * of_target, common * len(origins) * of_base)
-                found[(origin, *b), (copy, *t)] = parts
+                found[(origin, *b), (copy, *t)] = (of_copy * of_target, of_origin * of_base)
     return found
 
 
@@ -323,6 +328,12 @@ def _of_kind(names: Iterable[str], kind: str) -> dict[tuple[int, ...], str]:
     pattern = re.compile(r"\.".join(r"(\d+)" if part == "*" else re.escape(part) for part in kind.split(".")))
     matches = ((pattern.fullmatch(name), name) for name in names)
     return {tuple(map(int, match.groups())): name for match, name in matches if match}
+
+
+def _stack(names: Iterable[str], kind: str) -> set[str]:
+    """The indices of the blocks in the outermost stack of a kind."""
+    container, is_stack, _ = kind.partition("*")
+    return {name.removeprefix(container).partition(".")[0] for name in names if is_stack and name.startswith(container)}
 
 
 def _indices(name: str, kind: str) -> tuple[int, ...]:

@@ -176,7 +176,7 @@ class Evidence:
         members = list(_members(mapped, pool).values())
         if beta is None:
             levels, variances = self._averaged(members)
-            levels = levels * (1 - variances / levels.square()).clamp(min=0).nan_to_num(0.0)
+            levels = (levels * (1 - variances / levels.square()).clamp(min=0)).nan_to_num(0.0)
         else:
             logs = self._means(members)
             levels = torch.stack([_running_average(column[column.isfinite()], beta) for column in logs.T])

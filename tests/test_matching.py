@@ -119,6 +119,7 @@ def test_a_tensor_without_a_rate_yet_joins_when_it_has_one(beta: float, log2_sca
         for step, rate in ((0, 0.0), (1, 2.0), (2, 2.0))
     }
     assert scales(found, {0: history[0]}, beta=beta) == dict.fromkeys(ONES, 1.0)
+    assert scales(found, {0: history[0]}) == dict.fromkeys(ONES, 1.0)
     wanted = {name: 2**log2_scale if name.endswith("A") else 1.0 for name in ONES}
     assert scales(found, history, beta=beta) == pytest.approx(wanted, rel=1e-13)
 

@@ -59,8 +59,8 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-import hf_flerm.callback
 from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, RateProfileError, measure_rates
+from hf_flerm.mapping import ProfileMap
 from hf_flerm.names import canonical_names, tensor_kinds, trainable_parameters
 from hf_flerm.optimizer import learning_rates, raw_optimizer
 from hf_flerm.probes import RateProbe
@@ -346,7 +346,7 @@ def test_every_run_reports_its_own_failure(
 def test_a_probe_that_raises_leaves_the_scales_as_they_were(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matched run goes on as if the failed measurement had not been asked for."""
     base = known_base(folder, gpt2)
-    config = {"mode": "match", "profile": base, "pool": "tensor"}
+    config = {"mode": "match", "profile": base, "pool": "unit", "beta": 1.0}
     expected = train(make_trainer(folder, gpt2(), FLeRMConfig(**config, measure_steps=(0, 3))))
     break_measurements(monkeypatch, "after the measurement", range(1, 2), "broken while matching")
     trainer = make_trainer(folder, gpt2(), FLeRMConfig(**config, measure_steps=(0, 1, 3)))
@@ -357,8 +357,8 @@ def test_a_probe_that_raises_leaves_the_scales_as_they_were(folder: Path, monkey
 # --- matching with scales of 1 ------------------------------------------------------------------------------------
 
 
-def all_ones(base: RateProfile, target: RateProfile, *args: Any, **kwargs: Any) -> dict[str, float]:
-    return dict.fromkeys(target.rates, 1.0)
+def all_ones(mapped: ProfileMap, logs: Mapping[str, float]) -> dict[str, float]:
+    return dict.fromkeys(mapped.shapes, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_matching_with_scales_of_one_changes_nothing(
 ) -> None:
     names = trainable_parameters(MODELS[model]())
     config = FLeRMConfig(mode="match", profile=RateProfile([0], {name: [1.0] for name in names}))
-    monkeypatch.setattr(hf_flerm.callback, "pooled_scales", all_ones)
+    monkeypatch.setattr(ProfileMap, "tensor_scales", all_ones)
     options = {"gradient_accumulation_steps": 2, **OPTIMIZERS[optimizer]}
     trainer = make_trainer(folder, MODELS[model](DROPOUT), config, alone=alone, **options)
     outcome = train(trainer)
@@ -394,7 +394,7 @@ def test_a_users_own_optimizer_and_scheduler_go_through(
     plain = train(make_trainer(folder, model, extra=own(model)))
     model = gpt2(DROPOUT)
     config = FLeRMConfig(mode="match", profile=RateProfile([0], {name: [1.0] for name in trainable_parameters(gpt2())}))
-    monkeypatch.setattr(hf_flerm.callback, "pooled_scales", all_ones)
+    monkeypatch.setattr(ProfileMap, "tensor_scales", all_ones)
     trainer = make_trainer(folder, model, config, alone=alone, extra=own(model))
     outcome = train(trainer)
     assert_same_run(outcome, plain, same_groups=False)
@@ -433,7 +433,7 @@ def test_matching_a_run_with_itself_by_other_probes_is_as_exact_as_its_noise(fol
     base.train()
     profile = base.rate_profile
     target = make_trainer(
-        folder, make(), FLeRMConfig(mode="match", profile=profile, pool="tensor", seed=1, **shared), **options
+        folder, make(), FLeRMConfig(mode="match", profile=profile, pool="unit", seed=1, **shared), **options
     )
     target.train()
     scales = flerm_callback(target).scales
@@ -463,7 +463,9 @@ def known_base(folder: Path, make: Callable[[], nn.Module], **options: Any) -> R
 
 
 def match_known(base: RateProfile, **changes: Any) -> FLeRMConfig:
-    return FLeRMConfig(**{"mode": "match", "profile": base, "pool": "tensor", "measure_steps": (0,), **changes})
+    return FLeRMConfig(
+        **{"mode": "match", "profile": base, "pool": "unit", "beta": 1.0, "measure_steps": (0,), **changes}
+    )
 
 
 def plain_sgd(lr: float = 0.5) -> dict[str, Any]:
@@ -519,7 +521,7 @@ def test_scales_act_like_learning_rates_of_their_own(folder: Path, monkeypatch: 
     baked = make_trainer(folder, model, FLeRMConfig(), extra={"optimizers": (optimizer, None)}, weight_decay=0.0)
     baked.train()
     base = RateProfile([0], {name: [1.0] for name in factors})
-    monkeypatch.setattr(hf_flerm.callback, "pooled_scales", lambda *args, **kwargs: dict(factors))
+    monkeypatch.setattr(ProfileMap, "tensor_scales", lambda mapped, logs: dict(factors))
     matched = make_trainer(folder, gpt2(), FLeRMConfig(mode="match", profile=base), **plain_sgd())
     matched.train()
     expected, actual = weights_of(model), weights_of(matched.model)
@@ -749,7 +751,7 @@ def test_rates_and_scales_are_logged_by_kind(folder: Path, mode: str, alone: boo
     config = FLeRMConfig(measure_steps=measured)
     if mode == "match":
         base = scaled(recorded(folder, lora()), some_factors(lora()))
-        config = FLeRMConfig(mode="match", profile=base, measure_steps=measured)
+        config = FLeRMConfig(mode="match", profile=base, measure_steps=measured, beta=1.0)
     tracker = Tracker()
     trainer = make_trainer(folder, lora(), config, alone=alone, callbacks=[tracker])
     trainer.train()
@@ -897,7 +899,12 @@ def test_provenance(tmp_path: Path) -> None:
     assert metadata["shapes"] == {name: list(parameter.shape) for name, parameter in parameters.items()}
     assert metadata["kinds"] == {name: kind for name, kind in tensor_kinds(trainer.model).items() if name in parameters}
     with safe_open(tmp_path / PROFILE_NAME, framework="pt") as file:
-        assert json.loads(file.metadata()["hf_flerm"]) == {"schema_version": 1, **metadata}
+        written = json.loads(file.metadata()["hf_flerm"])
+    joint = {
+        key: {path: row.tolist() for path, row in rows.items()}
+        for key, rows in trainer.rate_profile.joint_rates.items()
+    }
+    assert written == {"schema_version": 1, "joint_rates": joint, **metadata}
 
 
 def test_the_fingerprint_tells_data_sets_apart(folder: Path) -> None:
@@ -982,7 +989,7 @@ def test_plain_and_matched_runs_go_on_from_each_others_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, first: str
 ) -> None:
     """With scales of 1, half a plain run and half a matched one make a whole plain one, in either order."""
-    monkeypatch.setattr(hf_flerm.callback, "pooled_scales", all_ones)
+    monkeypatch.setattr(ProfileMap, "tensor_scales", all_ones)
     base = RateProfile([0], {name: [1.0] for name in trainable_parameters(MODELS[model]())})
     matched = FLeRMConfig(mode="match", profile=base)
     options = {"save_strategy": "steps", "save_steps": 3}
@@ -1124,11 +1131,11 @@ def match(profile: Any, **changes: Any) -> FLeRMConfig:
 BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "profile of another model": (
         lambda: {"flerm": match(other_model())},
-        r"only in the profile \[lm_head.weight\]; only in the model \[transformer.ln_f.bias\].*unmatched='keep'",
+        r"only in the profile \[lm_head.weight\]; only in the model \[transformer.ln_f.bias\].*unmatched=.*'nominal'",
     ),
     "profile of nothing in the model": (
-        lambda: {"flerm": match(RateProfile([0], {"encoder.weight": [1.0]}), unmatched="keep")},
-        r"share no parameter: the profile has \[encoder.weight\]",
+        lambda: {"flerm": match(RateProfile([0], {"encoder.weight": [1.0]}), unmatched="nominal")},
+        r"share no tensor by name: the profile has \[encoder.weight\]",
     ),
     "profile without steps": (
         lambda: {"flerm": match(RateProfile([], {name: [] for name in ones(gpt2())}))},
@@ -1222,11 +1229,11 @@ def test_a_profile_may_be_given_in_any_form(tmp_path: Path, source: str) -> None
     assert flerm_callback(trainer).scales == pytest.approx(some_factors(gpt2()), rel=1e-9)
 
 
-def test_unmatched_keep_leaves_what_the_profile_lacks_at_its_learning_rate(folder: Path) -> None:
+def test_unmatched_nominal_leaves_what_the_profile_lacks_at_its_learning_rate(folder: Path) -> None:
     base = known_base(folder, gpt2)
     lacking = {"transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"}
     rates = {name: values for name, values in base.rates.items() if name not in lacking}
-    config = match_known(RateProfile(base.steps, {**rates, "not.in.the.model": [1.0]}), unmatched="keep")
+    config = match_known(RateProfile(base.steps, {**rates, "not.in.the.model": [1.0]}), unmatched="nominal")
     spy = SpyRates()
     trainer = make_trainer(folder, gpt2(), config, callbacks=[spy])
     trainer.train()
