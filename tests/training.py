@@ -39,12 +39,12 @@ class Rows(Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def gpt2(dropout: float = 0.0, seed: int = 0, layers: int = 2) -> GPT2LMHeadModel:
+def gpt2(dropout: float = 0.0, seed: int = 0, layers: int = 2, width: int = 16) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=LENGTH,
-        n_embd=16,
+        n_embd=width,
         n_layer=layers,
         n_head=2,
         resid_pdrop=dropout,

@@ -1,0 +1,174 @@
+"""`plan`: what it recommends where the answer is known, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.optim import SGD, Optimizer
+from training import Rows, gpt2
+from transformers import TrainingArguments
+from typer.testing import CliRunner
+
+from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, mup_param_groups, plan
+from hf_flerm.cli import app
+from hf_flerm.names import trainable_parameters
+from hf_flerm.planning import Multiplier, Plan
+from hf_flerm.rules import RULES, Change, change_between
+
+LEARNING_RATE = 1e-2
+
+
+def lora(rank: int = 2, **options: Any) -> nn.Module:
+    torch.manual_seed(1)
+    return get_peft_model(gpt2(), LoraConfig(r=rank, target_modules=["c_attn"], fan_in_fan_out=True, **options))
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    given = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": LEARNING_RATE, **options}
+    return TrainingArguments(str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **given)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=LEARNING_RATE)
+
+
+def recorded(folder: Path, model: nn.Module, **extra: Any) -> RateProfile:
+    config = FLeRMConfig(probes=4, measure_steps=range(8))
+    trainer = FLeRMTrainer(model=model, args=arguments(folder), train_dataset=Rows(), flerm=config, **extra)
+    trainer.train()
+    return trainer.rate_profile
+
+
+def planned(folder: Path, model: nn.Module, base: RateProfile, **options: Any) -> Plan:
+    return plan(model, arguments(folder), Rows(), base, steps=6, config=FLeRMConfig(probes=4), **options)
+
+
+def test_a_model_is_told_to_keep_its_own_learning_rate(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora())
+    advice = planned(tmp_path, lora(), base)
+    assert advice.learning_rate == pytest.approx(LEARNING_RATE)
+    assert advice.overall.is_one
+    assert advice.keeps
+    assert "Keep your learning rate, 0.01" in str(advice)
+
+
+@pytest.mark.parametrize("factor", [0.1, 3.0])
+def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
+    """A base whose rates are so many times the target's own wants so many times its learning rate."""
+    model = gpt2()
+    base = recorded(tmp_path, model, optimizers=(sgd(model), None))
+    times = RateProfile(
+        base.steps,
+        {name: rates * factor for name, rates in base.rates.items()},
+        base.metadata,
+        {key: {path: rates * factor for path, rates in groups.items()} for key, groups in base.joint_rates.items()},
+    )
+    advice = planned(tmp_path, gpt2(), times, optimizer=sgd)
+    assert abs(math.log(advice.overall.value / factor)) < 4 * advice.overall.error + 0.3
+    assert advice.learning_rate == advice.base_learning_rate * advice.overall.value
+    assert not advice.keeps
+    for multiplier in advice.multipliers.values():
+        assert 0.2 < multiplier.value / factor < 5.0
+
+
+def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = recorded(tmp_path / "base", lora())
+    model, folder = lora(rank=4), tmp_path / "plan"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    args = arguments(folder, save_strategy="steps", save_steps=1)
+    capsys.readouterr()
+    plan(model, args, Rows(), base, steps=3)
+    assert capsys.readouterr().out == ""
+    drawn = (random.random(), np.random.rand(), torch.rand(()).item())
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not folder.exists() or not any(folder.iterdir())
+    assert (args.output_dir, args.learning_rate) == (str(folder), LEARNING_RATE)
+
+
+def test_another_adapter_is_matched_by_module(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora())
+    advice = planned(tmp_path, lora(use_dora=True), base)
+    assert set(advice.multipliers) == {"transformer.h.*.attn.c_attn"}
+    assert advice.change.target_adapter == "DORA"
+
+
+def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora())
+    args = arguments(tmp_path, warmup_steps=8, lr_scheduler_type="linear", max_steps=100)
+    with pytest.raises(ValueError, match="nothing could be measured in 1 steps"):
+        plan(lora(rank=4), args, Rows(), base, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "is_one"), [(1.2, 0.1, True), (1.3, 0.1, False), (0.9, 0.05, False), (1.0, 0.0, True)]
+)
+def test_a_multiplier_is_one_within_two_standard_errors(value: float, error: float, is_one: bool) -> None:
+    assert Multiplier(value, error).is_one == is_one
+
+
+@pytest.mark.parametrize(
+    ("change", "factors"),
+    [
+        (Change(rank=16, scaling=1 / 16, base_adapter="LORA", target_adapter="LORA"), [1.0]),  # alpha / r
+        (Change(rank=16, scaling=1 / 4, base_adapter="LORA", target_adapter="LORA"), [16**-0.25]),  # rsLoRA
+        (Change(rank=16, base_adapter="LORA", target_adapter="LORA"), [0.25]),  # alpha grows with r
+        (Change(base_adapter="LORA"), [0.1]),
+        (Change(target_adapter="LORA"), [10.0]),
+        (Change(width=4), [0.25]),
+        (Change(depth=4), [0.5]),
+        (Change(width=4, depth=9), [0.25, 1 / 3]),
+        (Change(), []),
+    ],
+)
+def test_rules_of_the_field(change: Change, factors: list[float]) -> None:
+    assert [rule.factor(change) for rule in RULES if rule.applies(change)] == pytest.approx(factors)
+
+
+def test_the_change_is_read_off_profile_and_model(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora(lora_alpha=8))
+    change = change_between(base, lora(rank=8, lora_alpha=8))
+    assert change == Change(rank=4.0, scaling=0.25, base_adapter="LORA", target_adapter="LORA")
+    assert change_between(base, lora(lora_alpha=8)) == Change(base_adapter="LORA", target_adapter="LORA")
+    full = recorded(tmp_path, gpt2())
+    assert change_between(full, gpt2(width=32)) == Change(width=2.0)
+    assert change_between(full, gpt2(layers=6)) == Change(depth=3.0)
+
+
+def test_mup_slows_down_the_matrices_of_blocks_alone(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    model = gpt2(width=64)
+    groups = mup_param_groups(model, base, 1e-3, weight_decay=0.1)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in trainable_parameters(model).items():
+        hidden = ".h." in name and parameter.ndim == 2
+        assert rates[id(parameter)] == pytest.approx(1e-3 / 4 if hidden else 1e-3), name
+    assert all(group["weight_decay"] == 0.1 for group in groups)
+
+
+def test_the_command_line_plans(tmp_path: Path) -> None:
+    base = recorded(tmp_path / "runs", gpt2())
+    base.save_pretrained(tmp_path / "base")
+    gpt2().save_pretrained(tmp_path / "model")
+    data = Rows()
+    Dataset.from_dict({"input_ids": data.tokens.tolist(), "labels": data.tokens.tolist()}).save_to_disk(
+        tmp_path / "data"
+    )
+    words = ["plan", str(tmp_path / "model"), str(tmp_path / "data"), str(tmp_path / "base"), "--steps", "3"]
+    result = CliRunner().invoke(app, [*words, "--batch-size", "4", "--max-steps", "8"])
+    assert result.exit_code == 0, result.output
+    assert "earning rate" in result.output
+    wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path / "nowhere")])
+    assert wrong.exit_code == 2
