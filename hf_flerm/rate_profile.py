@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from .names import preview
+from .profile_file import (
+    PROFILE_NAME,
+    RESERVED,
+    SCHEMA_VERSION,
+    STEPS,
+    RateProfileError,
+    find,
+    parse,
+    serialize,
+    write_whole,
+)
 
-PROFILE_NAME = "rate_profile.safetensors"
-SCHEMA_VERSION = 1
-_METADATA_KEY = "hf_flerm"
-_STEPS = "steps"
-_VERSION = "schema_version"
-_JOINT_RATES = "joint_rates"
-
-
-class RateProfileError(ValueError):
-    """Something is wrong with a rate profile, its file or its repository."""
+__all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names"]
 
 
 class RateProfile:
@@ -61,7 +59,7 @@ class RateProfile:
             raise RateProfileError(
                 f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()}."
             )
-        if taken := self.metadata.keys() & {_VERSION, _JOINT_RATES}:
+        if taken := self.metadata.keys() & RESERVED:
             raise RateProfileError(f"{preview(taken)} cannot be in the metadata: the file keeps its own there.")
         try:
             json.dumps(self.metadata, allow_nan=False)
@@ -70,7 +68,7 @@ class RateProfile:
         if not self.rates:
             raise RateProfileError("a profile needs the rates of at least one parameter; got none.")
         for name in self.rates:
-            if not name or name == _STEPS:
+            if not name or name == STEPS:
                 raise RateProfileError(f"{name!r} cannot be the name of a parameter in a profile; rename it.")
         for group in (self.rates, *self.joint_rates.values()):
             for name, values in group.items():
@@ -211,10 +209,7 @@ class RateProfile:
         Returns:
             The content of a `rate_profile.safetensors`; the same for the same profile.
         """
-        joint = {key: {path: row.tolist() for path, row in rows.items()} for key, rows in self.joint_rates.items()}
-        content = {_VERSION: SCHEMA_VERSION, **self.metadata, **({_JOINT_RATES: joint} if joint else {})}
-        text = json.dumps(content, sort_keys=True, allow_nan=False)
-        return save({_STEPS: self.steps, **self.rates}, metadata={_METADATA_KEY: text})
+        return serialize(self.steps, self.rates, self.metadata, self.joint_rates)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write `rate_profile.safetensors`; the file is whole or absent, also if the process dies meanwhile.
@@ -225,20 +220,7 @@ class RateProfile:
         Returns:
             The file.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = self.to_bytes()
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{PROFILE_NAME}.", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, folder / PROFILE_NAME)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        return folder / PROFILE_NAME
+        return write_whole(Path(directory), self.to_bytes())
 
     @classmethod
     def from_pretrained(
@@ -265,21 +247,12 @@ class RateProfile:
         """
         if isinstance(source, RateProfile):
             return source
-        path = Path(source)
-        if path.is_dir():
-            path = path / (subfolder or "") / PROFILE_NAME
-            if not path.is_file():
-                raise RateProfileError(f"there is no {PROFILE_NAME} in {path.parent}. Was the run recorded with FLeRM?")
-        elif not path.is_file():
-            try:
-                path = Path(
-                    hf_hub_download(str(source), PROFILE_NAME, subfolder=subfolder, revision=revision, token=token)
-                )
-            except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-                raise RateProfileError(
-                    f"{str(source)!r} is no folder, no file and no repository that holds {PROFILE_NAME}: {error}"
-                ) from error
-        return _read(path)
+        path = find(source, revision, subfolder, token)
+        content = parse(path)
+        try:
+            return cls(*content)
+        except RateProfileError as error:
+            raise RateProfileError(f"{path}: {error}") from error
 
     def push_to_hub(
         self,
@@ -349,45 +322,10 @@ def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
     for name, values in rates.items():
         try:
             rows[name] = torch.as_tensor(values, dtype=torch.float64).clone()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RateProfileError(f"the rates of {name!r} are not a row of numbers: {error}") from error
     return rows
 
 
 def _geometric_mean(profiles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([rates[name] for rates in profiles]).log().mean(0).exp() for name in profiles[0]}
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _read(path: Path) -> RateProfile:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise RateProfileError(f"{path} is not a whole safetensors file: {error}") from error
-    if text is None or _STEPS not in tensors:
-        raise RateProfileError(f"{path} is not a rate profile: it lacks the {_METADATA_KEY!r} metadata or {_STEPS!r}.")
-    try:
-        metadata = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RateProfileError(f"the {_METADATA_KEY!r} metadata of {path} is not JSON: {error}") from error
-    version = metadata.pop(_VERSION, None) if isinstance(metadata, dict) else None
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        raise RateProfileError(
-            f"{path} has schema version {version!r}; this hf_flerm reads up to {SCHEMA_VERSION}. Upgrade hf_flerm."
-        )
-    wanted = {name: torch.int64 if name == _STEPS else torch.float64 for name in tensors}
-    for name, tensor in tensors.items():
-        if tensor.dtype != wanted[name]:
-            raise RateProfileError(f"{name!r} in {path} is {tensor.dtype}; it must be {wanted[name]}.")
-    joint = metadata.pop(_JOINT_RATES, {})
-    if not isinstance(joint, dict) or not all(isinstance(groups, dict) for groups in joint.values()):
-        raise RateProfileError(f"the joint rates of {path} are not JSON objects of lists.")
-    try:
-        return RateProfile(tensors.pop(_STEPS), tensors, metadata, joint)
-    except RateProfileError as error:
-        raise RateProfileError(f"{path}: {error}") from error

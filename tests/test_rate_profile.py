@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import hf_flerm.rate_profile
+import hf_flerm.profile_file
 from hf_flerm import RateProfile, RateProfileError
 from hf_flerm.rate_profile import PROFILE_NAME, SCHEMA_VERSION
 
@@ -204,7 +204,7 @@ def test_missing_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kwargs == {"subfolder": "sub", "revision": "v1", "token": "secret"}
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(hf_flerm.rate_profile, "hf_hub_download", offline)
+    monkeypatch.setattr(hf_flerm.profile_file, "hf_hub_download", offline)
     with pytest.raises(RateProfileError, match=r"'someone/somewhere' .*no network") as caught:
         RateProfile.from_pretrained("someone/somewhere", subfolder="sub", revision="v1", token="secret")
     assert "secret" not in str(caught.value)
@@ -314,3 +314,58 @@ def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(("replace", Path(a).parent)), replace(a, b)))
     profile().save_pretrained(tmp_path)
     assert order == ["fsync", ("replace", tmp_path)]
+
+
+JOINT = {"module": {"fc": [1.0, 2.0]}, "global": {"": [3.0, 0.5]}}
+
+
+def test_joint_rates_survive_the_file(tmp_path: Path) -> None:
+    profile = RateProfile([0, 1], {"w": [1.0, 2.0]}, {"seed": 1}, JOINT)
+    profile.save_pretrained(tmp_path)
+    again = RateProfile.from_pretrained(tmp_path)
+    assert again == profile
+    assert {key: {path: row.tolist() for path, row in rows.items()} for key, rows in again.joint_rates.items()} == JOINT
+    assert again.metadata == {"seed": 1}
+
+
+def test_joint_rates_are_appended_and_averaged() -> None:
+    profile = RateProfile([0], {"w": [1.0]}, joint_rates={"global": {"": [4.0]}})
+    longer = profile.appended(3, {"w": 2.0}, {"global": {"": 9.0}})
+    assert longer.joint_rates["global"][""].tolist() == [4.0, 9.0]
+    other = RateProfile([0, 3], {"w": [1.0, 1.0]}, joint_rates={"global": {"": [1.0, 4.0]}})
+    assert RateProfile.average([longer, other]).joint_rates["global"][""].tolist() == pytest.approx([2.0, 6.0])
+    bare = RateProfile([0, 3], {"w": [1.0, 1.0]})
+    assert RateProfile.average([longer, bare]).joint_rates == {}
+    with pytest.raises(RateProfileError, match=r"only in this profile's joint rates \[global\]"):
+        profile.appended(3, {"w": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1.0], "have shape"),
+        (["a", "b"], "not a row of numbers"),
+        ([1.0, None], "not a row of numbers"),
+        ([10**400, 1.0], "not a row of numbers|must be finite"),
+        ([[1.0], [2.0]], "have shape"),
+        ([-1.0, 2.0], "must be finite and not negative"),
+        ({"a": 1}, "not a row of numbers"),
+        (7.0, "have shape"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_hostile_joint_rates_are_refused(tmp_path: Path, row: Any, message: str) -> None:
+    text = json.dumps({"schema_version": 1, "joint_rates": {"module": {"fc": row}}})
+    tensors = {"steps": torch.tensor([0, 1]), "w": torch.ones(2, dtype=torch.float64)}
+    save_file(tensors, tmp_path / PROFILE_NAME, metadata={"hf_flerm": text})
+    with pytest.raises(RateProfileError, match=message):
+        RateProfile.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("joint", [[1], "text", {"module": [1.0]}, {"module": None}], ids=repr)
+def test_joint_rates_of_another_form_are_refused(tmp_path: Path, joint: Any) -> None:
+    text = json.dumps({"schema_version": 1, "joint_rates": joint})
+    tensors = {"steps": torch.tensor([0]), "w": torch.ones(1, dtype=torch.float64)}
+    save_file(tensors, tmp_path / PROFILE_NAME, metadata={"hf_flerm": text})
+    with pytest.raises(RateProfileError, match=r"joint rates of .* are not JSON objects"):
+        RateProfile.from_pretrained(tmp_path)
