@@ -87,6 +87,11 @@ class FLeRMCallback(TrainerCallback):
             raise RateProfileError("nothing is recorded yet: call train() first.")
         return self._recorded
 
+    @property
+    def evidence(self) -> Evidence:
+        """What was measured of the scales so far, in `match` mode."""
+        return self._evidence
+
     def resume_from(self, checkpoint: str | os.PathLike[str]) -> None:
         """Continue the profile of a checkpoint when training begins.
 
@@ -248,7 +253,8 @@ class FLeRMCallback(TrainerCallback):
         self._pending_logs["flerm/rate/total"] = measurement.total
         if self.base is not None and self._step_scales is not None:
             old = self.scales
-            self._evidence = self._evidence.appended(step, self._mapped, measurement).estimated(
+            weight = max(nominal.values())
+            self._evidence = self._evidence.appended(step, self._mapped, measurement, weight).estimated(
                 self._mapped,
                 pool=self.config.pool,
                 beta=self.config.beta,

@@ -35,7 +35,7 @@ _WHOLE_NUMBERS = {
     "seed": 0,
 }
 _WORDS = {"probes": (None, "auto"), "probe_batch_size": (None,)}
-_EARLY_STEPS = (0, 1, 2, 3, 4, 6, 8, 16, 32)
+_EARLY_STEPS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass
@@ -53,13 +53,14 @@ class FLeRMConfig:
         depth: How the rate of a base block goes to the m blocks that it becomes; see `map_profile`.
         pool: What log-scales are averaged over: all units of one `kind` (a name without its block's index), or not at
             all (`unit`).
-        beta: How log-scales are averaged over measurements. None: as the evidence supports. A number: the decay of a
+        beta: How log-scales are averaged over measurements. None: by the learning rates in force and as the evidence
+            supports. A number: the decay of a
             bias-corrected running average, 1 for the plain mean of all so far, 0.9 as in the paper, 0 for the latest.
         max_scale: Scales are held between its inverse and it, with a warning.
         max_change: A scale changes by at most this factor from one measurement to the next.
         measure_every: Steps between measurements, once they are no longer dense.
-        measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 3, 4, 6, 8, 16, 32
-            and then every `measure_every`.
+        measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 4, 8, 12, 16,
+            24, 32, 48, 64 and then every `measure_every`.
         probes: Probe batches per measurement. None: as many as it takes for half as many draws of omega as an optimizer
             step sees examples on one device, at most 8. So a measurement costs about a third of a training step.
             `auto`: until every rate's relative standard error is at most `target_error`, but no more than `max_probes`.

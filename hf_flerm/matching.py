@@ -47,6 +47,7 @@ class Evidence:
     Attributes:
         units: Names of the units.
         steps: The steps at which was measured.
+        weights: How much each step's measurement counts: the nominal learning rate that was in force.
         logs: log(wanted rate / own rate), float64 [T, U]; nan where either was 0.
         errors: Standard errors of the logarithm of the own rate, float64 [T, U]; nan where not known.
         scales: Log-scales of the units, float64 [U]; 0 before anything could be compared.
@@ -54,6 +55,7 @@ class Evidence:
 
     units: tuple[str, ...]
     steps: tuple[int, ...]
+    weights: tuple[float, ...]
     logs: Tensor
     errors: Tensor
     scales: Tensor
@@ -75,7 +77,7 @@ class Evidence:
         units = tuple(mapped.measured_units)
         if record is None:
             nothing = torch.empty(0, len(units), dtype=torch.float64)
-            return cls(units, (), nothing, nothing, torch.zeros(len(units), dtype=torch.float64))
+            return cls(units, (), (), nothing, nothing, torch.zeros(len(units), dtype=torch.float64))
         check_names(record["scales"], dict.fromkeys(units), "what the checkpoint matched", "what this run matches")
         logs, errors = (
             torch.tensor(
@@ -85,7 +87,7 @@ class Evidence:
             for key in ("logs", "errors")
         )
         scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
-        return cls(units, tuple(record["steps"]), logs, errors, scales)
+        return cls(units, tuple(record["steps"]), tuple(record["weights"]), logs, errors, scales)
 
     def record(self) -> dict[str, Any]:
         """Write as JSON can hold it; unknown numbers are None.
@@ -100,18 +102,20 @@ class Evidence:
 
         return {
             "steps": list(self.steps),
+            "weights": list(self.weights),
             "logs": columns(self.logs),
             "errors": columns(self.errors),
             "scales": dict(zip(self.units, self.scales.tolist(), strict=True)),
         }
 
-    def appended(self, step: int, mapped: ProfileMap, measurement: Measurement) -> Evidence:
+    def appended(self, step: int, mapped: ProfileMap, measurement: Measurement, weight: float = 1.0) -> Evidence:
         """Add a measurement.
 
         Args:
             step: When it was made.
             mapped: What is wanted of the units.
             measurement: Of the target.
+            weight: How much it counts.
 
         Returns:
             More evidence, with the scales from before.
@@ -131,6 +135,7 @@ class Evidence:
         return replace(
             self,
             steps=(*self.steps, step),
+            weights=(*self.weights, weight),
             logs=torch.cat([self.logs, logs]),
             errors=torch.cat([self.errors, errors]),
         )
@@ -161,10 +166,10 @@ class Evidence:
         Args:
             mapped: What is matched.
             pool: `kind` takes the mean over the units of one kind, `unit` leaves each on its own.
-            beta: None: measurements count by what is known of their errors (`random_effects_mean`), and a log-scale
-                moves from 0 only as far as it is known: it is multiplied by 1 - variance / log-scale^2 (James and
-                Stein), at least 0. A number: the decay of a bias-corrected running average: 1 is the plain
-                mean, 0.9 the paper's, 0 the latest alone.
+            beta: None: measurements count by their weights and by what is known of their errors
+                (`random_effects_mean`), and a log-scale moves from 0 only as far as it is known: it is multiplied by
+                1 - variance / log-scale^2 (James and Stein), at least 0. A number: the decay of a bias-corrected
+                running average: 1 is the plain mean, 0.9 the paper's, 0 the latest alone.
             max_scale: Scales are held between its inverse and it.
             max_change: Once it is known, a scale changes by at most this factor from one measurement to the next.
 
@@ -208,35 +213,39 @@ class Evidence:
         counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
         squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
         known = 2 * squares / counts.clamp(min=1) ** 2  # twice: the base was measured with errors, too
-        return random_effects_mean(self._means(members), known)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return random_effects_mean(self._means(members), known, weights)
 
     def _means(self, members: list[list[int]]) -> Tensor:
         return torch.stack([self.logs[:, index].nanmean(1) for index in members], 1)
 
 
-def random_effects_mean(values: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+def random_effects_mean(values: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Average repeated measurements whose errors are known in part (DerSimonian and Laird, 1986).
 
     Beyond their own errors, measurements of one quantity scatter by a variance that is the same for all quantities; it
-    is estimated from the scatter itself. Each counts by the inverse of its total variance.
+    is estimated from the scatter itself. Each counts by its weight and by the inverse of its total variance.
 
     Args:
         values: Float64 [T, G]; nan where nothing was measured.
         variances: Of the known errors, [T, G].
+        weights: Of the measurements, positive, [T].
 
     Returns:
         Means and their variances, float64 [G]; nan and infinite where nothing was measured.
     """
     seen = values.isfinite()
-    counts = seen.sum(0)
-    means = values.nanmean(0)
-    freedom = (counts - 1).clamp(min=0).sum()
-    scatter = (values - means).square().nansum() / freedom if freedom else values.new_zeros(())
-    known = (variances * seen).sum() / seen.sum() if seen.any() else values.new_zeros(())
+    shares = seen * weights.unsqueeze(1)
+    means = (shares * values.nan_to_num()).sum(0) / shares.sum(0)
+    squares = shares * (values - means).nan_to_num().square()
+    freedom = shares.sum() - (shares.square().sum(0) / shares.sum(0)).nansum()
+    known = (shares * variances).sum() / shares.sum()
+    scatter = squares.sum() / freedom if freedom > _LEAST_VARIANCE * shares.sum() else known
     total = (variances + (scatter - known).clamp(min=0)).clamp(min=_LEAST_VARIANCE)
-    weights = seen / total
-    sums = weights.sum(0)
-    return (weights * values.nan_to_num()).sum(0) / sums, 1 / sums
+    precisions = shares / total
+    sums = precisions.sum(0)
+    spread = (precisions.square() * total).sum(0) / sums.square()
+    return (precisions * values.nan_to_num()).sum(0) / sums, spread.nan_to_num(math.inf)
 
 
 def _members(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:

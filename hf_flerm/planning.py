@@ -161,7 +161,7 @@ def plan(
     device = next(model.parameters()).device
     with kept_random_state(device), tempfile.TemporaryDirectory() as scratch:
         replica = copy.deepcopy(model)
-        follower = _Follower(mapped, everything, steps)
+        follower = _Follower(mapped, steps)
         trainer = FLeRMTrainer(
             model=replica,
             args=_quiet(args, scratch, base_rate),
@@ -175,7 +175,8 @@ def plan(
         trainer.remove_callback(PrinterCallback)
         follower.source = trainer.flerm_callback
         trainer.train()
-    overall = follower.overall.levels(everything, "kind").get("")
+    evidence = trainer.flerm_callback.evidence
+    overall = evidence.levels(everything, "kind").get("")
     if overall is None:
         raise ValueError(f"nothing could be measured in {steps} steps: is the learning rate 0 for so long?")
     by_kind = follower.by_kind.levels(mapped, "kind")
@@ -186,26 +187,23 @@ def plan(
         change_between(base, model),
         mapped,
         steps,
-        follower.overall,
+        evidence,
     )
 
 
 class _Follower(TrainerCallback):
     """Collects, from a run with one scale, the evidence for a scale of every kind; stops the run in time."""
 
-    def __init__(self, mapped: ProfileMap, everything: ProfileMap, steps: int) -> None:
-        self.mapped, self.everything, self.steps = mapped, everything, steps
-        self.overall = Evidence.recorded(None, everything)
+    def __init__(self, mapped: ProfileMap, steps: int) -> None:
+        self.mapped, self.steps = mapped, steps
         self.by_kind = Evidence.recorded(None, mapped)
         self.source: FLeRMCallback | None = None
-        self._seen: object = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        measurement = self.source.last_measurement if self.source else None
-        if measurement is not None and measurement is not self._seen:
-            self._seen = measurement
-            self.overall = self.overall.appended(state.global_step - 1, self.everything, measurement)
-            self.by_kind = self.by_kind.appended(state.global_step - 1, self.mapped, measurement)
+        if self.source is not None and self.source.last_measurement is not None:
+            steps, weights = self.source.evidence.steps, self.source.evidence.weights
+            if steps[-1:] != self.by_kind.steps[-1:]:
+                self.by_kind = self.by_kind.appended(steps[-1], self.mapped, self.source.last_measurement, weights[-1])
         if state.global_step >= self.steps:
             control.should_training_stop = True
 

@@ -12,7 +12,7 @@ import torch
 from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.estimators import ESTIMATORS
 
-EARLY = {0, 1, 2, 3, 4, 6, 8, 16, 32}
+EARLY = {0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64}
 
 
 def logits(model: torch.nn.Module, batch: Any) -> torch.Tensor:

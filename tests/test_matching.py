@@ -193,7 +193,7 @@ def test_matching_a_base_against_itself_does_nothing() -> None:
 
 def test_the_mean_of_equal_errors_is_plain_and_its_variance_the_scatters() -> None:
     values = torch.tensor([[1.0, 0.0], [3.0, 1.0], [8.0, math.nan]], dtype=torch.float64)
-    mean, variance = random_effects_mean(values, torch.zeros_like(values))
+    mean, variance = random_effects_mean(values, torch.zeros_like(values), torch.ones(3))
     scatter = ((3.0**2 + 1.0**2 + 4.0**2) + 2 * 0.5**2) / 3  # of both quantities, 2 + 1 degrees of freedom
     assert mean.tolist() == pytest.approx([4.0, 0.5])
     assert variance.tolist() == pytest.approx([scatter / 3, scatter / 2])
@@ -202,13 +202,26 @@ def test_the_mean_of_equal_errors_is_plain_and_its_variance_the_scatters() -> No
 def test_without_scatter_measurements_count_by_their_precision() -> None:
     values = torch.tensor([[1.0], [1.1]], dtype=torch.float64)
     known = torch.tensor([[0.04], [0.01]], dtype=torch.float64)
-    mean, variance = random_effects_mean(values, known)
+    mean, variance = random_effects_mean(values, known, torch.ones(2))
     assert mean.item() == pytest.approx((1.0 / 0.04 + 1.1 / 0.01) / 125)
     assert variance.item() == pytest.approx(1 / 125)
 
 
+def test_measurements_count_by_their_weights() -> None:
+    values, weights = torch.tensor([[1.0], [4.0]], dtype=torch.float64), torch.tensor([1.0, 3.0])
+    mean, variance = random_effects_mean(values, torch.zeros(2, 1), weights)
+    scatter = (1 * 2.25**2 + 3 * 0.75**2) / (4 - 10 / 4)  # unbiased for weights 1 and 3
+    assert mean.item() == pytest.approx((1.0 + 3 * 4.0) / 4)
+    assert variance.item() == pytest.approx(scatter * (1 + 9) / 16)
+    found = mapped(ONES)
+    evidence = Evidence.recorded(None, found)
+    for step, rate, weight in ((0, 1.0, 0.01), (1, 0.25, 1.0)):
+        evidence = evidence.appended(step, found, measurement(dict.fromkeys(ONES, rate)), weight)
+    assert evidence.levels(found, "kind")["h.*.A"][0] == pytest.approx(math.log(4.0) / 1.01)
+
+
 def test_what_was_never_measured_is_not_known() -> None:
-    mean, variance = random_effects_mean(torch.full((2, 1), math.nan), torch.zeros(2, 1))
+    mean, variance = random_effects_mean(torch.full((2, 1), math.nan), torch.zeros(2, 1), torch.ones(2))
     assert mean.isnan().all()
     assert variance.isinf().all()
 
@@ -218,10 +231,11 @@ def test_means_and_their_errors_are_calibrated() -> None:
     generator = torch.Generator().manual_seed(0)
     truth, repeats = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64), 500
     known = torch.tensor([0.01, 0.04] * 5, dtype=torch.float64).unsqueeze(1).expand(10, 4)
+    weights = torch.linspace(0.1, 1.0, 10, dtype=torch.float64)
     squares = []
     for _ in range(repeats):
         noise = torch.randn(10, 4, generator=generator, dtype=torch.float64) * (known + 0.05).sqrt()
-        mean, variance = random_effects_mean(truth + noise, known)
+        mean, variance = random_effects_mean(truth + noise, known, weights)
         squares.append(((mean - truth).square() / variance).mean())
     assert torch.stack(squares).mean().item() == pytest.approx(1.0, abs=4 * math.sqrt(2 / (4 * repeats)) + 0.05)
 
