@@ -6,7 +6,6 @@ import math
 import os
 import random
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from .config import FLeRMConfig
 from .mapping import joint_groups, map_profile
 from .matching import Evidence
 from .measurement import UNUSED, Measurement
-from .names import preview, tensor_kinds, trainable_parameters
+from .names import means_by_kind, preview, tensor_kinds, trainable_parameters
 from .optimizer import StepScales, learning_rates, raw_optimizer
 from .optimizer_table import check_optimizer, weight_decays
 from .outputs import Outputs
@@ -249,7 +248,7 @@ class FLeRMCallback(TrainerCallback):
         self._report_unused(measurement)
         self.last_measurement = measurement
         self._recorded = self.rate_profile.appended(step, measurement.rates, self._joint_rates(measurement))
-        self._pending_logs.update(self._by_kind("rate", measurement.rates))
+        self._pending_logs.update(means_by_kind("flerm/rate", measurement.rates, self._kinds))
         self._pending_logs["flerm/rate/total"] = measurement.total
         if self.base is not None and self._step_scales is not None:
             old = self.scales
@@ -264,7 +263,7 @@ class FLeRMCallback(TrainerCallback):
             self._recorded.metadata[_EVIDENCE] = self._evidence.record()
             self._report_held()
             self._set_scales(self._step_scales)
-            self._pending_logs.update(self._by_kind("scale", self.scales))
+            self._pending_logs.update(means_by_kind("flerm/scale", self.scales, self._kinds))
             ratios = {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
             before.rescale(ratios, decays)
 
@@ -299,14 +298,6 @@ class FLeRMCallback(TrainerCallback):
     def _set_scales(self, step_scales: StepScales) -> None:
         logs = dict(zip(self._evidence.units, self._evidence.scales.tolist(), strict=True))
         self.scales = step_scales.scales = self._mapped.tensor_scales(logs)
-
-    def _by_kind(self, what: str, values: Mapping[str, float]) -> dict[str, float]:
-        """Geometric means over the tensors of each kind, under the names of log entries."""
-        groups: dict[str, list[float]] = {}
-        for name, value in values.items():
-            if value > 0:
-                groups.setdefault(self._kinds[name], []).append(math.log(value))
-        return {f"flerm/{what}/{kind}": math.exp(sum(logs) / len(logs)) for kind, logs in groups.items()}
 
     def _check_base(self, base: RateProfile) -> None:
         recorded = base.metadata.get("flerm", {})

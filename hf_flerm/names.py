@@ -6,6 +6,7 @@ Everything in the package is keyed by canonical name: the name in `named_paramet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -162,6 +163,24 @@ def tensor_kinds(model: nn.Module) -> dict[str, str]:
         `{canonical name: kind}`; see `tensor_places`.
     """
     return {name: place.kind for name, place in tensor_places(model).items()}
+
+
+def means_by_kind(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
+    """Take geometric means over the tensors of each kind.
+
+    Args:
+        prefix: Of the result's names.
+        values: `{canonical name: value}`; those that are not positive are left out.
+        kinds: `{canonical name: kind}`.
+
+    Returns:
+        `{prefix/kind: mean}`, as log entries are called.
+    """
+    groups: dict[str, list[float]] = {}
+    for name, value in values.items():
+        if value > 0:
+            groups.setdefault(kinds[name], []).append(math.log(value))
+    return {f"{prefix}/{kind}": math.exp(sum(logs) / len(logs)) for kind, logs in groups.items()}
 
 
 def preview(names: Iterable[str], limit: int = 5) -> str:

@@ -23,7 +23,7 @@ VOCABULARY = 32
 LENGTH = 8
 BATCH = 4
 STEPS = 6
-MEASURED = [0, 1, 2, 3, 4]  # what the default schedule measures of STEPS
+MEASURED = [0, 1, 2, 4]  # what the default schedule measures of STEPS
 
 
 class Rows(Dataset):
