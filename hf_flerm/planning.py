@@ -100,6 +100,11 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"Learning rate for all tensors: {self.learning_rate:.3g}, the base's times {self.overall}."]
+        if self.overall.is_one:
+            lines = [
+                f"Learning rate for all tensors: the base's, {self.learning_rate:.3g}; the factor that was measured, "
+                f"{self.overall}, is 1 within its noise."
+            ]
         if self.keeps:
             lines = [f"Keep your learning rate, {self.base_learning_rate:.3g}: no multiplier is beyond its noise."]
         for name, (exponent, error) in self.regimes.items():
