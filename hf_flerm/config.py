@@ -53,8 +53,7 @@ class FLeRMConfig:
         depth: How the rate of a base block goes to the m blocks that it becomes; see `map_profile`.
         pool: What log-scales are averaged over: all units of one `kind` (a name without its block's index), or not at
             all (`unit`).
-        beta: How log-scales are averaged over measurements. None: by the learning rates in force and as the evidence
-            supports. A number: the decay of a
+        beta: How log-scales are averaged over measurements. None: as the evidence supports. A number: the decay of a
             bias-corrected running average, 1 for the plain mean of all so far, 0.9 as in the paper, 0 for the latest.
         max_scale: Scales are held between its inverse and it, with a warning.
         max_change: A scale changes by at most this factor from one measurement to the next.

@@ -47,7 +47,7 @@ class Evidence:
     Attributes:
         units: Names of the units.
         steps: The steps at which was measured.
-        weights: How much each step's measurement counts: the nominal learning rate that was in force.
+        weights: How much each step's measurement says of a whole training: the nominal learning rate in force.
         logs: log(wanted rate / own rate), float64 [T, U]; nan where either was 0.
         errors: Standard errors of the logarithm of the own rate, float64 [T, U]; nan where not known.
         scales: Log-scales of the units, float64 [U]; 0 before anything could be compared.
@@ -166,8 +166,7 @@ class Evidence:
         Args:
             mapped: What is matched.
             pool: `kind` takes the mean over the units of one kind, `unit` leaves each on its own.
-            beta: None: measurements count by their weights and by what is known of their errors
-                (`random_effects_mean`), and a log-scale moves from 0 only as far as it is known: it is multiplied by
+            beta: None: measurements count by what is known of their errors (`random_effects_mean`), and a log-scale moves from 0 only as far as it is known: it is multiplied by
                 1 - variance / log-scale^2 (James and Stein), at least 0. A number: the decay of a bias-corrected
                 running average: 1 is the plain mean, 0.9 the paper's, 0 the latest alone.
             max_scale: Scales are held between its inverse and it.
@@ -180,7 +179,7 @@ class Evidence:
             return self
         members = list(_members(mapped, pool).values())
         if beta is None:
-            levels, variances = self._averaged(members)
+            levels, variances = self._averaged(members, torch.ones(len(self.steps), dtype=torch.float64))
             levels = (levels * (1 - variances / levels.square()).clamp(min=0)).nan_to_num(0.0)
         else:
             logs = self._means(members)
@@ -195,7 +194,9 @@ class Evidence:
         return replace(self, scales=scales)
 
     def levels(self, mapped: ProfileMap, pool: str) -> dict[str, tuple[float, float]]:
-        """What the evidence says of the log-scales, before they are shrunk and held in limits.
+        """What the evidence says of the log-scales of a whole training: measurements count by their weights.
+
+        The scales of a run do not: at the small learning rates of a warm-up they had better be those of then.
 
         Args:
             mapped: What is matched.
@@ -205,15 +206,15 @@ class Evidence:
             `{kind or unit: (log-scale, standard error)}` of what could be compared.
         """
         members = _members(mapped, pool)
-        levels, variances = self._averaged(list(members.values()))
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        levels, variances = self._averaged(list(members.values()), weights)
         found = zip(members, levels.tolist(), variances.sqrt().tolist(), strict=True)
         return {name: (level, error) for name, level, error in found if math.isfinite(error)}
 
-    def _averaged(self, members: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _averaged(self, members: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
         squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
         known = 2 * squares / counts.clamp(min=1) ** 2  # twice: the base was measured with errors, too
-        weights = torch.tensor(self.weights, dtype=torch.float64)
         return random_effects_mean(self._means(members), known, weights)
 
     def _means(self, members: list[list[int]]) -> Tensor:
