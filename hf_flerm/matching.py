@@ -166,9 +166,10 @@ class Evidence:
         Args:
             mapped: What is matched.
             pool: `kind` takes the mean over the units of one kind, `unit` leaves each on its own.
-            beta: None: measurements count by what is known of their errors (`random_effects_mean`), and a log-scale moves from 0 only as far as it is known: it is multiplied by
-                1 - variance / log-scale^2 (James and Stein), at least 0. A number: the decay of a bias-corrected
-                running average: 1 is the plain mean, 0.9 the paper's, 0 the latest alone.
+            beta: None: measurements count by what is known of their errors (`random_effects_mean`), and a log-scale
+                moves from 0 only as far as it is known: it is multiplied by 1 - variance / log-scale^2 (James and
+                Stein), at least 0. A number: the decay of a bias-corrected running average: 1 is the plain mean, 0.9
+                the paper's, 0 the latest alone.
             max_scale: Scales are held between its inverse and it.
             max_change: Once it is known, a scale changes by at most this factor from one measurement to the next.
 
