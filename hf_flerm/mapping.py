@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from .blocks import block_indices, names_of_kind, overlapping, stack_blocks, with_indices
 from .names import Place, preview, tensor_places, trainable_parameters
 from .rate_profile import RateProfile, RateProfileError
 
@@ -114,13 +115,13 @@ class ProfileMap:
         return RateProfile(self.base.steps, rates, self.base.metadata)
 
     def __str__(self) -> str:
-        recorded = self.base.metadata.get("shapes", {})
+        recorded = _shapes(self.base)
         rows = [("base", "target", "how")]
         for kind in dict.fromkeys(unit.kind for unit in self.units.values()):
             units = [unit for unit in self.units.values() if unit.kind == kind]
             sources = dict.fromkeys(source for unit in units for source in unit.sources)
             names = dict.fromkeys(name for unit in units for name in unit.shares)
-            before = {tuple(recorded[source]) for source in sources if source in recorded}
+            before = {recorded[source] for source in sources if source in recorded}
             after = {self.shapes[name] for name in names}
             is_joint = any(list(unit.shares.values()) != [1.0] for unit in units)
             how = "joint rate" if is_joint else "as it is" if len(sources) == len(names) else f"{self.depth} split"
@@ -135,7 +136,7 @@ class ProfileMap:
 
 
 def map_profile(
-    base: RateProfile,
+    base: RateProfile | str | os.PathLike[str],
     model: nn.Module,
     *,
     granularity: str = "tensor",
@@ -148,7 +149,7 @@ def map_profile(
     have such a tensor: the first third of the target's blocks stands where the first third of the base's did.
 
     Args:
-        base: Profile of the base run.
+        base: Profile of the base run: a `RateProfile`, a folder, a file or a repository.
         model: The target; what is mapped are its trainable parameters.
         granularity: What has a rate of its own: each `tensor`, each `module` (LoRA's A and B, a weight and its bias:
             the joint rate of what is trained of it, whatever that is), each `block`, or everything (`global`).
@@ -167,20 +168,25 @@ def map_profile(
     for value, allowed in ((granularity, GRANULARITIES), (depth, DEPTHS), (unmatched, UNMATCHED)):
         if value not in allowed:
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}.")
+    base = RateProfile.from_pretrained(base)
     parameters = trainable_parameters(model)
     places = tensor_places(model)
-    sources = {_plain(name): name for name in _rates(base, granularity)}
+    sources: dict[str, str] = {}
+    for name in _rates(base, granularity):
+        if sources.setdefault(_plain(name), name) != name:
+            raise RateProfileError(f"{_plain(name)!r} is in the profile twice, with PEFT's prefix and without: which?")
     members: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     plain = {_plain(_group(name, places[name], granularity)[0]) for name in parameters}
     for name in parameters:
         path, kind = _group(name, places[name], granularity)
-        members.setdefault((_plain(kind), _indices(_plain(path), _plain(kind))), []).append(name)
+        members.setdefault((_plain(kind), block_indices(_plain(path), _plain(kind))), []).append(name)
     units: dict[str, Unit] = {}
     used: set[str] = set()
     for kind in dict.fromkeys(kind for kind, _ in members):
-        known = _of_kind(sources, kind)
+        known = names_of_kind(sources, kind)
         targets = [indices for found, indices in members if found == kind]
-        overlaps = _overlaps(list(known), targets, same_blocks=_stack(sources, kind) == _stack(plain, kind))
+        same_blocks = stack_blocks(sources, kind) == stack_blocks(plain, kind)
+        overlaps = overlapping(known, targets, same_blocks)
         used |= {sources[known[origin]] for origin, _ in overlaps}
         for unit in _units(kind, overlaps, known, sources, members, _rates(base, granularity), depth):
             units[unit.name] = unit
@@ -242,54 +248,19 @@ def _units(
             ]
             wanted = torch.stack(pieces).sum(0) ** (1 / power)
             shares = dict.fromkeys(members[kind, key], 1.0)
-        yield Unit(_named(kind, key), kind, names, wanted, shares)
-
-
-def _overlaps(
-    base: Iterable[tuple[int, ...]], target: Iterable[tuple[int, ...]], same_blocks: bool = False
-) -> dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Fraction, Fraction]]:
-    """How blocks of two stacks overlap when both are stretched to one length, stack within stack.
-
-    Args:
-        base: The indices of blocks, outermost stack first.
-        target: The same, as deep.
-        same_blocks: Whether both outermost stacks have the same blocks: then each stands for itself, and what one side
-            does not have has no counterpart.
-
-    Returns:
-        `{(base block, target block): (part of the target block, part of the base block)}`.
-    """
-    base, target = sorted(base), sorted(target)
-    if not base or not target:
-        return {}
-    if base[0] == ():
-        return {((), ()): (Fraction(1), Fraction(1))}
-    found = {}
-    origins, copies = sorted({b[0] for b in base}), sorted({t[0] for t in target})
-    for i, origin in enumerate(origins):
-        for j, copy in enumerate(copies):
-            common = min(Fraction(i + 1, len(origins)), Fraction(j + 1, len(copies)))
-            common -= max(Fraction(i, len(origins)), Fraction(j, len(copies)))
-            of_copy, of_origin = common * len(copies), common * len(origins)
-            if same_blocks:
-                of_copy = of_origin = Fraction(origin == copy)
-            if of_copy <= 0:
-                continue
-            inner = _overlaps([b[1:] for b in base if b[0] == origin], [t[1:] for t in target if t[0] == copy])
-            for (b, t), (of_target, of_base) in inner.items():
-                found[(origin, *b), (copy, *t)] = (of_copy * of_target, of_origin * of_base)
-    return found
+        yield Unit(with_indices(kind, key), kind, names, wanted, shares)
 
 
 def _rates(base: RateProfile, granularity: str) -> Mapping[str, Tensor]:
     if granularity == "tensor":
         return base.rates
-    if granularity not in base.joint_rates:
+    found = base.joint_rates.get(granularity, {})
+    if not found or (granularity == "global" and "" not in found):
         raise RateProfileError(
             f"the profile holds no joint rates by {granularity}, only rates by tensor. Record it again with this "
             "version, or match with granularity='tensor'."
         )
-    return base.joint_rates[granularity]
+    return found
 
 
 def _group(name: str, place: Place, granularity: str) -> tuple[str, str]:
@@ -324,25 +295,11 @@ def _plain(name: str) -> str:
     return name.removeprefix(_PEFT_PREFIX)
 
 
-def _of_kind(names: Iterable[str], kind: str) -> dict[tuple[int, ...], str]:
-    pattern = re.compile(r"\.".join(r"(\d+)" if part == "*" else re.escape(part) for part in kind.split(".")))
-    matches = ((pattern.fullmatch(name), name) for name in names)
-    return {tuple(map(int, match.groups())): name for match, name in matches if match}
-
-
-def _stack(names: Iterable[str], kind: str) -> set[str]:
-    """The indices of the blocks in the outermost stack of a kind."""
-    container, is_stack, _ = kind.partition("*")
-    return {name.removeprefix(container).partition(".")[0] for name in names if is_stack and name.startswith(container)}
-
-
-def _indices(name: str, kind: str) -> tuple[int, ...]:
-    return tuple(int(part) for part, of_kind in zip(name.split("."), kind.split("."), strict=True) if of_kind == "*")
-
-
-def _named(kind: str, indices: tuple[int, ...]) -> str:
-    left = iter(indices)
-    return ".".join(str(next(left)) if part == "*" else part for part in kind.split("."))
+def _shapes(base: RateProfile) -> dict[str, tuple[int, ...]]:
+    """The shapes that a profile's metadata tells; whatever else stands there is left out."""
+    found = base.metadata.get("shapes")
+    rows = found.items() if isinstance(found, Mapping) else ()
+    return {name: tuple(row) for name, row in rows if isinstance(row, list) and all(type(n) is int for n in row)}
 
 
 def _sizes(shapes: Iterable[tuple[int, ...]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,3 +317,44 @@ def test_equalized_profiles_keep_the_mean_square() -> None:
     base = RateProfile([0, 1], {"a": [3.0, 0.0], "b": [4.0, 2.0]})
     equal = base.equalized()
     assert equal.rates["a"].tolist() == equal.rates["b"].tolist() == pytest.approx([12.5**0.5, 2.0])
+
+
+@pytest.mark.parametrize("name", ["layers.00.fc.weight", "layers.\u0663.fc.weight", f"layers.{10**30}.fc.weight"])
+def test_only_plain_indices_are_blocks(name: str) -> None:
+    """A name from a file may hold any digits; two names of one block would be mistaken for each other."""
+    rates = {**profile(Stacks(layers=1)).rates, name: torch.full((2,), 7.0)}
+    found = map_profile(RateProfile([0, 1], rates), Stacks(layers=1), unmatched="nominal")
+    assert found.unused == (name,)
+    assert found.units["layers.0.fc.weight"].rates.tolist() == rates["layers.0.fc.weight"].tolist()
+
+
+def test_a_name_with_and_without_pefts_prefix_is_refused() -> None:
+    base = RateProfile([0], {"inputs.weight": [1.0], "base_model.model.inputs.weight": [2.0]})
+    with pytest.raises(RateProfileError, match=r"'inputs.weight' is in the profile twice"):
+        map_profile(base, Stacks(layers=1), unmatched="nominal")
+
+
+@pytest.mark.parametrize("joint", [{}, {"global": {}}, {"global": {"encoder": [1.0]}}])
+def test_a_joint_rate_of_everything_must_be_there(joint: dict[str, dict[str, list[float]]]) -> None:
+    base = RateProfile([0], {"inputs.weight": [1.0]}, {}, joint)
+    for options in ({"unmatched": "global"}, {"granularity": "global"}):
+        with pytest.raises(RateProfileError, match="no joint rates by global"):
+            map_profile(base, Stacks(layers=1), **options)
+
+
+@pytest.mark.parametrize(
+    "shapes", [None, "x", 3, [1], {"inputs.weight": 3}, {"inputs.weight": [[3], {}]}, {"inputs.weight": ["3"]}]
+)
+def test_the_report_does_without_shapes_that_make_no_sense(shapes: object) -> None:
+    base = RateProfile([0], {"inputs.weight": [1.0]}, {"shapes": shapes})
+    assert "1 x ?  1 x 3x3  as it is: inputs.weight" in str(map_profile(base, Stacks(layers=1), unmatched="nominal"))
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "text"])
+def test_a_profile_may_be_given_by_its_place(tmp_path: Path, place: str) -> None:
+    base = profile(Stacks(layers=2))
+    file = base.save_pretrained(tmp_path)
+    found = map_profile({"folder": tmp_path, "file": file, "text": str(tmp_path)}[place], Stacks(layers=2))
+    assert found.base == base
+    with pytest.raises(RateProfileError, match="is no folder, no file and no repository"):
+        map_profile(tmp_path / "missing", Stacks(layers=2))
