@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,19 +14,20 @@ from torch import Tensor
 from .estimators import average_weights
 from .mapping import ProfileMap
 from .measurement import Measurement
-from .rate_profile import RateProfile, check_names
+from .rate_profile import RateProfile, RateProfileError, check_names
 
 POOLS = ("kind", "unit")
 _LEAST_VARIANCE = 1e-12  # of a measurement without error (`exact`)
 
 
 def match_rates(
-    base: RateProfile | Mapping[str, float], measured: Mapping[str, float] | Measurement
+    base: RateProfile | str | os.PathLike[str] | Mapping[str, float], measured: Mapping[str, float] | Measurement
 ) -> dict[str, float]:
     """Scales that make every tensor move the outputs as far per unit learning rate as it did in the base run.
 
     Args:
-        base: `{canonical name: rate}` of the base run, or its profile, whose first step is taken.
+        base: `{canonical name: rate}` of the base run, or its profile (an object, a folder, a file or a repository),
+            whose first step is taken.
         measured: The target's rates, with the same names.
 
     Returns:
@@ -35,7 +37,7 @@ def match_rates(
         RateProfileError: If the names differ.
     """
     rates = measured.rates if isinstance(measured, Measurement) else measured
-    wanted = base.at(0) if isinstance(base, RateProfile) else base
+    wanted = base if isinstance(base, Mapping) else RateProfile.from_pretrained(base).at(0)
     check_names(wanted, rates, "the base", "the target")
     return {name: wanted[name] / rates[name] if _positive(wanted[name], rates[name]) else 1.0 for name in wanted}
 
@@ -72,22 +74,27 @@ class Evidence:
             The evidence.
 
         Raises:
-            RateProfileError: If it is of other units.
+            RateProfileError: If it is of other units, or is no whole record.
         """
         units = tuple(mapped.measured_units)
         if record is None:
             nothing = torch.empty(0, len(units), dtype=torch.float64)
             return cls(units, (), (), nothing, nothing, torch.zeros(len(units), dtype=torch.float64))
-        check_names(record["scales"], dict.fromkeys(units), "what the checkpoint matched", "what this run matches")
-        logs, errors = (
-            torch.tensor(
-                [[math.nan if value is None else value for value in record[key][unit]] for unit in units],
-                dtype=torch.float64,
-            ).T
-            for key in ("logs", "errors")
-        )
-        scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
-        return cls(units, tuple(record["steps"]), tuple(record["weights"]), logs, errors, scales)
+        try:
+            check_names(record["scales"], dict.fromkeys(units), "what the checkpoint matched", "what this run matches")
+            steps, weights = tuple(map(int, record["steps"])), tuple(map(float, record["weights"]))
+            logs, errors = (_table(record[key], units) for key in ("logs", "errors"))
+            scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
+        except RateProfileError:
+            raise
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise _broken(repr(error)) from error
+        counts = (len(steps), len(weights), len(logs), len(errors))
+        if len(set(counts)) > 1 or logs.ndim != 2 or errors.ndim != 2 or scales.ndim != 1:
+            raise _broken(f"its steps, weights, logs and errors are {counts} rows")
+        if not bool(scales.isfinite().all()) or not _positive(*weights):
+            raise _broken("its scales must be finite, its weights positive")
+        return cls(units, steps, weights, logs, errors, scales)
 
     def record(self) -> dict[str, Any]:
         """Write as JSON can hold it; unknown numbers are None.
@@ -130,7 +137,7 @@ class Evidence:
                 rate, error = measurement.rates[name], measurement.standard_errors[name]
             wanted = mapped.base.interpolated(unit.rates, step).item()
             comparable = _positive(wanted, rate)
-            row.append((math.log(wanted / rate), error / rate) if comparable else (math.nan, math.nan))
+            row.append((math.log(wanted) - math.log(rate), error / rate) if comparable else (math.nan, math.nan))
         logs, errors = torch.tensor(row, dtype=torch.float64).T.unsqueeze(1)
         return replace(
             self,
@@ -214,8 +221,8 @@ class Evidence:
 
     def _averaged(self, members: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in members], 1)
-        squares = torch.stack([self.errors[:, index].square().nansum(1) for index in members], 1)
-        known = 2 * squares / counts.clamp(min=1) ** 2  # twice: the base was measured with errors, too
+        squares = torch.stack([self.errors[:, index].square().nanmean(1) for index in members], 1).nan_to_num()
+        known = 2 * squares / counts.clamp(min=1)  # twice: the base was measured with errors, too
         return random_effects_mean(self._means(members), known, weights)
 
     def _means(self, members: list[list[int]]) -> Tensor:
@@ -260,6 +267,18 @@ def _members(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:
 
 def _running_average(values: Tensor, beta: float) -> Tensor:
     return average_weights(len(values), beta) @ values if len(values) else values.new_zeros(())
+
+
+def _table(columns: Mapping[str, Any], units: tuple[str, ...]) -> Tensor:
+    """Float64 [T, U] from a record's columns."""
+    rows = [[math.nan if value is None else value for value in columns[unit]] for unit in units]
+    return torch.tensor(rows, dtype=torch.float64).T
+
+
+def _broken(reason: str) -> RateProfileError:
+    return RateProfileError(
+        f"the checkpoint's profile holds no whole record of its matching: {reason}. Resume from another checkpoint."
+    )
 
 
 def _positive(*rates: float) -> bool:

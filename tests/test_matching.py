@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -253,3 +254,60 @@ def test_units_are_compared_by_their_joint_rate() -> None:
     assert found.tensor_scales(logs) == pytest.approx(
         {"h.0.A": 3.0, "h.1.A": 3.0, "h.2.A": 2**-0.5, "h.3.A": 2**-0.5}, rel=1e-12
     )
+
+
+BROKEN_RECORDS = {
+    "no weights": lambda record: record.pop("weights"),
+    "too many steps": lambda record: record["steps"].append(9),
+    "a step that is no number": lambda record: record.update(steps=["first"]),
+    "a weight of 0": lambda record: record.update(weights=[0.0]),
+    "a log that is text": lambda record: record["logs"].update({"h.0.A": ["x"]}),
+    "a huge log": lambda record: record["logs"].update({"h.0.A": [10**400]}),
+    "logs of different lengths": lambda record: record["logs"].update({"h.0.A": [0.1, 0.2]}),
+    "errors of another length": lambda record: record.update(errors={name: [0.1, 0.2] for name in ONES}),
+    "a unit without errors": lambda record: record["errors"].pop("h.1.B"),
+    "a scale that is a list": lambda record: record["scales"].update({"h.0.A": [1.0]}),
+    "a scale that is not known": lambda record: record["scales"].update({"h.0.A": None}),
+    "scales that are lists": lambda record: record.update(scales={name: [0.1, 0.2] for name in ONES}),
+    "scales that are no object": lambda record: record.update(scales=[0.0]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_RECORDS)
+def test_a_broken_record_is_refused_as_such(case: str) -> None:
+    found = mapped(ONES)
+    evidence = Evidence.recorded(None, found).appended(0, found, measurement(dict.fromkeys(ONES, 2.0), 0.1))
+    record = json.loads(json.dumps(evidence.estimated(found).record()))
+    BROKEN_RECORDS[case](record)
+    with pytest.raises(RateProfileError, match=r"no whole record of its matching.*another checkpoint"):
+        Evidence.recorded(record, found)
+
+
+@pytest.mark.parametrize("record", ["x", [], 3, {}])
+def test_a_record_of_another_form_is_refused(record: Any) -> None:
+    with pytest.raises(RateProfileError, match="no whole record"):
+        Evidence.recorded(record, mapped(ONES))
+
+
+def test_rates_whose_quotient_no_float_holds_are_compared() -> None:
+    for wanted, rate in ((1e200, 1e-200), (1e-200, 1e200)):
+        found = mapped({name: [wanted] for name in ONES})
+        evidence = Evidence.recorded(None, found).appended(0, found, measurement(dict.fromkeys(ONES, rate)))
+        expected = math.log(wanted) - math.log(rate)
+        assert evidence.logs.tolist() == [[pytest.approx(expected, rel=1e-14)] * 4]
+
+
+def test_an_error_that_is_not_known_is_taken_to_be_the_others_of_its_kind() -> None:
+    """A kind with errors e and unknown has the variance of two errors e: 2 e^2 / 2, and not half of that."""
+    found, error = mapped(ONES), 0.2
+    rates = dict.fromkeys(ONES, 0.5)
+    known, partly = measurement(rates, error), measurement(rates, error)
+    partly.standard_errors.update({"h.1.A": math.nan, "h.1.B": math.nan})
+    results = [Evidence.recorded(None, found).appended(0, found, one).levels(found, "kind") for one in (known, partly)]
+    assert results[0] == results[1]
+    assert results[0]["h.*.A"] == pytest.approx((math.log(2.0), error))
+
+
+def test_match_rates_takes_the_place_of_a_profile(tmp_path: Path) -> None:
+    RateProfile([0, 1], {"a": [3.0, 5.0]}).save_pretrained(tmp_path)
+    assert match_rates(tmp_path, {"a": 4.0}) == match_rates(str(tmp_path), {"a": 4.0}) == {"a": 0.75}
