@@ -102,11 +102,16 @@ class FLeRMCallback(TrainerCallback):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the profile so far beside a checkpoint; nothing if training has not begun.
 
+        A profile that has become too large for its file is no reason to end a training: it warns.
+
         Args:
             directory: The folder.
         """
-        if self._recorded is not None:
-            self._recorded.save_pretrained(directory)
+        try:
+            if self._recorded is not None:
+                self._recorded.save_pretrained(directory)
+        except RateProfileError as error:
+            logger.warning(f"{directory} has no profile of the steps so far: {error}")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -285,15 +290,11 @@ class FLeRMCallback(TrainerCallback):
 
     def _joint_rates(self, measurement: Measurement) -> dict[str, dict[str, float]]:
         """Joint rates by module, by block and of everything."""
-        return {
-            granularity: {
-                path: rate
-                for path, (rate, _) in measurement.joint_rates(
-                    {path: dict.fromkeys(names, 1.0) for path, names in groups.items()}
-                ).items()
-            }
-            for granularity, groups in self._groups.items()
-        }
+        found = {}
+        for granularity, groups in self._groups.items():
+            joint = measurement.joint_rates({path: dict.fromkeys(names, 1.0) for path, names in groups.items()})
+            found[granularity] = {path: rate for path, (rate, _) in joint.items()}
+        return found
 
     def _set_scales(self, step_scales: StepScales) -> None:
         logs = dict(zip(self._evidence.units, self._evidence.scales.tolist(), strict=True))

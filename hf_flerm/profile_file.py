@@ -42,13 +42,22 @@ def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str,
 
     Returns:
         The same bytes for the same content.
+
+    Raises:
+        RateProfileError: If there is more JSON than a file takes.
     """
     joint = {
         granularity: {path: row.tolist() for path, row in rows.items()} for granularity, rows in joint_rates.items()
     }
     content = {_VERSION: SCHEMA_VERSION, **metadata, **({_JOINT_RATES: joint} if joint else {})}
     text = json.dumps(content, sort_keys=True, allow_nan=False)
-    return save({STEPS: steps, **rates}, metadata={_METADATA_KEY: text})
+    try:
+        return save({STEPS: steps, **rates}, metadata={_METADATA_KEY: text})
+    except SafetensorError as error:
+        raise RateProfileError(
+            f"the profile cannot be written, its JSON text of {len(text) / 1e6:.0f} MB may be more than a safetensors "
+            f"file takes: {error}. Measure less often (measure_every)."
+        ) from error
 
 
 def write_whole(folder: Path, content: bytes) -> Path:

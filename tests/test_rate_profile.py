@@ -307,6 +307,16 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(
     assert RateProfile.from_pretrained(tmp_path) == old
 
 
+def test_what_is_too_large_for_a_file_is_refused_as_such(tmp_path: Path) -> None:
+    """A safetensors header holds 100 MB at most, and everything but rates and steps is in it."""
+    old = profile()
+    old.save_pretrained(tmp_path)
+    large = profile(metadata={"text": "x" * 100_000_000})
+    with pytest.raises(RateProfileError, match=r"JSON text of 100 MB.*header too large.*measure_every"):
+        large.save_pretrained(tmp_path)
+    assert RateProfile.from_pretrained(tmp_path) == old
+
+
 def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     fsync, replace = os.fsync, os.replace

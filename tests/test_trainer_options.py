@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from training import MEASURED, assert_same_run, flerm_callback, gpt2, lora, make_trainer, recorded, train
 from transformers import GPT2LMHeadModel
 
 from hf_flerm import FLeRMConfig, RateProfileError
 from hf_flerm.names import trainable_parameters
+from hf_flerm.rate_profile import PROFILE_NAME
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,24 @@ def test_a_profile_in_the_same_units_is_taken(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig(mode="match", profile=base, metric="fisher"))
     trainer.train()
     assert set(flerm_callback(trainer).scales.values()) != {0.0}
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3}
+    plain = train(make_trainer(tmp_path / "plain", gpt2(), **options))
+
+    def too_large(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("header too large")
+
+    monkeypatch.setattr("hf_flerm.profile_file.save", too_large)
+    caplog.set_level(logging.WARNING, "hf_flerm")
+    assert_same_run(train(make_trainer(tmp_path / "recorded", gpt2(), FLeRMConfig(), **options)), plain)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    for folder in ("checkpoint-3", "checkpoint-6"):
+        assert f"{folder} has no profile of the steps so far: the profile cannot be written" in said
+        assert not (tmp_path / "recorded" / folder / PROFILE_NAME).exists()
 
 
 class Spare(GPT2LMHeadModel):

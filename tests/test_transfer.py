@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW, Optimizer
 from training import Rows, gpt2
 from transformers import TrainingArguments
 
@@ -96,11 +96,15 @@ def test_adapters_to_all_weights(tmp_path: Path, granularity: str) -> None:
     assert len({scales[name] for name in scales if within in name}) == 1  # one kind
 
 
-def test_frozen_tensors_stay_as_they_are_bit_by_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", [SGD, AdamW])
+def test_frozen_tensors_stay_as_they_are_bit_by_bit(tmp_path: Path, optimizer: type[Optimizer]) -> None:
+    """Weight decay included, whether it is decoupled or goes through the gradient."""
     base = recorded(tmp_path, lora())
     model = gpt2()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    matched(tmp_path, model, base, granularity="module", unmatched="freeze")
+    config = FLeRMConfig(mode="match", profile=base, granularity="module", unmatched="freeze")
+    decaying = optimizer(model.parameters(), lr=1e-2, weight_decay=0.1)
+    trainer_of(tmp_path, model, config, optimizer=decaying).train()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("attn.c_attn" not in name), name
 
