@@ -272,7 +272,7 @@ def _running_average(values: Tensor, beta: float) -> Tensor:
 def _table(columns: Mapping[str, Any], units: tuple[str, ...]) -> Tensor:
     """Float64 [T, U] from a record's columns."""
     rows = [[math.nan if value is None else value for value in columns[unit]] for unit in units]
-    return torch.tensor(rows, dtype=torch.float64).T
+    return torch.tensor(rows, dtype=torch.float64).transpose(0, 1)
 
 
 def _broken(reason: str) -> RateProfileError:

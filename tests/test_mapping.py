@@ -10,7 +10,14 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_flerm import RateProfile, RateProfileError, map_profile, measure_rates
 from hf_flerm.mapping import DEPTHS, GRANULARITIES, joint_groups
@@ -358,3 +365,120 @@ def test_a_profile_may_be_given_by_its_place(tmp_path: Path, place: str) -> None
     assert found.base == base
     with pytest.raises(RateProfileError, match="is no folder, no file and no repository"):
         map_profile(tmp_path / "missing", Stacks(layers=2))
+
+
+class Nested(nn.Module):
+    """outer.i.inner.j.weight, with inner stacks of the depths given."""
+
+    def __init__(self, *depths: int) -> None:
+        super().__init__()
+        stacks = (nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(depth)) for depth in depths)
+        self.outer = nn.ModuleList(nn.ModuleDict({"inner": stack}) for stack in stacks)
+
+
+def test_stacks_within_stacks_have_ratios_of_their_own() -> None:
+    found = map_profile(profile(Nested(1, 2)), Nested(2, 4)).units
+    assert {
+        name.removeprefix("outer."): {n.removeprefix("outer."): share for n, share in unit.shares.items()}
+        for name, unit in found.items()
+    } == {
+        "0.inner.0.weight": {"0.inner.0.weight": 1.0, "0.inner.1.weight": 1.0},
+        "1.inner.0.weight": {"1.inner.0.weight": 1.0, "1.inner.1.weight": 1.0},
+        "1.inner.1.weight": {"1.inner.2.weight": 1.0, "1.inner.3.weight": 1.0},
+    }
+
+
+@pytest.mark.parametrize(("depth", "power"), [("equal", 1), ("sqrt", 2)])
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (2, 4)), ((2, 2), (3,)), ((1, 3), (2, 2, 2))])
+def test_totals_are_kept_in_stacks_within_stacks(
+    before: tuple[int, ...], after: tuple[int, ...], depth: str, power: int
+) -> None:
+    base = profile(Nested(*before))
+    split = map_profile(base, Nested(*after), depth=depth).profile
+    torch.testing.assert_close(
+        kind_totals(split, power, "outer"), kind_totals(base, power, "outer"), rtol=1e-12, atol=0
+    )
+    joint = map_profile(base, Nested(*after))
+    totals = dict.fromkeys(joint.shapes, 0.0)
+    for unit in joint.units.values():
+        for name, share in unit.shares.items():
+            totals[name] += share
+    assert totals == pytest.approx(dict.fromkeys(totals, 1.0))
+
+
+def test_copies_have_the_rate_itself_and_a_block_of_two_their_mean() -> None:
+    base = profile(Stacks(layers=2))
+    first, second = (base.rates[f"layers.{block}.fc.weight"] for block in range(2))
+    copied = map_profile(base, Stacks(layers=3), depth="copy").profile
+    for block, expected in enumerate((first, (first + second) / 2, second)):
+        torch.testing.assert_close(copied.rates[f"layers.{block}.fc.weight"], expected, rtol=1e-12, atol=0)
+    (merged,) = (
+        unit.rates
+        for name, unit in map_profile(base, Stacks(layers=1), depth="copy").units.items()
+        if name == "layers.0.fc.weight"
+    )
+    torch.testing.assert_close(merged, (first + second) / 2, rtol=1e-12, atol=0)
+
+
+def test_a_block_is_all_that_lies_in_it() -> None:
+    base = profile(Stacks(layers=2))
+    assert set(base.joint_rates["block"]) == {"inputs", "layers.0", "layers.1"}
+    found = map_profile(base, Stacks(layers=4), granularity="block").units
+    assert {name: list(unit.shares.values()) for name, unit in found.items()} == {
+        "inputs": [1.0] * 2,
+        "layers.0": [1.0] * 4,
+        "layers.1": [1.0] * 4,
+    }
+    assert set(found["layers.1"].shares) == {f"layers.{i}.fc.{part}" for i in (2, 3) for part in ("weight", "bias")}
+
+
+def test_what_only_one_side_has_is_an_error_too() -> None:
+    with pytest.raises(RateProfileError, match=r"only in the profile \[\]; only in the model \[more"):
+        map_profile(profile(Stacks(layers=1)), Stacks(layers=1, more=1))
+    with pytest.raises(RateProfileError, match=r"only in the profile \[more.*\]; only in the model \[\]"):
+        map_profile(profile(Stacks(layers=1, more=1)), Stacks(layers=1))
+
+
+def test_everything_is_needed_only_for_what_is_unmatched() -> None:
+    bare = RateProfile([0], {name: [1.0] for name in trainable_parameters(Stacks(layers=1))})
+    found = map_profile(bare, Stacks(layers=1), unmatched="global")
+    assert set(found.measured_units) == set(found.units) == set(bare.rates)
+
+
+def test_names_are_taken_by_the_letter() -> None:
+    """No part of a name is a pattern, and no name stands for one that goes on after it."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h = nn.ModuleList(
+                nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in ("w+", "a", "a2")}) for _ in range(2)
+            )
+
+    base = profile(Odd())
+    found = map_profile(base, Odd())
+    assert {name: unit.sources for name, unit in found.units.items()} == {name: (name,) for name in base.rates}
+
+
+def test_the_report_names_the_split() -> None:
+    report = str(map_profile(profile(Stacks(layers=2)), Stacks(layers=4), depth="sqrt"))
+    assert "2 x 3x3  4 x 3x3  sqrt split: layers.*.fc.weight" in report
+    assert "1 x 3x3  1 x 3x3  as it is: inputs.weight" in report
+
+
+def test_conv1d_adapters_of_other_depth_and_rank() -> None:
+    def adapted(rank: int, layers: int) -> nn.Module:
+        sizes = {"n_embd": 8, "n_head": 2, "vocab_size": 16, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+        config = LoraConfig(r=rank, target_modules=["c_attn"], fan_in_fan_out=True)
+        return get_peft_model(GPT2LMHeadModel(GPT2Config(n_layer=layers, **sizes)), config)
+
+    base = profile(adapted(2, 2))
+    found = map_profile(base, adapted(4, 4))
+    prefix = "base_model.model.transformer.h"
+    assert {unit.sources: set(unit.shares) for unit in found.units.values()} == {
+        (f"{prefix}.{i}.attn.c_attn.lora_{side}.weight",): {
+            f"{prefix}.{2 * i + copy}.attn.c_attn.lora_{side}.weight" for copy in range(2)
+        }
+        for i in range(2)
+        for side in "AB"
+    }

@@ -262,6 +262,9 @@ BROKEN_RECORDS = {
     "a step that is no number": lambda record: record.update(steps=["first"]),
     "a weight of 0": lambda record: record.update(weights=[0.0]),
     "a log that is text": lambda record: record["logs"].update({"h.0.A": ["x"]}),
+    "logs within logs": lambda record: record.update(logs={name: [[0.1]] for name in ONES}),
+    "a scale without end": lambda record: record["scales"].update({"h.0.A": math.inf}),
+    "a weight without end": lambda record: record.update(weights=[math.inf]),
     "a huge log": lambda record: record["logs"].update({"h.0.A": [10**400]}),
     "logs of different lengths": lambda record: record["logs"].update({"h.0.A": [0.1, 0.2]}),
     "errors of another length": lambda record: record.update(errors={name: [0.1, 0.2] for name in ONES}),
@@ -311,3 +314,63 @@ def test_an_error_that_is_not_known_is_taken_to_be_the_others_of_its_kind() -> N
 def test_match_rates_takes_the_place_of_a_profile(tmp_path: Path) -> None:
     RateProfile([0, 1], {"a": [3.0, 5.0]}).save_pretrained(tmp_path)
     assert match_rates(tmp_path, {"a": 4.0}) == match_rates(str(tmp_path), {"a": 4.0}) == {"a": 0.75}
+
+
+def test_a_share_of_a_tensor_has_that_share_of_its_rate() -> None:
+    """Four base blocks to two: half of each target block's update has the rate of one base block."""
+    rates = {"h.0.A": [1.0], "h.1.A": [4.0], "h.2.A": [3.0], "h.3.A": [3.0]}
+    found = map_profile(RateProfile([0], rates), Blocks(2, "A"))
+    measured = measurement({"h.0.A": 0.5, "h.1.A": 2.0})
+    evidence = Evidence.recorded(None, found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
+    logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
+    wanted = {"h.0.A": 1.0 / 0.25, "h.1.A": 4.0 / 0.25, "h.2.A": 3.0, "h.3.A": 3.0}
+    assert {name: math.exp(log) for name, log in logs.items()} == pytest.approx(wanted, rel=1e-12)
+    assert found.tensor_scales(logs) == pytest.approx({"h.0.A": math.sqrt(4.0 * 16.0), "h.1.A": 3.0}, rel=1e-12)
+
+
+def test_scales_of_a_run_do_not_weigh_measurements_by_the_learning_rate() -> None:
+    found = mapped(ONES)
+    results = []
+    for weights in ((1.0, 1.0), (1e-3, 1.0)):
+        evidence = Evidence.recorded(None, found)
+        for step, rate in enumerate((0.9, 0.4)):
+            evidence = evidence.appended(step, found, measurement(dict.fromkeys(ONES, rate), 0.1), weights[step])
+        results.append(evidence.estimated(found).scales.tolist())
+    assert results[0] == results[1]
+    assert results[0][0] > 0
+
+
+def test_levels_leave_out_what_could_not_be_compared() -> None:
+    found = mapped(ONES)
+    rates = {"h.0.A": 0.0, "h.1.A": 0.0, "h.0.B": 0.5, "h.1.B": 0.5}
+    levels = Evidence.recorded(None, found).appended(0, found, measurement(rates, 0.1)).levels(found, "kind")
+    assert set(levels) == {"h.*.B"}
+
+
+def test_scatter_beyond_the_known_errors_adds_to_them() -> None:
+    """Two measurements, 0 and 2, of known variances 0.1 and 0.5, that count 1 and 3: every step by hand."""
+    values = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+    known = torch.tensor([[0.1], [0.5]], dtype=torch.float64)
+    mean, variance = random_effects_mean(values, known, torch.tensor([1.0, 3.0], dtype=torch.float64))
+    scatter = (1 * 1.5**2 + 3 * 0.5**2) / (4 - 10 / 4)
+    beyond = scatter - (1 * 0.1 + 3 * 0.5) / 4
+    precisions = [1 / (0.1 + beyond), 3 / (0.5 + beyond)]
+    assert mean.item() == pytest.approx(2 * precisions[1] / sum(precisions), rel=1e-12)
+    spread = (precisions[0] ** 2 * (0.1 + beyond) + precisions[1] ** 2 * (0.5 + beyond)) / sum(precisions) ** 2
+    assert variance.item() == pytest.approx(spread, rel=1e-12)
+
+
+def test_known_errors_alone_are_averaged_as_well_as_by_their_inverse_variances() -> None:
+    """Simulated without scatter, where the best mean is known: the mean squared error is its variance, 1 / sum(1/v)."""
+    generator, repeats, count = torch.Generator().manual_seed(0), 2000, 30
+    known = torch.tensor([0.01, 0.09] * (count // 2), dtype=torch.float64).unsqueeze(1).expand(count, 8)
+    squares = []
+    for _ in range(repeats):
+        noise = torch.randn(count, 8, generator=generator, dtype=torch.float64) * known.sqrt()
+        mean, _ = random_effects_mean(noise, known, torch.ones(count))
+        squares.append(mean.square().mean())
+    best = 1 / (1 / known[:, 0]).sum().item()
+    plain = known[:, 0].sum().item() / count**2
+    loss = torch.stack(squares)
+    error = (loss.std() / math.sqrt(repeats)).item()
+    assert best - 4 * error < loss.mean().item() < (best + plain) / 2, "the plain mean would have the variance `plain`"
