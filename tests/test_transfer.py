@@ -175,3 +175,24 @@ def test_warm_up_at_zero_is_made_up_for(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.rate_profile.steps.tolist() == [1]
     assert all(math.isfinite(rate) for rate in trainer.rate_profile.at(1).values())
+
+
+def test_measurements_weigh_as_the_learning_rate_in_force(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    evidence = matched(tmp_path, gpt2(), base).flerm_callback.evidence
+    assert evidence.steps == (0, 1, 2)
+    assert evidence.weights == pytest.approx([1e-2 * (1 - step / 4) for step in evidence.steps], rel=1e-12)
+
+
+def test_a_base_that_jumps_is_followed_by_max_change(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2(), max_steps=2)
+    jump = {name: rates * torch.tensor([1.0, 100.0]) for name, rates in base.rates.items()}
+    config = {"profile": RateProfile(base.steps, jump), "beta": 0.0, "max_change": 1.5, "measure_steps": (0, 1)}
+    first, second = (
+        trainer_of(tmp_path, gpt2(), FLeRMConfig(mode="match", **config), max_steps=steps) for steps in (1, 2)
+    )
+    first.train()
+    second.train()
+    before, after = first.flerm_callback.scales, second.flerm_callback.scales
+    changes = {name: after[name] / before[name] for name in after}
+    assert changes == pytest.approx(dict.fromkeys(after, 1.5), rel=1e-9)
