@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import block_indices, names_of_kind, overlapping, stack_blocks, with_indices
-from .names import Place, preview, tensor_places, trainable_parameters
+from .names import Place, preview, tensor_places, trainable_parameters, without_prefix
 from .rate_profile import RateProfile, RateProfileError
 
 GRANULARITIES = ("tensor", "module", "block", "global")
 DEPTHS = ("joint", "equal", "sqrt", "copy")
 UNMATCHED = ("error", "global", "nominal", "freeze")
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class ProfileMap:
         return RateProfile(self.base.steps, rates, self.base.metadata)
 
     def __str__(self) -> str:
-        recorded = _shapes(self.base)
+        recorded = recorded_shapes(self.base)
         rows = [("base", "target", "how")]
         for kind in dict.fromkeys(unit.kind for unit in self.units.values()):
             units = [unit for unit in self.units.values() if unit.kind == kind]
@@ -173,13 +172,17 @@ def map_profile(
     places = tensor_places(model)
     sources: dict[str, str] = {}
     for name in _rates(base, granularity):
-        if sources.setdefault(_plain(name), name) != name:
-            raise RateProfileError(f"{_plain(name)!r} is in the profile twice, with PEFT's prefix and without: which?")
+        if sources.setdefault(without_prefix(name), name) != name:
+            raise RateProfileError(
+                f"{without_prefix(name)!r} is in the profile twice, with PEFT's prefix and without: which?"
+            )
     members: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    plain = {_plain(_group(name, places[name], granularity)[0]) for name in parameters}
+    plain = {without_prefix(_group(name, places[name], granularity)[0]) for name in parameters}
     for name in parameters:
         path, kind = _group(name, places[name], granularity)
-        members.setdefault((_plain(kind), block_indices(_plain(path), _plain(kind))), []).append(name)
+        members.setdefault(
+            (without_prefix(kind), block_indices(without_prefix(path), without_prefix(kind))), []
+        ).append(name)
     units: dict[str, Unit] = {}
     used: set[str] = set()
     for kind in dict.fromkeys(kind for kind, _ in members):
@@ -291,12 +294,15 @@ def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
     return groups
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX)
+def recorded_shapes(base: RateProfile) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a base's tensors.
 
+    Args:
+        base: Its profile.
 
-def _shapes(base: RateProfile) -> dict[str, tuple[int, ...]]:
-    """The shapes that a profile's metadata tells; whatever else stands there is left out."""
+    Returns:
+        `{canonical name: shape}`, of those that the metadata tells; whatever else stands there is left out.
+    """
     found = base.metadata.get("shapes")
     rows = found.items() if isinstance(found, Mapping) else ()
     return {name: tuple(row) for name, row in rows if isinstance(row, list) and all(type(n) is int for n in row)}

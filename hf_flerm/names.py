@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+_PEFT_PREFIX = "base_model.model."
 _WRAPPER_COMPONENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -163,6 +164,18 @@ def tensor_kinds(model: nn.Module) -> dict[str, str]:
         `{canonical name: kind}`; see `tensor_places`.
     """
     return {name: place.kind for name, place in tensor_places(model).items()}
+
+
+def without_prefix(name: str) -> str:
+    """Take PEFT's prefix off a name or a kind, so that adapters and plain models have names in common.
+
+    Args:
+        name: A canonical name, or a part of one.
+
+    Returns:
+        The name in the model that PEFT wraps.
+    """
+    return name.removeprefix(_PEFT_PREFIX)
 
 
 def means_by_kind(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -56,7 +56,7 @@ class Plan:
     Attributes:
         base_learning_rate: The base's.
         overall: What to multiply it by if all tensors have one learning rate.
-        multipliers: `{kind: factor}` if each kind has its own, as `FLeRMTrainer` sets them.
+        multipliers: `{kind: factor}` if each kind of tensor has its own.
         change: How the target differs from the base.
         mapped: Which of the base's rates stand for which tensors.
         steps: Steps that were trained on the copy.
@@ -110,7 +110,7 @@ class Plan:
         for name, (exponent, error) in self.regimes.items():
             regime = f"{name}-invariant" if abs(exponent) <= max(_NOISE * error, 0.05) else f"{name}^{exponent:.2f}"
             lines.append(f"It goes as {regime} (exponent {exponent:.2f} ± {error:.2f}).")
-        lines += ["", "Multipliers by kind of tensor, as FLeRMTrainer sets them:"]
+        lines += ["", "Multipliers, if each kind of tensor has its own:"]
         lines += [f"  {multiplier!s:>20}  {kind}" for kind, multiplier in sorted(self.multipliers.items())]
         lines += ["", "The rules of the field:"] if self.rules else []
         lines += [f"  {rate:.3g}  {rule.text} ({rule.source})" for rule, rate in self.rules]
@@ -160,9 +160,13 @@ def plan(
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")
     base_rate = base.metadata.get("training_arguments", {}).get("learning_rate") or args.learning_rate
-    settings = copy.copy(config or FLeRMConfig())
-    settings.mode, settings.profile, settings.granularity = "match", base, "global"
-    settings.measure_steps = tuple(step for step in range(steps) if _is_measured(step, steps))
+    settings = replace(
+        config or FLeRMConfig(),
+        mode="match",
+        profile=base,
+        granularity="global",
+        measure_steps=[step for step in range(steps) if _is_measured(step, steps)],
+    )
     device = next(model.parameters()).device
     with kept_random_state(device), tempfile.TemporaryDirectory() as scratch:
         replica = copy.deepcopy(model)

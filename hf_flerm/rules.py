@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from .names import tensor_kinds, trainable_parameters
-from .rate_profile import RateProfile
+from .mapping import recorded_shapes
+from .names import resolve_names, tensor_kinds, trainable_parameters, without_prefix
+from .rate_profile import RateProfile, RateProfileError
 
 _LORA_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
-_SHARED_WITH = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
     """
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
-    after = _shapes({name: tuple(p.shape) for name, p in parameters.items()}, kinds)
-    before = _shapes(base.metadata.get("shapes", {}), base.metadata.get("kinds", {}))
+    after = _by_kind({name: tuple(p.shape) for name, p in parameters.items()}, kinds)
+    before = _by_kind(recorded_shapes(base), base.metadata.get("kinds"))
     common = before.keys() & after.keys()
     widths, ranks = [], []
     for kind in common:
@@ -129,7 +130,8 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
             ranks.append(ratios.pop(rank_dim))
         widths.append(max(ratios) if len(ratios) == 1 else (ratios[0] * ratios[1]) ** 0.5)
     depths = [len(after[kind]) / len(before[kind]) for kind in common if "*" in kind]
-    old_adapter = next(iter(base.metadata.get("adapters", {}).values()), None)
+    adapters = base.metadata.get("adapters")
+    old_adapter = next(iter(adapters.values()), None) if isinstance(adapters, Mapping) else None
     new_adapter = next((config.to_dict() for config in getattr(model, "peft_config", {}).values()), None)
     return Change(
         width=median(widths) if widths else 1.0,
@@ -144,8 +146,7 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
 def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, **options: Any) -> list[dict[str, Any]]:
     """Param groups by muP's learning-rate rule for AdamW: hidden matrices at lr / width, everything else at lr.
 
-    A baseline, to compare with. Hidden is a matrix both of whose sizes differ from the base's, or that lies in a
-    repeated block.
+    A baseline, to compare with. Hidden are the matrices of repeated blocks, and others both of whose sizes have grown.
 
     Args:
         model: The target.
@@ -155,33 +156,34 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
 
     Returns:
         Groups for an optimizer; source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 8.
+
+    Raises:
+        RateProfileError: If the profile does not tell the shape of a tensor of the model.
     """
-    kinds = tensor_kinds(model)
-    before = _shapes(base.metadata.get("shapes", {}), base.metadata.get("kinds", {}))
+    parameters, kinds = trainable_parameters(model), tensor_kinds(model)
+    before = _by_kind(recorded_shapes(base), base.metadata.get("kinds"))
     groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in trainable_parameters(model).items():
-        kind = kinds[name].removeprefix(_SHARED_WITH)
-        old = before[kind][0] if kind in before else tuple(parameter.shape)
-        ratios = [b / a for a, b in zip(old, parameter.shape, strict=True)]
+    for (name, path), parameter in zip(resolve_names(model, parameters).items(), parameters.values(), strict=True):
+        kind = without_prefix(kinds[name])
+        if kind not in before or len(before[kind][0]) != parameter.ndim:
+            raise RateProfileError(
+                f"the profile does not tell what shape {name!r} (here {tuple(parameter.shape)}) had in the base. "
+                "Record a base of the same architecture."
+            )
+        ratios = [new / old for old, new in zip(before[kind][0], parameter.shape, strict=True)]
         is_hidden = parameter.ndim == 2 and ("*" in kind or min(ratios) > 1)
-        fan_in = _fan_in(model, name)
+        fan_in = 0 if isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D) else 1
         groups.setdefault(1 / ratios[fan_in] if is_hidden else 1.0, []).append(parameter)
     return [{"params": tensors, "lr": learning_rate * factor, **options} for factor, tensors in groups.items()]
 
 
-def _fan_in(model: nn.Module, name: str) -> int:
-    """The input dimension of a matrix: the second, but for GPT-2's `Conv1D`."""
-    path = name.rpartition(".")[0]
-    module = dict(model.named_modules()).get(path)
-    return 0 if type(module).__name__ == "Conv1D" else 1
-
-
-def _shapes(shapes: Mapping[str, Iterable[int]], kinds: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes by kind, without PEFT's prefix."""
+def _by_kind(shapes: Mapping[str, tuple[int, ...]], kinds: object) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes by kind, without PEFT's prefix; where a kind is not known, every number in a name is a block's."""
+    known = kinds if isinstance(kinds, Mapping) else {}
     found: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        kind = kinds.get(name) or re.sub(r"\.\d+\.", ".*.", name)
-        found.setdefault(kind.removeprefix(_SHARED_WITH), []).append(tuple(shape))
+        kind = str(known.get(name) or re.sub(r"\.\d+(?=\.)", ".*", name))
+        found.setdefault(without_prefix(kind), []).append(shape)
     return found
 
 

@@ -18,7 +18,7 @@ from training import Rows, gpt2
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, mup_param_groups, plan
+from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, RateProfileError, mup_param_groups, plan
 from hf_flerm.cli import app
 from hf_flerm.names import trainable_parameters
 from hf_flerm.planning import Multiplier, Plan
@@ -156,6 +156,21 @@ def test_mup_slows_down_the_matrices_of_blocks_alone(tmp_path: Path) -> None:
         hidden = ".h." in name and parameter.ndim == 2
         assert rates[id(parameter)] == pytest.approx(1e-3 / 4 if hidden else 1e-3), name
     assert all(group["weight_decay"] == 0.1 for group in groups)
+
+
+def test_mup_asks_for_the_bases_shapes(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    bare = RateProfile(base.steps, base.rates)
+    with pytest.raises(RateProfileError, match=r"does not tell what shape 'transformer\.wte\.weight'"):
+        mup_param_groups(gpt2(width=64), bare, 1e-3)
+    with pytest.raises(RateProfileError, match="does not tell what shape 'base_model"):
+        mup_param_groups(lora(), base, 1e-3)
+
+
+def test_metadata_of_another_form_tell_no_change(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    hostile = {"shapes": [1], "kinds": "all", "adapters": [2]}
+    assert change_between(RateProfile(base.steps, base.rates, hostile), gpt2(width=32)) == Change()
 
 
 def test_the_command_line_plans(tmp_path: Path) -> None:

@@ -196,3 +196,24 @@ def test_a_base_that_jumps_is_followed_by_max_change(tmp_path: Path) -> None:
     before, after = first.flerm_callback.scales, second.flerm_callback.scales
     changes = {name: after[name] / before[name] for name in after}
     assert changes == pytest.approx(dict.fromkeys(after, 1.5), rel=1e-9)
+
+
+class SkipsOnce(SGD):
+    """Its first step moves nothing, as where gradients overflowed."""
+
+    skipped = False
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.skipped:
+            self.skipped = True
+            return None
+        return super().step(closure)
+
+
+def test_a_step_that_moved_nothing_is_made_up_for(tmp_path: Path) -> None:
+    model = gpt2()
+    optimizer = SkipsOnce(model.parameters(), lr=1e-2)
+    trainer = trainer_of(tmp_path, model, FLeRMConfig(measure_steps=(0, 3)), optimizer=optimizer)
+    trainer.train()
+    assert trainer.rate_profile.steps.tolist() == [1, 3]
+    assert any(rate > 0 for rate in trainer.rate_profile.at(1).values())

@@ -106,15 +106,21 @@ SCRATCH = grid(1e-3, 1.78e-2)
 ADAPTER = grid(1e-3, 1e-2)
 
 
+def _grown(
+    name: str,
+    model: Callable[..., nn.Module],
+    claim: str,
+    rule: Rule | None,
+    small: Mapping[str, Any],
+    grown: Mapping[str, Any],
+    **options: Any,
+) -> Axis:
+    """From scratch: a small model, and the same with some options changed."""
+    return Axis(name, Side(model, small, SCRATCH), Side(model, {**small, **grown}, SCRATCH), claim, rule, **options)
+
+
 def _decoder(name: str, claim: str, rule: Rule | None, grown: Mapping[str, Any], **both: Any) -> Axis:
-    small = {"width": 32, "depth": 2, **both}
-    return Axis(
-        f"decoder-{name}",
-        Side(models.decoder, small, SCRATCH),
-        Side(models.decoder, {**small, **grown}, SCRATCH),
-        claim,
-        rule,
-    )
+    return _grown(f"decoder-{name}", models.decoder, claim, rule, {"width": 32, "depth": 2, **both}, grown)
 
 
 def _lora(
@@ -139,40 +145,43 @@ def _optimizer(name: str, claim: str, first: float, last: float, rule: Rule | No
 
 def _axes() -> list[Axis]:
     return [
-        Axis(
+        _grown(
             "gpt2-width",
-            Side(models.gpt2, {"width": 32, "depth": 2}, SCRATCH),
-            Side(models.gpt2, {"width": 128, "depth": 2}, SCRATCH),
+            models.gpt2,
             "muP: under standard parametrization the best lr falls with width",
             WIDER,
+            {"width": 32, "depth": 2},
+            {"width": 128},
         ),
-        Axis(
+        _grown(
             "gpt2-depth",
-            Side(models.gpt2, {"width": 48, "depth": 2}, SCRATCH),
-            Side(models.gpt2, {"width": 48, "depth": 8}, SCRATCH),
+            models.gpt2,
             "depth-muP: the best lr falls with depth, as 1 / sqrt(depth)",
             DEEPER,
+            {"width": 48, "depth": 2},
+            {"depth": 8},
         ),
         _decoder("width-pre", "muP: the best lr falls with width", WIDER, {"width": 128}),
         _decoder("depth-pre", "the best lr falls with depth", DEEPER, {"depth": 8}),
         _decoder("depth-post", "the best lr falls with depth, fast: post-norm", DEEPER, {"depth": 8}, norm="post"),
         _decoder(
             "depth-pre_post_mod",
-            "FLeRM paper: 1 / sqrt(depth) on normalized branches; the best lr still moves",
+            "normalized branches / sqrt(depth), as in the FLeRM paper, are meant to keep the best lr",
             DEEPER,
             {"depth": 8},
             norm="pre_post_mod",
         ),
         _decoder("depth-qk", "normalized queries and keys keep large lrs stable", DEEPER, {"depth": 8}, qk_norm=True),
-        _decoder("init", "FLeRM paper: bigger weights want a bigger lr", None, {"init_scale": 4.0}),
+        _decoder("init", "bigger weights want a bigger lr", None, {"init_scale": 4.0}),
         *(
-            Axis(
+            _grown(
                 f"resmlp-{name}",
-                Side(models.resmlp, {"width": 32, "depth": 2}, SCRATCH),
-                Side(models.resmlp, {"width": 32, "depth": 2, **grown}, SCRATCH),
+                models.resmlp,
                 claim,
                 rule,
-                models.context_data,
+                {"width": 32, "depth": 2},
+                grown,
+                data=models.context_data,
                 steps=300,
                 batch_size=128,
             )
@@ -196,7 +205,7 @@ def _axes() -> list[Axis]:
         ),
         _lora(
             "lora-dora",
-            "DoRA paper: LoRA's lr or a little less",
+            "the same modules, so LoRA's lr",
             target=Side(workload.lora, {"rank": 8, "use_dora": True}, ADAPTER),
             flerm=BY_MODULE,
         ),
