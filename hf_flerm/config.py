@@ -146,18 +146,19 @@ class FLeRMConfig:
                 )
             self.measure_steps = tuple(sorted(set(steps)))
 
-    def measures_at(self, step: int) -> bool:
-        """Tell whether a step is measured.
+    def last_asked(self, step: int) -> int | None:
+        """Find the latest step that the schedule wants measured.
 
         Args:
             step: Optimizer step, 0 = the first update.
 
         Returns:
-            Whether it is.
+            That step or one before it; None if none is wanted so early.
         """
-        if self.measure_steps is not None:
-            return step in self.measure_steps
-        return step % self.measure_every == 0 or step in _EARLY_STEPS
+        asked = self.measure_steps
+        if asked is None:
+            asked = (*_EARLY_STEPS, step - step % self.measure_every)
+        return max((wanted for wanted in asked if wanted <= step), default=None)
 
     def to_json_string(self) -> str:
         """Write as JSON.

@@ -160,20 +160,18 @@ def _part(optimizer: Optimizer, state_dict: dict[str, Any], counts: Sequence[int
     if [len(group["params"]) for group in groups] != list(counts):
         return state_dict
     own = [group[GROUP_KEY] for group in optimizer.param_groups]
-    saved = [name for group in groups for name in group.get(NAMES_KEY, ())]
-    if saved and saved != own:
+    indices = [index for group in groups for index in group["params"]]
+    saved = [name for group in groups for name in group.get(NAMES_KEY, ())] or own
+    if set(saved) != set(own):
         raise ValueError(
-            "the optimizer's checkpoint belongs to tensors in another order: it has "
-            f"{preview(set(saved) - set(own)) if set(saved) != set(own) else saved}, this optimizer {own}. "
-            "Resume with the model that was saved."
+            f"the optimizer's checkpoint belongs to other tensors: only it has {preview(set(saved) - set(own))}, only "
+            f"this optimizer {preview(set(own) - set(saved))}. Resume with the model that was saved."
         )
-    parted = [
-        {key: _copy(value) for key, value in group.items() if key != NAMES_KEY} | {"params": [index]}
-        for group in groups
-        for index in group["params"]
-    ]
-    named = [{**group, GROUP_KEY: name} for group, name in zip(parted, own, strict=True)]
-    return {**state_dict, "param_groups": named}
+    parted = {
+        name: {key: _copy(value) for key, value in group.items() if key != NAMES_KEY} | {"params": [index]}
+        for name, index, group in zip(saved, indices, (g for g in groups for _ in g["params"]), strict=True)
+    }
+    return {**state_dict, "param_groups": [{**parted[name], GROUP_KEY: name} for name in own]}
 
 
 class StepScales:

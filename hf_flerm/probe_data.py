@@ -61,6 +61,18 @@ class ProbeData:
         self._examples = examples
         self._collate = dataloader.collate_fn
 
+    def halve(self) -> bool:
+        """Take half as many examples at a time, and twice as many batches.
+
+        Returns:
+            Whether there was anything to halve.
+        """
+        if self.batch_size == 1:
+            return False
+        self.batch_size //= 2
+        self.num_batches *= 2
+        return True
+
     def batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         """Draw the batches of one measurement.
 

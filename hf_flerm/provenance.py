@@ -11,6 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from .config import FLeRMConfig
+from .probe_data import ProbeData
+from .rate_profile import RateProfile, RateProfileError
+
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
 _RECORDED_ARGUMENTS = (
     "learning_rate",
@@ -63,6 +67,52 @@ def provenance(
         }
     )
     return description
+
+
+def measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
+    """Describe how rates are measured.
+
+    Args:
+        config: A run's.
+        probe_data: What it probes with.
+
+    Returns:
+        What JSON can hold.
+    """
+    return {
+        "mode": config.mode,
+        "estimator": config.estimator,
+        **_units(config),
+        "probes": probe_data.num_batches,
+        "probes_per_batch": config.probes_per_batch,
+        "probe_batch_size": probe_data.batch_size,
+        "seed": config.seed,
+    }
+
+
+def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
+    """Refuse a profile whose rates are rates of something else than a run's.
+
+    Args:
+        profile: Was recorded before.
+        config: The run's.
+        which: What to call the profile in the message.
+
+    Raises:
+        RateProfileError: If output, positions or metric differ.
+    """
+    recorded = profile.metadata.get("flerm", {})
+    for name, value in _units(config).items():
+        if recorded.get(name, value) != value:
+            raise RateProfileError(
+                f"{which} was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
+                "their rates cannot be compared. Use the profile's."
+            )
+
+
+def _units(config: FLeRMConfig) -> dict[str, str]:
+    output = "callable" if callable(config.output) else config.output or "logits"
+    return {"output": output, "positions": config.positions, "metric": config.metric}
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,13 @@ class FLeRMTrainer(Trainer):
         """The rates that this run has measured so far."""
         return self._flerm.rate_profile
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; whatever ends it, the optimizer is left as a plain one."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._flerm.close()
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own.
 

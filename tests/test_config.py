@@ -155,10 +155,11 @@ def test_a_profile_that_is_no_place_is_refused() -> None:
 @pytest.mark.parametrize("every", [1, 50, 100])
 def test_measures_densely_at_first_and_then_every_so_often(every: int) -> None:
     config = FLeRMConfig(measure_every=every)
-    assert {step for step in range(401) if config.measures_at(step)} == EARLY | set(range(0, 401, every))
+    wanted = EARLY | set(range(0, 401, every))
+    assert [config.last_asked(step) for step in range(401)] == [max(w for w in wanted if w <= s) for s in range(401)]
 
 
 def test_explicit_steps_take_the_place_of_the_schedule() -> None:
     config = FLeRMConfig(measure_steps=[7, 2, 7])
     assert config.measure_steps == (2, 7)
-    assert {step for step in range(401) if config.measures_at(step)} == {2, 7}
+    assert [config.last_asked(step) for step in (0, 1, 2, 6, 7, 400)] == [None, None, 2, 2, 7, 7]

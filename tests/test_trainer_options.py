@@ -113,10 +113,9 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_training(
     monkeypatch.setattr("hf_flerm.profile_file.save", too_large)
     caplog.set_level(logging.WARNING, "hf_flerm")
     assert_same_run(train(make_trainer(tmp_path / "recorded", gpt2(), FLeRMConfig(), **options)), plain)
-    said = " ".join(record.getMessage() for record in caplog.records)
-    for folder in ("checkpoint-3", "checkpoint-6"):
-        assert f"{folder} has no profile of the steps so far: the profile cannot be written" in said
-        assert not (tmp_path / "recorded" / folder / PROFILE_NAME).exists()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "could not be written and will be tried at every save: the profile cannot be written" in said
+    assert not list(tmp_path.glob(f"recorded/**/{PROFILE_NAME}"))
 
 
 class Spare(GPT2LMHeadModel):
@@ -150,4 +149,4 @@ def test_a_failed_measurement_leaves_the_snapshot_behind(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("hf_flerm.probes.RateProbe.measure", fail)
     assert_same_run(train(trainer), plain)
-    assert len(seen) == len(MEASURED)
+    assert len(seen) == 3  # then it is given up
