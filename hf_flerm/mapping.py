@@ -305,7 +305,9 @@ def recorded_shapes(base: RateProfile) -> dict[str, tuple[int, ...]]:
     """
     found = base.metadata.get("shapes")
     rows = found.items() if isinstance(found, Mapping) else ()
-    return {name: tuple(row) for name, row in rows if isinstance(row, list) and all(type(n) is int for n in row)}
+    return {
+        name: tuple(row) for name, row in rows if isinstance(row, list) and all(type(n) is int and n > 0 for n in row)
+    }
 
 
 def _sizes(shapes: Iterable[tuple[int, ...]]) -> str:

@@ -159,7 +159,8 @@ def plan(
     base = RateProfile.from_pretrained(profile)
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")
-    base_rate = base.metadata.get("training_arguments", {}).get("learning_rate") or args.learning_rate
+    recorded_rate = base.metadata.get("training_arguments", {}).get("learning_rate")
+    base_rate = recorded_rate if isinstance(recorded_rate, float) and recorded_rate > 0 else args.learning_rate
     settings = replace(
         config or FLeRMConfig(),
         mode="match",

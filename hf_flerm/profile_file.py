@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,6 +24,17 @@ _METADATA_KEY = "hf_flerm"
 _VERSION = "schema_version"
 _JOINT_RATES = "joint_rates"
 RESERVED = {_VERSION, _JOINT_RATES}
+_LENGTH_BYTES = 8
+_MOST = {
+    "bytes": 2**26,
+    "bytes of header": 2**25,
+    "tensors": 30_000,
+    "JSON objects": 100_000,
+    "JSON lists": 300_000,
+    "JSON values": 2_000_000,
+}
+_LESS = "Measure less often (measure_every)."
+_MARKS = {"{": "JSON objects", "[": "JSON lists", ",": "JSON values"}
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -49,15 +61,21 @@ def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str,
     joint = {
         granularity: {path: row.tolist() for path, row in rows.items()} for granularity, rows in joint_rates.items()
     }
-    content = {_VERSION: SCHEMA_VERSION, **metadata, **({_JOINT_RATES: joint} if joint else {})}
-    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    described = {_VERSION: SCHEMA_VERSION, **metadata, **({_JOINT_RATES: joint} if joint else {})}
+    text = json.dumps(described, sort_keys=True, allow_nan=False)
     try:
-        return save({STEPS: steps, **rates}, metadata={_METADATA_KEY: text})
+        content = save({STEPS: steps, **rates}, metadata={_METADATA_KEY: text})
     except SafetensorError as error:
-        raise RateProfileError(
-            f"the profile cannot be written, its JSON text of {len(text) / 1e6:.0f} MB may be more than a safetensors "
-            f"file takes: {error}. Measure less often (measure_every)."
-        ) from error
+        raise RateProfileError(f"the profile cannot be written: {error}. {_LESS}") from error
+    header_bytes = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    found = {"bytes": len(content), "bytes of header": header_bytes, "tensors": len(rates) + 1}
+    found |= {counted: content[:header_bytes].count(mark.encode()) for mark, counted in _MARKS.items()}
+    for counted, number in found.items():
+        if number > _MOST[counted]:
+            raise RateProfileError(
+                f"the profile cannot be written: it has {number:,} {counted}, a file takes {_MOST[counted]:,}. {_LESS}"
+            )
+    return content
 
 
 def write_whole(folder: Path, content: bytes) -> Path:
@@ -116,7 +134,9 @@ def find(source: str | os.PathLike[str], revision: str | None, subfolder: str | 
 
 
 def parse(path: Path) -> tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]:
-    """Read a file; nothing in it is executed or trusted.
+    """Read a file; nothing in it is executed or trusted, and time and memory are bounded.
+
+    It is read at once, so that a file that is replaced or cut off meanwhile is the old one or no profile.
 
     Args:
         path: The file.
@@ -128,30 +148,77 @@ def parse(path: Path) -> tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[s
         RateProfileError: If it is no whole profile.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise RateProfileError(f"{path} is not a whole safetensors file: {error}") from error
-    if text is None or STEPS not in tensors:
-        raise RateProfileError(f"{path} is not a rate profile: it lacks the {_METADATA_KEY!r} metadata or {STEPS!r}.")
+        with path.open("rb") as file:
+            content = file.read(_MOST["bytes"] + 1)
+    except OSError as error:
+        raise RateProfileError(f"{path} cannot be read: {error}") from error
+    _check_most(len(content), "bytes", path)
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    _check_most(length, "bytes of header", path)
+    header_text = content[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")
+    _check_marks(header_text, path)
     try:
-        metadata = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RateProfileError(f"the {_METADATA_KEY!r} metadata of {path} is not JSON: {error}") from error
-    version = metadata.pop(_VERSION, None) if isinstance(metadata, dict) else None
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+        entries = dict(sorted(deserialize(content)))
+    except SafetensorError as error:
+        raise RateProfileError(f"{path} is not a whole safetensors file: {error}") from error
+    _check_most(len(entries), "tensors", path)
+    header = _object(header_text, "header", path)
+    own = header.get("__metadata__", {})
+    text = own.get(_METADATA_KEY) if isinstance(own, dict) else None
+    if not isinstance(text, str) or STEPS not in entries:
+        raise RateProfileError(f"{path} is not a rate profile: it lacks the {_METADATA_KEY!r} metadata or {STEPS!r}.")
+    metadata = _object(text, f"{_METADATA_KEY!r} metadata", path)
+    version = metadata.pop(_VERSION, None)
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise RateProfileError(
-            f"{path} has schema version {version!r}; this hf_flerm reads up to {SCHEMA_VERSION}. Upgrade hf_flerm."
+            f"{path} has schema version {version!r:.50}; this hf_flerm reads up to {SCHEMA_VERSION}. Upgrade hf_flerm."
         )
-    for name, tensor in tensors.items():
-        wanted = torch.int64 if name == STEPS else torch.float64
-        if tensor.dtype != wanted:
-            raise RateProfileError(f"{name!r} in {path} is {tensor.dtype}; it must be {wanted}.")
+    for name, entry in entries.items():
+        wanted = "I64" if name == STEPS else "F64"
+        if entry["dtype"] != wanted:
+            raise RateProfileError(f"{name!r:.200} in {path} is {entry['dtype']}; it must be {wanted}.")
+        if entry["shape"] != entries[STEPS]["shape"] or len(entry["shape"]) != 1:
+            raise RateProfileError(
+                f"{name!r:.200} in {path} has shape {entry['shape']}, {STEPS!r} has {entries[STEPS]['shape']}: "
+                "they must be rows of one length."
+            )
     joint = metadata.pop(_JOINT_RATES, {})
     if not isinstance(joint, dict) or not all(isinstance(groups, dict) for groups in joint.values()):
         raise RateProfileError(f"the joint rates of {path} are not JSON objects of lists.")
-    return tensors.pop(STEPS), tensors, metadata, joint
+    steps = torch.from_numpy(np.frombuffer(entries.pop(STEPS)["data"], "<i8").copy())
+    rates = np.frombuffer(b"".join(entry["data"] for entry in entries.values()), "<f8").copy()
+    rows = torch.from_numpy(rates).view(len(entries), len(steps))
+    return steps, dict(zip(entries, rows, strict=True)), metadata, joint
+
+
+def _object(text: str, what: str, path: Path) -> dict[str, Any]:
+    """A JSON object with distinct keys."""
+    _check_marks(text, path)
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise RateProfileError(f"the {what} of {path} is not JSON: {error!s:.300}") from error
+    if not isinstance(value, dict):
+        raise RateProfileError(f"the {what} of {path} is not a JSON object.")
+    return value
+
+
+def _check_marks(text: str, path: Path) -> None:
+    """Refuse JSON that would fill the memory, before it is parsed."""
+    for mark, counted in _MARKS.items():
+        _check_most(text.count(mark), counted, path)
+
+
+def _check_most(found: int, counted: str, path: Path) -> None:
+    if found > _MOST[counted]:
+        raise RateProfileError(f"{path} is no rate profile: it has more than {_MOST[counted]:,} {counted}.")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def _refuse_constant(text: str) -> None:

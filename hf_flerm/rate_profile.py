@@ -25,6 +25,8 @@ from .profile_file import (
     write_whole,
 )
 
+_OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metadata
+
 __all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names"]
 
 
@@ -67,19 +69,31 @@ class RateProfile:
             raise RateProfileError(f"the metadata cannot be written as JSON: {error}") from error
         if not self.rates:
             raise RateProfileError("a profile needs the rates of at least one parameter; got none.")
-        for name in self.rates:
-            if not name or name == STEPS:
-                raise RateProfileError(f"{name!r} cannot be the name of a parameter in a profile; rename it.")
+        if STEPS in self.rates:
+            raise RateProfileError(f"{STEPS!r} cannot be the name of a parameter in a profile; rename it.")
         for group in (self.rates, *self.joint_rates.values()):
-            for name, values in group.items():
-                if values.shape != self.steps.shape:
-                    raise RateProfileError(
-                        f"the rates of {name!r} have shape {tuple(values.shape)}; there are {len(self.steps)} steps."
-                    )
-                if not bool(values.isfinite().all()) or bool((values < 0).any()):
-                    raise RateProfileError(
-                        f"the rates of {name!r} must be finite and not negative; got {values.tolist()}."
-                    )
+            self._check_rows(group)
+        for name in self.rates:
+            _check_name(name)
+        for path in {path for groups in self.joint_rates.values() for path in groups if path}:
+            _check_name(path)
+        for key in _OBJECTS:
+            if not isinstance(self.metadata.get(key, {}), dict):
+                raise RateProfileError(f"{key!r} in the metadata must be an object; got {self.metadata[key]!r:.200}.")
+        if not all(isinstance(kind, str) for kind in self.metadata.get("kinds", {}).values()):
+            raise RateProfileError(f"'kinds' in the metadata must be texts; got {self.metadata['kinds']!r:.200}.")
+
+    def _check_rows(self, rows: Mapping[str, Tensor]) -> None:
+        for name, values in rows.items():
+            if values.shape != self.steps.shape:
+                raise RateProfileError(
+                    f"the rates of {name!r} have shape {tuple(values.shape)}; there are {len(self.steps)} steps."
+                )
+        table = torch.stack([*rows.values(), self.steps.new_zeros(self.steps.shape).double()])
+        wrong = (~table.isfinite() | (table < 0)).any(1)
+        if bool(wrong.any()):
+            name, values = list(rows.items())[int(wrong.int().argmax())]
+            raise RateProfileError(f"the rates of {name!r} must be finite and not negative; got {values.tolist()}.")
 
     @property
     def names(self) -> list[str]:
@@ -315,6 +329,15 @@ def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: s
         f"the parameter names differ: only in {base_label} {preview(base.keys() - other.keys())}; "
         f"only in {other_label} {preview(other.keys() - base.keys())}."
     )
+
+
+def _check_name(name: str) -> None:
+    """Names are dotted parts, as torch makes them; nothing that a file system or terminal could take for more."""
+    if not name.isprintable() or not all(name.split(".")) or "/" in name or "\\" in name:
+        raise RateProfileError(
+            f"{name!r:.200} cannot be the name of a parameter in a profile: names are printable parts without slashes, "
+            "joined by dots."
+        )
 
 
 def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:

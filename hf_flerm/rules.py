@@ -131,7 +131,8 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
         widths.append(max(ratios) if len(ratios) == 1 else (ratios[0] * ratios[1]) ** 0.5)
     depths = [len(after[kind]) / len(before[kind]) for kind in common if "*" in kind]
     adapters = base.metadata.get("adapters")
-    old_adapter = next(iter(adapters.values()), None) if isinstance(adapters, Mapping) else None
+    recorded = adapters.values() if isinstance(adapters, Mapping) else ()
+    old_adapter = next((adapter for adapter in recorded if isinstance(adapter, Mapping)), None)
     new_adapter = next((config.to_dict() for config in getattr(model, "peft_config", {}).values()), None)
     return Change(
         width=median(widths) if widths else 1.0,
@@ -189,7 +190,9 @@ def _by_kind(shapes: Mapping[str, tuple[int, ...]], kinds: object) -> dict[str, 
 
 def _scaling(adapter: Mapping[str, Any] | None) -> float:
     rank, alpha = (adapter or {}).get("r"), (adapter or {}).get("lora_alpha")
-    if not rank or not alpha or adapter is None:
+    if adapter is None or not isinstance(rank, (int, float)) or not isinstance(alpha, (int, float)):
+        return 1.0
+    if rank <= 0 or alpha <= 0:
         return 1.0
     return float(alpha / (rank**0.5 if adapter.get("use_rslora") else rank))
 

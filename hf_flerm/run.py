@@ -47,7 +47,6 @@ class FLeRMRun:
     examples at a time. Whatever fails leaves the training as it would have been without it.
 
     Attributes:
-        profile: The rates so far.
         scales: `{canonical name: factor on the learning rate}`, all 1 when recording.
         evidence: What was measured of the scales so far; None when recording.
         last_measurement: The latest measurement, in this session.
@@ -92,7 +91,7 @@ class FLeRMRun:
             model, estimator=config.estimator, probes_per_batch=config.probes_per_batch, outputs=outputs
         )
         self._groups = joint_groups(model, self._parameters)
-        self.profile = self._begun(provenance, resumed)
+        self._profile = self._begun(provenance, resumed)
         self._before: Snapshot | None = None
         self._step = 0
         self._logs: dict[str, float] = {}
@@ -104,7 +103,15 @@ class FLeRMRun:
         self.scales = dict.fromkeys(self._parameters, 1.0)
         self.evidence: Evidence | None = None
         if base is not None:
-            self._match(base, model)
+            self._match(base, model, resumed.metadata.get(_EVIDENCE) if resumed is not None else None)
+
+    @property
+    def profile(self) -> RateProfile:
+        """The rates so far, with what a resumed run needs to know of its scales."""
+        if self.evidence is None or not self.evidence.steps:
+            return self._profile
+        metadata = {**self._profile.metadata, _EVIDENCE: {"base": self._base_digest, **self.evidence.record()}}
+        return RateProfile(self._profile.steps, self._profile.rates, metadata, self._profile.joint_rates)
 
     def before_step(self, step: int) -> None:
         """Keep the weights from before an update, if a measurement is due.
@@ -150,11 +157,11 @@ class FLeRMRun:
             directory: The folder; made if it is not there.
         """
         file = Path(directory, PROFILE_NAME)
-        if self._saved is not None and self._saved[0] == file and self._saved[1] is self.profile and file.is_file():
+        if self._saved is not None and self._saved[0] == file and self._saved[1] is self._profile and file.is_file():
             return
         try:
             self.profile.save_pretrained(directory)
-            self._saved = file, self.profile
+            self._saved = file, self._profile
         except (OSError, RateProfileError) as error:
             self._warn_once("save", f"the profile so far could not be written and will be tried at every save: {error}")
 
@@ -197,10 +204,9 @@ class FLeRMRun:
         if changed:
             was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
             logger.warning(f"the profile was measured with {was} up to the checkpoint, and is with {now} from here on.")
-        kept = {_EVIDENCE: resumed.metadata[_EVIDENCE]} if _EVIDENCE in resumed.metadata else {}
-        return RateProfile(resumed.steps, resumed.rates, {**metadata, **kept}, resumed.joint_rates)
+        return RateProfile(resumed.steps, resumed.rates, metadata, resumed.joint_rates)
 
-    def _match(self, base: RateProfile, model: nn.Module) -> None:
+    def _match(self, base: RateProfile, model: nn.Module, record: Mapping[str, Any] | None) -> None:
         check_units(base, self._config, "the profile")
         if not len(base.steps):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
@@ -212,8 +218,7 @@ class FLeRMRun:
             unmatched=self._config.unmatched,
         )
         self._base_digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
-        record = self.profile.metadata.get(_EVIDENCE)
-        if record is not None and isinstance(record, dict) and record.get("base") != self._base_digest:
+        if record is not None and record.get("base") != self._base_digest:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
         self.evidence = Evidence.recorded(record, self._mapped)
@@ -222,7 +227,7 @@ class FLeRMRun:
 
     def _due(self, step: int) -> bool:
         asked = self._config.last_asked(step)
-        measured = self.profile.steps[-1:].tolist()
+        measured = self._profile.steps[-1:].tolist()
         return asked is not None and (not measured or asked > measured[0])
 
     def _measure(self, before: Snapshot) -> None:
@@ -239,7 +244,7 @@ class FLeRMRun:
         self._report_unused(measurement)
         self._failures = 0
         self.last_measurement = measurement
-        self.profile = self.profile.appended(self._step, measurement.rates, self._joint_rates(measurement))
+        self._profile = self._profile.appended(self._step, measurement.rates, self._joint_rates(measurement))
         self._logs.update(means_by_kind("flerm/rate", measurement.rates, self._kinds))
         self._logs["flerm/rate/total"] = measurement.total
         if self.evidence is not None and self._step_scales is not None:
@@ -253,7 +258,6 @@ class FLeRMRun:
                 max_scale=self._config.max_scale,
                 max_change=self._config.max_change,
             )
-            self.profile.metadata[_EVIDENCE] = {"base": self._base_digest, **self.evidence.record()}
             self._report_held(self.evidence)
             self._set_scales(self.evidence, self._step_scales)
             self._logs.update(means_by_kind("flerm/scale", self.scales, self._kinds))

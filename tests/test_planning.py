@@ -169,7 +169,7 @@ def test_mup_asks_for_the_bases_shapes(tmp_path: Path) -> None:
 
 def test_metadata_of_another_form_tell_no_change(tmp_path: Path) -> None:
     base = recorded(tmp_path, gpt2())
-    hostile = {"shapes": [1], "kinds": "all", "adapters": [2]}
+    hostile = {"shapes": [1], "adapters": [2]}
     assert change_between(RateProfile(base.steps, base.rates, hostile), gpt2(width=32)) == Change()
 
 

@@ -232,17 +232,17 @@ def test_a_text_file_is_no_profile(tmp_path: Path) -> None:
         ({}, "{}", "format", "is not a rate profile.*'hf_flerm'"),
         ({}, "{not json", "hf_flerm", "'hf_flerm' metadata of .* is not JSON"),
         ({}, "[" * 100_000, "hf_flerm", "'hf_flerm' metadata of .* is not JSON"),
-        ({}, "[1]", "hf_flerm", "schema version None"),
+        ({}, "[1]", "hf_flerm", "'hf_flerm' metadata of .* is not a JSON object"),
         ({}, "{}", "hf_flerm", "schema version None"),
         ({}, json.dumps({"schema_version": SCHEMA_VERSION + 1}), "hf_flerm", "schema version 2.*Upgrade"),
         ({}, json.dumps({"schema_version": "1"}), "hf_flerm", "schema version '1'"),
         ({}, '{"schema_version": 1, "bad": NaN}', "hf_flerm", "metadata"),
-        ({"w": torch.ones(2)}, "profile", "hf_flerm", r"'w' in .* is torch.float32; it must be torch.float64"),
-        ({"w": torch.tensor([1, 2])}, "profile", "hf_flerm", r"'w' in .* is torch.int64; it must be torch.float64"),
-        ({"steps": torch.tensor([0.0, 2.0])}, "profile", "hf_flerm", r"'steps' in .* must be torch.int64"),
+        ({"w": torch.ones(2)}, "profile", "hf_flerm", r"'w' in .* is F32; it must be F64"),
+        ({"w": torch.tensor([1, 2])}, "profile", "hf_flerm", r"'w' in .* is I64; it must be F64"),
+        ({"steps": torch.tensor([0.0, 2.0])}, "profile", "hf_flerm", r"'steps' in .* must be I64"),
         ({"steps": torch.tensor([2, 0])}, "profile", "hf_flerm", "strictly increasing"),
-        ({"v": torch.ones(3, dtype=torch.float64)}, "profile", "hf_flerm", r"'v' have shape \(3,\)"),
-        ({"v": torch.ones(2, 1, dtype=torch.float64)}, "profile", "hf_flerm", r"'v' have shape \(2, 1\)"),
+        ({"v": torch.ones(3, dtype=torch.float64)}, "profile", "hf_flerm", r"'v' in .* has shape \[3\]"),
+        ({"v": torch.ones(2, 1, dtype=torch.float64)}, "profile", "hf_flerm", r"'v' in .* has shape \[2, 1\]"),
         ({"v": torch.tensor([1.0, math.nan], dtype=torch.float64)}, "profile", "hf_flerm", "'v' must be finite"),
         ({"v": torch.tensor([1.0, math.inf], dtype=torch.float64)}, "profile", "hf_flerm", "'v' must be finite"),
     ],
@@ -312,7 +312,7 @@ def test_what_is_too_large_for_a_file_is_refused_as_such(tmp_path: Path) -> None
     old = profile()
     old.save_pretrained(tmp_path)
     large = profile(metadata={"text": "x" * 100_000_000})
-    with pytest.raises(RateProfileError, match=r"JSON text of 100 MB.*header too large.*measure_every"):
+    with pytest.raises(RateProfileError, match=r"cannot be written: .*header too large.*measure_every"):
         large.save_pretrained(tmp_path)
     assert RateProfile.from_pretrained(tmp_path) == old
 
