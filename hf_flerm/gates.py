@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -231,7 +232,7 @@ class Gates(AbstractContextManager["Gates"]):
                 try:
                     found = self._readers.of_call(module, site.attribute, name, site.dim, args, kwargs, outputs)
                 except RuntimeError as error:
-                    if isinstance(error, torch.OutOfMemoryError):
+                    if should_reduce_batch_size(error):
                         raise
                     self.failures[name] = error
                     continue

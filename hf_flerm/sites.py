@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -128,7 +129,7 @@ class VerifiedSites:
                 try:
                     out = self._outputs(self._model, batch)
                 except RuntimeError as error:
-                    if isinstance(error, torch.OutOfMemoryError):
+                    if should_reduce_batch_size(error):
                         raise
                     if gates.broadcast:  # a row for each example does not fit what comes after
                         wrong = gates.broadcast

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
@@ -127,7 +128,7 @@ def jvp(
                     forward: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
                 return forward
             except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if should_reduce_batch_size(error):
                     raise
         with torch.enable_grad():
             backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primal, tangent)[1]
