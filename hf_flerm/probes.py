@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from .estimators import ESTIMATORS, WEIGHT_GRADIENT_ESTIMATORS
+from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .gates import Gates, Site
 from .heads import LinearHead, bypassed, find_linear_head, is_cast
 from .measurement import Measurement, Samples
@@ -26,7 +26,6 @@ from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
 
-FALLBACK = "kronecker"
 _LAYOUTS_PER_BATCH = 3  # one to meet a new layout, one to measure it, one for what verifying it has widened
 
 

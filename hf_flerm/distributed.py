@@ -1,0 +1,139 @@
+"""Several processes measure together: each probes its own examples, and only sums over these travel.
+
+Whatever is estimated is a sum over probes (`Totals`, and the squared joint rates of some groups), so one sum over
+processes makes many measurements one: P processes give P times the examples. All processes get the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from .estimators import FALLBACK, num_factors, rates_from
+from .measurement import UNUSED, Measurement
+from .rate_profile import RateProfile, RateProfileError
+from .totals import Group, Totals, group_key
+
+_HEADER = 3  # failures, probes, M
+
+
+def anywhere(flags: Sequence[bool]) -> list[bool]:
+    """Tell which flags are set on any process; a collective call.
+
+    Args:
+        flags: As many on every process.
+
+    Returns:
+        The same on every process.
+    """
+    if PartialState().num_processes == 1 or not flags:
+        return list(flags)
+    values: Tensor = reduce(torch.tensor(flags, dtype=torch.uint8, device=PartialState().device), "max")
+    return [bool(value) for value in values.tolist()]
+
+
+def check_same(what: str, *profiles: RateProfile | None) -> None:
+    """Refuse profiles that differ between processes: each node may have a disk of its own. A collective call.
+
+    Args:
+        what: What they are.
+        profiles: The profiles of this process, None for one that is not there.
+
+    Raises:
+        RateProfileError: On every process, if they are not the same on all.
+    """
+    if PartialState().num_processes == 1:
+        return
+    content = b"|".join(profile.to_bytes() if profile is not None else b"" for profile in profiles)
+    number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+    extremes: Tensor = reduce(torch.tensor([number, -number], device=PartialState().device), "max")
+    if extremes.sum():
+        raise RateProfileError(
+            f"{what} is not the same on all {PartialState().num_processes} processes: every node needs the same files."
+        )
+
+
+class Pool:
+    """Puts the measurements of all processes together, in one sum.
+
+    Args:
+        parameters: `{canonical name: parameter}` of what is measured.
+        estimator: As for `measure_rates`.
+        groups: The groups of tensors whose joint rates will be asked for: `{canonical name: share of its update}`.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], estimator: str, groups: Iterable[Mapping[str, float]]
+    ) -> None:
+        self._estimator = FALLBACK if estimator == "per_example" else estimator
+        self._widths = {name: 2 + num_factors(estimator, tensor.ndim) for name, tensor in parameters.items()}
+        self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
+
+    def measurement(self, measure: Callable[[], Measurement]) -> Measurement:
+        """Measure on every process; a collective call, which a process takes part in also when its probe fails.
+
+        Args:
+            measure: Measures on this one.
+
+        Returns:
+            What all have measured together: rates, standard errors and the groups' joint rates are the same bits on
+            every process.
+
+        Raises:
+            Exception: Whatever `measure` raised; a RuntimeError on the processes where it did not.
+        """
+        if PartialState().num_processes == 1:
+            return measure()
+        own, failure = None, None
+        try:
+            own = measure()
+            numbers = self._numbers(own)
+        except Exception as error:
+            failure = error
+            numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._groups), dtype=torch.float64)
+            numbers[0] = 1.0
+        summed: Tensor = reduce(numbers.to(PartialState().device), "sum").cpu()
+        if failure is not None:
+            raise failure
+        if own is None or summed[0]:
+            raise RuntimeError(f"the probe failed on {int(summed[0])} of {PartialState().num_processes} processes.")
+        return self._read(own, summed)
+
+    def _numbers(self, own: Measurement) -> Tensor:
+        totals = own.totals
+        numbers = [torch.tensor([0.0, totals.num_probes, totals.num_outputs], dtype=torch.float64)]
+        for index, (name, width) in enumerate(self._widths.items()):
+            row = torch.zeros(width, dtype=torch.float64)
+            row[0], row[1] = totals.sizes[index], totals.variances[index]
+            if name in totals.factors:
+                _, factors = totals.factors[name]
+                row[2 : 2 + len(factors)] = factors
+            numbers.append(row)
+        squares, variances = own.joint_squares(self._groups.values())
+        return torch.cat([*numbers, squares * totals.num_outputs, variances * totals.num_outputs**2])
+
+    def _read(self, own: Measurement, summed: Tensor) -> Measurement:
+        header, *rows, squares, variances = summed.split([_HEADER, *self._widths.values(), *[len(self._groups)] * 2])
+        _, num_probes, num_outputs = header.tolist()
+        sizes, of_sizes = (torch.stack([row[column] for row in rows]) for column in range(2))
+        factors = {}
+        for name, row in zip(self._widths, rows, strict=True):
+            estimator, mine = own.totals.factors.get(name, (self._estimator, row[2:]))
+            if row[2:].any():
+                factors[name] = estimator, row[2 : 2 + len(mine)]
+        totals = Totals(int(num_probes), num_outputs, sizes, of_sizes, factors)
+        estimators = {
+            name: of_own if of_own != UNUSED or not row[[0, *range(2, len(row))]].any() else self._used(name, factors)
+            for (name, of_own), row in zip(own.estimators.items(), rows, strict=True)
+        }
+        rates, errors = rates_from(squares, variances, num_outputs)
+        pooled = dict(zip(self._groups, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
+        return Measurement.of(totals, estimators, own.inner_products, own.draws, pooled)
+
+    def _used(self, name: str, factors: Mapping[str, object]) -> str:
+        return self._estimator if name in factors else "per_example"
