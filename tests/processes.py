@@ -56,7 +56,9 @@ def _results(receivers: list[Connection]) -> list[Any]:
     return [results[receiver] for receiver in receivers]
 
 
-def _run(sender: Connection, body: Callable[..., Any], rank: int, count: int, store: str, args: tuple[Any, ...]) -> None:
+def _run(
+    sender: Connection, body: Callable[..., Any], rank: int, count: int, store: str, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}

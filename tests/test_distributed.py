@@ -17,12 +17,10 @@ from torch.utils.data import IterableDataset
 from training import (
     MEASURED,
     MODELS,
-    Outcome,
     Rows,
     assert_same_run,
     flerm_callback,
     gpt2,
-    lora,
     make_trainer,
     recorded,
     scaled,
@@ -157,6 +155,10 @@ DROPOUT = 0.1
 ACCUMULATED: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
+# Keys' biases have no gradient but round-off, which Adam would make steps of.
+STABLE: dict[str, Any] = {"weight_decay": 0.1, "adam_epsilon": 1e-4}
+
+
 class Traffic:
     """What goes over the wire while a measurement is made."""
 
@@ -166,7 +168,8 @@ class Traffic:
             original = getattr(dist, name)
 
             def counted(tensor: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
-                self.sizes.append(tensor.numel() * tensor.element_size())
+                sent = tensor if isinstance(tensor, Tensor) else args[0]
+                self.sizes.append(sent.numel() * sent.element_size())
                 return original(tensor, *args, **kwargs)
 
             patch.setattr(dist, name, counted)
@@ -203,7 +206,190 @@ def bytes_of(folder: Path, model: nn.Module) -> tuple[int, list[list[int]]]:
 
 
 def test_recording_leaves_no_trace_and_sends_sums_alone(tmp_path: Path) -> None:
-    for result in launch(ddp_runs, PAIR, tmp_path):
+    for result in launch(ddp_runs, PAIR, tmp_path, tmp_path):
         for tensors, measured in result.values():
             assert [len(sizes) for sizes in measured] == [1] * 6, "one collective for each measurement"
             assert max(sizes[0] for sizes in measured) <= BYTES_PER_TENSOR * tensors
+
+
+def drawn_by_all(patch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Let one process draw, one after the other, what each of several would."""
+    original = ProbeData.drawn
+
+    def drawn(self: ProbeData, step: int, device: torch.device) -> Any:
+        parts = []
+        for rank in range(ranks):
+            patch.setitem(PartialState._shared_state, "process_index", rank)
+            parts.append(original(self, step, device))
+        patch.setitem(PartialState._shared_state, "process_index", 0)
+        generator = torch.Generator(device)
+
+        def batches() -> Iterator[Any]:
+            for own, source in parts:
+                generator.set_state(source.get_state())
+                yield from own
+
+        return batches(), generator
+
+    patch.setattr(ProbeData, "drawn", drawn)
+
+
+def base_of(kind: str) -> RateProfile:
+    """What a run must be scaled to match, other than by 1."""
+    model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
+    names = list(trainable_parameters(model))
+    factors = some_factors(model)
+    return RateProfile([0], {name: [3.0 * factors[name]] for name in names})
+
+
+def matched_run(folder: Path, kind: str, **options: Any) -> dict[str, Any]:
+    model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
+    config = FLeRMConfig(mode="match", profile=base_of(kind), probe_batch_size=4, max_change=1e6)
+    trainer = make_trainer(folder, model, config, **STABLE, **options)
+    trainer.train()
+    callback = flerm_callback(trainer)
+    assert callback.last_measurement is not None
+    return {
+        "weights": weights_of(trainer.model),
+        "scales": callback.scales,
+        "rates": {name: rates.tolist() for name, rates in trainer.rate_profile.rates.items()},
+        "joint": {n: r.tolist() for g in trainer.rate_profile.joint_rates.values() for n, r in g.items()},
+        "profile": trainer.rate_profile.to_bytes(),
+    }
+
+
+def matched_runs(folder: Path) -> dict[str, Any]:
+    return {kind: matched_run(folder, kind, per_device_train_batch_size=2) for kind in MODELS}
+
+
+def test_a_matched_run_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = launch(matched_runs, PAIR, tmp_path, tmp_path)
+    for kind in MODELS:
+        first, second = (result[kind] for result in together)
+        assert first["scales"] == second["scales"], "bit for bit"
+        assert first["profile"] == second["profile"]
+        assert len({round(math.log(scale), 3) for scale in first["scales"].values()}) > 3
+        with monkeypatch.context() as patch:
+            drawn_by_all(patch, PAIR)
+            alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * PAIR)
+        assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
+        for part in ("rates", "joint"):
+            assert {n: r[0] for n, r in first[part].items()} == pytest.approx(
+                {n: r[0] for n, r in alone[part].items()}, rel=1e-4
+            )
+        for name, weight in alone["weights"].items():
+            assert torch.equal(first["weights"][name], second["weights"][name])
+            torch.testing.assert_close(first["weights"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def failing_run(folder: Path) -> dict[str, Any]:
+    """A probe fails on the second process alone, at the second measurement."""
+    plain = train(make_trainer(folder, gpt2(DROPOUT)))
+    calls = 0
+    original = RateProbe.measure
+
+    def measure(self: RateProbe, *args: Any, **kwargs: Any) -> Measurement:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("no memory is left on this device")
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RateProbe, "measure", measure)
+        trainer = make_trainer(folder, gpt2(DROPOUT), FLeRMConfig())
+        assert_same_run(train(trainer), plain)
+    return {"steps": trainer.rate_profile.steps.tolist(), "profile": trainer.rate_profile.to_bytes()}
+
+
+def test_a_probe_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
+    first, second = launch(failing_run, PAIR, tmp_path, tmp_path)
+    assert first == second
+    assert first["steps"] == [step for step in MEASURED if step != 1]
+
+
+def saving_runs(folder: Path) -> dict[str, Any]:
+    """Two checkpoints, of two processes; what is written by whom; data of every kind."""
+    written: list[str] = []
+    original = RateProfile.save_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RateProfile, "save_pretrained", lambda self, d: (written.append(str(d)), original(self, d))[1])
+        saved = matched_run(folder / "two", "full", save_strategy="steps", save_steps=3, per_device_train_batch_size=2)
+    steps = {}
+    for name, options in DATA.items():
+        config = FLeRMConfig(probes="auto", max_probes=4) if name == "auto" else FLeRMConfig()
+        trainer = make_trainer(folder / name, gpt2(), config, max_steps=3, **options)
+        trainer.train()
+        steps[name] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes())
+    return {"saved": saved, "written": written, "steps": steps, "refused": refusal(folder)}
+
+
+DATA: dict[str, dict[str, Any]] = {
+    "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+    "streamed": {"data": Stream(), "probe_dataset": Rows(8)},
+    "streamed and dispatched": {
+        "data": Stream(),
+        "probe_dataset": Rows(8),
+        "accelerator_config": {"dispatch_batches": True},
+    },
+    "auto": {},
+}
+
+
+def refusal(folder: Path) -> str:
+    """Each process has another base."""
+    base = scaled(base_of("full"), dict.fromkeys(base_of("full").rates, 1.0 + dist.get_rank()))
+    with pytest.raises(RateProfileError) as caught:
+        make_trainer(folder, gpt2(), FLeRMConfig(mode="match", profile=base)).train()
+    return str(caught.value)
+
+
+def test_files_are_written_once_and_read_by_any_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = launch(saving_runs, PAIR, tmp_path, tmp_path)
+    assert second["written"] == []
+    assert {Path(place).name for place in first["written"]} == {"checkpoint-3", "checkpoint-6", "two"}
+    assert first["steps"] == second["steps"]
+    assert {name: steps for name, (steps, _) in first["steps"].items()} == {name: [0, 1, 2] for name in DATA}
+    assert "the profile is not the same on all 2 processes" in first["refused"]
+    assert first["refused"] == second["refused"]
+    # What two processes have saved goes on in one, and the other way round.
+    options = {"save_strategy": "steps", "save_steps": 3}
+    with monkeypatch.context() as patch:
+        drawn_by_all(patch, PAIR)
+        alone = resumed_run(tmp_path / "two" / "checkpoint-3", tmp_path / "resumed", 2 * PAIR)
+        matched_run(tmp_path / "one", "full", per_device_train_batch_size=2 * PAIR, **options)
+    parted, _ = launch(resumed_run, PAIR, tmp_path / "b", tmp_path / "one" / "checkpoint-3", tmp_path / "resumed", 2)
+    for resumed in (alone, parted):
+        assert resumed["scales"] == pytest.approx(first["saved"]["scales"], rel=1e-3)
+        for name, weight in first["saved"]["weights"].items():
+            torch.testing.assert_close(resumed["weights"][name], weight, rtol=1e-3, atol=1e-4)
+        assert resumed["steps"] == MEASURED
+
+
+def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
+    config = FLeRMConfig(mode="match", profile=base_of("full"), probe_batch_size=4, max_change=1e6)
+    trainer = make_trainer(folder, gpt2(), config, **STABLE, per_device_train_batch_size=batch)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return {
+        "weights": weights_of(trainer.model),
+        "scales": flerm_callback(trainer).scales,
+        "steps": trainer.rate_profile.steps.tolist(),
+    }
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def errors_of(count: int) -> dict[str, float]:
+    return all_measurements(count)["full", "per_example"]["errors"]
+
+
+def test_errors_fall_as_the_root_of_the_number_of_processes(tmp_path: Path) -> None:
+    count = 8
+    four, *_ = launch(errors_of, 4, tmp_path, count)
+    model, updates = moving("full")
+    single = RateProbe(model).measure(updates, batches_of(0, count), seeded(0)).standard_errors
+    ratios = [math.log(four[name] / single[name]) for name in four]
+    assert sum(ratios) / len(ratios) == pytest.approx(math.log(1 / 2), abs=0.1)
