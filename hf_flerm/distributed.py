@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from .estimators import FALLBACK, num_factors, rates_from
@@ -19,7 +20,7 @@ from .measurement import UNUSED, Measurement
 from .rate_profile import RateProfile, RateProfileError
 from .totals import Group, Totals, group_key
 
-_HEADER = 3  # failures, probes, M
+_HEADER = 4  # failures, those for want of memory, probes, M
 
 
 def anywhere(flags: Sequence[bool]) -> list[bool]:
@@ -74,39 +75,43 @@ class Pool:
         self._widths = {name: 2 + num_factors(estimator, tensor.ndim) for name, tensor in parameters.items()}
         self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
 
-    def measurement(self, measure: Callable[[], Measurement]) -> Measurement:
+    def measurement(self, measure: Callable[[], Measurement | None]) -> Measurement | None:
         """Measure on every process; a collective call, which a process takes part in also when its probe fails.
 
         Args:
-            measure: Measures on this one.
+            measure: Measures on this one; None if there is nothing to measure.
 
         Returns:
             What all have measured together: rates, standard errors and the groups' joint rates are the same bits on
-            every process.
+            every process. None if there was nothing to measure on any of them.
 
         Raises:
-            Exception: Whatever `measure` raised; a RuntimeError on the processes where it did not.
+            OutOfMemoryError: On every process, if memory does not suffice on one.
+            Exception: If `measure` raised something else: that, and a RuntimeError on the processes where it did not.
         """
         if PartialState().num_processes == 1:
             return measure()
         own, failure = None, None
+        numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._groups), dtype=torch.float64)
         try:
             own = measure()
-            numbers = self._numbers(own)
         except Exception as error:
             failure = error
-            numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._groups), dtype=torch.float64)
-            numbers[0] = 1.0
+            numbers[0], numbers[1] = 1.0, should_reduce_batch_size(error)
+        if own is not None:
+            numbers = self._numbers(own)
         summed: Tensor = reduce(numbers.to(PartialState().device), "sum").cpu()
-        if failure is not None:
-            raise failure
-        if own is None or summed[0]:
-            raise RuntimeError(f"the probe failed on {int(summed[0])} of {PartialState().num_processes} processes.")
-        return self._read(own, summed)
+        failed, out_of_memory, num_probes = (int(number) for number in summed[:3])
+        if failed:
+            processes = f"of {PartialState().num_processes} processes"
+            if out_of_memory:
+                raise torch.OutOfMemoryError(f"{out_of_memory} {processes} ran out of memory.") from failure
+            raise failure or RuntimeError(f"the probe failed on {failed} {processes}.")
+        return self._read(own, summed) if own is not None and num_probes else None
 
     def _numbers(self, own: Measurement) -> Tensor:
         totals = own.totals
-        numbers = [torch.tensor([0.0, totals.num_probes, totals.num_outputs], dtype=torch.float64)]
+        numbers = [torch.tensor([0.0, 0.0, totals.num_probes, totals.num_outputs], dtype=torch.float64)]
         for index, (name, width) in enumerate(self._widths.items()):
             row = torch.zeros(width, dtype=torch.float64)
             row[0], row[1] = totals.sizes[index], totals.variances[index]
@@ -119,7 +124,7 @@ class Pool:
 
     def _read(self, own: Measurement, summed: Tensor) -> Measurement:
         header, *rows, squares, variances = summed.split([_HEADER, *self._widths.values(), *[len(self._groups)] * 2])
-        _, num_probes, num_outputs = header.tolist()
+        *_, num_probes, num_outputs = header.tolist()
         sizes, of_sizes = (torch.stack([row[column] for row in rows]) for column in range(2))
         factors = {}
         for name, row in zip(self._widths, rows, strict=True):

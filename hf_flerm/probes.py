@@ -22,6 +22,7 @@ from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
+from .sharding import agreement, is_sharded, resharded
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
@@ -114,7 +115,8 @@ class RateProbe:
         self._asked: list[str] = []
         self._raw: dict[str, str] = {}
         self._head_name: str | None = None
-        self._head_sought = False
+        self._head_sought = is_sharded(model)  # in shards, the head's own weight is never there as a whole
+        self._agree = agreement(model)
         self._head: LinearHead | None = None
 
     def measure(
@@ -151,7 +153,7 @@ class RateProbe:
         samples = Samples(moves)
         if self._head is not None and not self._head.is_current():
             self._head = None
-        with undisturbed(self.model, device):
+        with undisturbed(self.model, device), resharded(self.model):
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             for batch in batches:
@@ -164,8 +166,10 @@ class RateProbe:
                     if self.estimator == "per_example":
                         self._sites.find(parameters, moves, batch)
                     self._probe(parameters, moves, batch, generator, samples)
-                if target_error is not None and samples.measurement().relative_error <= target_error:
-                    break
+                if target_error is not None:
+                    goes_on = samples.measurement().relative_error > target_error
+                    if not any(self._agree([goes_on])):
+                        break
         self._sites.close_measurement(moves)
         return samples.measurement()
 
@@ -188,6 +192,8 @@ class RateProbe:
                 if not strange:
                     break
                 stack.close()
+                with resharded(self.model):
+                    pass
                 self._sites.verify(strange, parameters, updates, batch)
             else:
                 raise RuntimeError(f"the layout of {strange} differs between forward passes on one batch.")

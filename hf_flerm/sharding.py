@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -89,9 +90,8 @@ def resharded(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for _, module in _units(model):
+            module.reshard()
 
 
 @contextmanager
@@ -115,13 +115,14 @@ def gathered_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Paramete
 
         return hook
 
-    handles = [
-        module.register_forward_pre_hook(note(path))
-        for path, module in model.named_modules()
-        if isinstance(module, FSDPModule)
-    ]
+    handles = [module.register_forward_pre_hook(note(path)) for path, module in _units(model)]
     try:
         yield leaves
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that FSDP2 gathers and shards as one."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, FSDPModule))

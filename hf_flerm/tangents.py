@@ -117,7 +117,7 @@ def jvp(
     Returns:
         The derivative of each output.
     """
-    primal = primal.detach()
+    primal, tangent = primal.detach(), tangent.to(primal.dtype)
     # The products of bitsandbytes drop forward-mode tangents without a word.
     quantized = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative

@@ -36,6 +36,7 @@ from hf_flerm.mapping import joint_groups
 from hf_flerm.names import trainable_parameters
 from hf_flerm.probe_data import ProbeData
 from hf_flerm.probes import RateProbe
+from hf_flerm.updates import Snapshot
 
 BYTES_PER_TENSOR = 64
 PAIR = 2
@@ -282,30 +283,44 @@ def test_a_matched_run_is_that_of_one_process(tmp_path: Path, monkeypatch: pytes
             torch.testing.assert_close(first["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
 
-def failing_run(folder: Path) -> dict[str, Any]:
-    """A probe fails on the second process alone, at the second measurement."""
+def failing_runs(folder: Path) -> dict[str, Any]:
+    """Something fails on the second process alone, at the second measurement."""
     plain = train(make_trainer(folder, gpt2(DROPOUT)))
-    calls = 0
-    original = RateProbe.measure
+    found = {}
+    for name, (owner, method, error) in FAILURES.items():
+        calls = 0
+        original = getattr(owner, method)
 
-    def measure(self: RateProbe, *args: Any, **kwargs: Any) -> Measurement:
-        nonlocal calls
-        calls += 1
-        if calls == 2 and dist.get_rank() == 1:
-            raise torch.OutOfMemoryError("no memory is left on this device")
-        return original(self, *args, **kwargs)
+        def failing(*args: Any, original: Any = original, error: Exception = error, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and dist.get_rank() == 1:
+                raise error
+            return original(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RateProbe, "measure", measure)
-        trainer = make_trainer(folder, gpt2(DROPOUT), FLeRMConfig())
-        assert_same_run(train(trainer), plain)
-    return {"steps": trainer.rate_profile.steps.tolist(), "profile": trainer.rate_profile.to_bytes()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, method, failing)
+            trainer = make_trainer(folder, gpt2(DROPOUT), FLeRMConfig())
+            assert_same_run(train(trainer), plain)
+        found[name] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes())
+    return found
 
 
-def test_a_probe_that_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
-    first, second = launch(failing_run, PAIR, tmp_path, tmp_path)
+FAILURES: dict[str, tuple[Any, str, Exception]] = {
+    "probe": (RateProbe, "measure", ValueError("no finite number")),
+    "snapshot": (Snapshot, "__init__", RuntimeError("no disk")),
+    "memory": (Snapshot, "__init__", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")),
+}
+
+
+def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
+    first, second = launch(failing_runs, PAIR, tmp_path, tmp_path)
     assert first == second
-    assert first["steps"] == [step for step in MEASURED if step != 1]
+    assert {name: steps for name, (steps, _) in first.items()} == {
+        "probe": [0, 2, 4],
+        "snapshot": [0, 2, 4],
+        "memory": [0],  # and nothing after that, on either
+    }
 
 
 def saving_runs(folder: Path) -> dict[str, Any]:
