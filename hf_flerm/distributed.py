@@ -11,15 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .estimators import FALLBACK, num_factors, rates_from
 from .measurement import UNUSED, Measurement
 from .rate_profile import RateProfile, RateProfileError
 from .totals import Group, Totals, group_key
 
+_INSTEAD = "Train with DDP, or with FSDP2 where the model does not fit (fsdp_version: 2), or measure in one process."
+_REFUSED = {
+    DistributedType.DEEPSPEED: "DeepSpeed steps inside the backward pass, on flat copies of the weights",
+    DistributedType.MEGATRON_LM: "Megatron-LM has a model of its own",
+    DistributedType.XLA: "XLA does not run hooks as they are set",
+}
 _HEADER = 4  # failures, those for want of memory, probes, M
 
 
@@ -36,6 +44,31 @@ def anywhere(flags: Sequence[bool]) -> list[bool]:
         return list(flags)
     values: Tensor = reduce(torch.tensor(flags, dtype=torch.uint8, device=PartialState().device), "max")
     return [bool(value) for value in values.tolist()]
+
+
+def check_engine(model: nn.Module, estimator: str) -> None:
+    """Refuse what updates cannot be followed in.
+
+    Args:
+        model: What is trained.
+        estimator: As for `measure_rates`.
+
+    Raises:
+        ValueError: With the reason, and what to use instead.
+    """
+    state = AcceleratorState._shared_state
+    engine, parallelism = state.get("distributed_type"), state.get("parallelism_config")
+    reason = _REFUSED.get(engine) if isinstance(engine, DistributedType) else None
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if engine == DistributedType.FSDP and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) != 2:
+        reason = "FSDP1 flattens the weights of a layer into one"
+    for kind in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{kind}_enabled", False) or (kind == "tp" and (getattr(model, "tp_size", 1) or 1) > 1):
+            reason = f"{kind}_size > 1: processes that share their examples are not told from those that do not"
+    if reason:
+        raise ValueError(f"function-space learning rates cannot be followed here: {reason}. {_INSTEAD}")
+    if sharded and estimator == "exact":
+        raise ValueError("estimator 'exact' needs whole weights, and these are sharded (FSDP2). Use 'per_example'.")
 
 
 def check_same(what: str, *profiles: RateProfile | None) -> None:

@@ -22,7 +22,7 @@ from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from .sharding import agreement, is_sharded, resharded
+from .sharding import agreement, is_sharded, reshard
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
@@ -145,6 +145,7 @@ class RateProbe:
             raise ValueError("updates is empty: pass a unit update for at least one parameter.")
         if target_error is not None and not target_error > 0:
             raise ValueError(f"target_error is {target_error!r}; it must be positive, or None to use every batch.")
+        reshard(self.model)
         if list(updates) != self._asked:
             self._raw, self._asked = resolve_names(self.model, updates), list(updates)
         parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
@@ -153,7 +154,7 @@ class RateProbe:
         samples = Samples(moves)
         if self._head is not None and not self._head.is_current():
             self._head = None
-        with undisturbed(self.model, device), resharded(self.model):
+        with undisturbed(self.model, device):
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             for batch in batches:
@@ -184,6 +185,7 @@ class RateProbe:
         """Add the samples of `probes_per_batch` probes on one batch."""
         with ExitStack() as stack:
             for _ in range(_LAYOUTS_PER_BATCH):
+                reshard(self.model)
                 gated = [name for name in updates if name in self._sites.sites]
                 by_gradient = {parameters[name]: name for name in updates if name not in self._sites.sites}
                 stack.enter_context(trainable(by_gradient))
@@ -192,8 +194,6 @@ class RateProbe:
                 if not strange:
                     break
                 stack.close()
-                with resharded(self.model):
-                    pass
                 self._sites.verify(strange, parameters, updates, batch)
             else:
                 raise RuntimeError(f"the layout of {strange} differs between forward passes on one batch.")

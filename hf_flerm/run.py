@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .config import FLeRMConfig
-from .distributed import Pool, check_same
+from .distributed import Pool, check_engine, check_same
 from .mapping import joint_groups, map_profile
 from .matching import Evidence
 from .measurement import UNUSED, Measurement
@@ -77,6 +77,7 @@ class FLeRMRun:
         base: RateProfile | None = None,
         resumed: RateProfile | None = None,
     ) -> None:
+        check_engine(model, config.estimator)
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
         self._config = config

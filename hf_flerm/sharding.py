@@ -77,21 +77,14 @@ def agreement(model: nn.Module) -> Agree:
     return anywhere if is_sharded(model) else list
 
 
-@contextmanager
-def resharded(model: nn.Module) -> Iterator[None]:
-    """Leave no weight gathered behind: FSDP2 keeps the root's after a forward pass without a backward pass.
+def reshard(model: nn.Module) -> None:
+    """Let go of all gathered weights: FSDP2 keeps the root's after a forward pass without a backward pass.
 
     Args:
-        model: The model.
-
-    Yields:
-        Nothing.
+        model: The model; nothing happens if it is not in shards.
     """
-    try:
-        yield
-    finally:
-        for _, module in _units(model):
-            module.reshard()
+    for _, module in _units(model):
+        module.reshard()
 
 
 @contextmanager
@@ -111,7 +104,7 @@ def gathered_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Paramete
         def hook(module: nn.Module, args: object) -> None:
             for name, parameter in module.named_parameters(prefix=prefix):
                 if name in sharded and not isinstance(parameter, DTensor):
-                    leaves[sharded[name]] = parameter
+                    leaves.setdefault(sharded[name], parameter)  # a tangent calls a module again
 
         return hook
 
@@ -121,6 +114,18 @@ def gathered_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Paramete
     finally:
         for handle in handles:
             handle.remove()
+
+
+def own_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, which FSDP2 replaces by one of its own.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The class that it was made of.
+    """
+    return next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:

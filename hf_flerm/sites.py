@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .gates import Gates, Passage, Site, itself, layouts
 from .modes import trainable
 from .outputs import Batch, Output, Outputs, num_examples
-from .sharding import agreement
+from .sharding import agreement, reshard
 from .tangents import Affine
 
 logger = logging.get_logger(__name__)
@@ -142,6 +142,7 @@ class VerifiedSites:
             batch: As for `find`.
         """
         while pending:
+            reshard(self._model)  # a pass that has failed leaves weights gathered
             gates = self.gates(pending, updates, batch)
             with trainable(parameters[name] for name in pending), gates:
                 try:

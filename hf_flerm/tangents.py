@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers.pytorch_utils import Conv1D
 
+from .sharding import own_type
+
 Tangent = Callable[[Any, Tensor, Tensor], Tensor]
 
 # Modules of one input that are linear in a parameter: the output with U in its place, and nothing else added.
@@ -87,7 +89,7 @@ def linear_tangent(module: nn.Module, attribute: str) -> Tangent | None:
     Returns:
         The function, or None.
     """
-    return _LINEAR.get((type(module), attribute))
+    return _LINEAR.get((own_type(module), attribute))
 
 
 def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
@@ -100,7 +102,7 @@ def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
     Returns:
         The function, or None.
     """
-    return _ADJOINT.get((type(module), attribute))
+    return _ADJOINT.get((own_type(module), attribute))
 
 
 def jvp(

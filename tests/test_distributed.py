@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import training
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from processes import launch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from training import (
     MEASURED,
     MODELS,
     Rows,
+    assert_identical,
     assert_same_run,
     flerm_callback,
     gpt2,
@@ -28,12 +34,15 @@ from training import (
     train,
     weights_of,
 )
+from transformers import TrainingArguments
 
 from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError
 from hf_flerm.distributed import Pool
 from hf_flerm.estimators import ESTIMATORS
+from hf_flerm.heads import LinearHead
 from hf_flerm.mapping import joint_groups
 from hf_flerm.names import trainable_parameters
+from hf_flerm.optimizer import raw_optimizer
 from hf_flerm.probe_data import ProbeData
 from hf_flerm.probes import RateProbe
 from hf_flerm.updates import Snapshot
@@ -113,15 +122,16 @@ def summary(model: nn.Module, result: Measurement) -> dict[str, Any]:
     }
 
 
-def all_measurements(count: int) -> dict[tuple[str, str], dict[str, Any]]:
+def measurements(cases: list[tuple[str, str]], count: int) -> dict[tuple[str, str], dict[str, Any]]:
     PartialState(cpu=True)
-    return {(kind, e): probe_together(kind, e, count) for kind, e in MEASURED_TOGETHER}
+    return {(kind, estimator): probe_together(kind, estimator, count) for kind, estimator in cases}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_rates_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
     count = 3
-    results = launch(all_measurements, ranks, tmp_path, count)
+    cases = MEASURED_TOGETHER if ranks == PAIR else MEASURED_TOGETHER[:2]
+    results = launch(measurements, ranks, tmp_path, cases, count)
     assert all(result == results[0] for result in results[1:]), "the processes differ in a bit"
     for (kind, estimator), found in results[0].items():
         model, updates = moving(kind)
@@ -251,7 +261,7 @@ def matched_run(folder: Path, kind: str, **options: Any) -> dict[str, Any]:
     callback = flerm_callback(trainer)
     assert callback.last_measurement is not None
     return {
-        "weights": weights_of(trainer.model),
+        "weights": whole(trainer.model),
         "scales": callback.scales,
         "rates": {name: rates.tolist() for name, rates in trainer.rate_profile.rates.items()},
         "joint": {n: r.tolist() for g in trainer.rate_profile.joint_rates.values() for n, r in g.items()},
@@ -394,11 +404,113 @@ def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
     }
 
 
+# --- weights in shards --------------------------------------------------------------------------------------------
+
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}}
+
+
+def as_on_gpus(patch: pytest.MonkeyPatch) -> None:
+    """Accelerate shards on GPUs alone, and makes DDP of it elsewhere: let it take these processes for some."""
+
+    def arguments(folder: Path, **options: Any) -> TrainingArguments:
+        AcceleratorState._reset_state()
+        made = original(folder, **options)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        made.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        return made
+
+    original = training.arguments
+    patch.setattr(training, "arguments", arguments)
+
+
+def sharded_runs(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_gpus(patch)
+        for kind, model in MODELS.items():
+            options = {**ACCUMULATED, **FSDP, "data": Rows(UNEVEN)}
+            plain = make_trainer(folder, model(DROPOUT), **options)
+            plain.train()
+            assert all(isinstance(parameter, DTensor) for parameter in plain.model.parameters())
+            trainer = make_trainer(folder, model(DROPOUT), FLeRMConfig(), **options)
+            trainer.train()
+            assert trainer.rate_profile.steps.tolist() == MEASURED
+            assert_identical(whole(trainer.model), whole(plain.model))
+            assert_identical(local_state(trainer), local_state(plain))
+            found[kind] = matched_run(folder, kind, per_device_train_batch_size=2, **FSDP)
+            assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
+        auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
+        trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **FSDP)
+        trainer.train()
+        found["auto"] = trainer.flerm_callback.last_measurement.num_probes
+    return found
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.state_dict().items()}
+
+
+def local_state(trainer: Any) -> list[dict[str, Tensor]]:
+    states = raw_optimizer(trainer.optimizer).state.values()
+    return [{key: getattr(value, "_local_tensor", value) for key, value in state.items()} for state in states]
+
+
+def test_sharded_weights_are_measured_and_matched_as_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = launch(sharded_runs, PAIR, tmp_path, tmp_path)
+    assert together[0]["auto"] == together[1]["auto"] < 2 * 2 * 16
+    for kind in MODELS:
+        first, second = (result[kind] for result in together)
+        assert first["scales"] == second["scales"], "bit for bit"
+        assert first["profile"] == second["profile"]
+        with monkeypatch.context() as patch:
+            drawn_by_all(patch, PAIR)
+            patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in shards
+            alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * PAIR)
+        assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
+        for part in ("rates", "joint"):
+            assert {n: r[0] for n, r in first[part].items()} == pytest.approx(
+                {n: r[0] for n, r in alone[part].items()}, rel=1e-5
+            )
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(first["weights"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "deepspeed": ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed steps inside the backward pass"),
+    "megatron": ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
+    "xla": ({"distributed_type": DistributedType.XLA}, "XLA"),
+    "fsdp1": (
+        {"distributed_type": DistributedType.FSDP, "fsdp_plugin": SimpleNamespace(fsdp_version=1)},
+        "FSDP1 flattens",
+    ),
+    "tensor parallel": ({"parallelism_config": SimpleNamespace(tp_enabled=True)}, "tp_size > 1"),
+    "context parallel": ({"parallelism_config": SimpleNamespace(cp_enabled=True)}, "cp_size > 1"),
+}
+
+
+@pytest.mark.parametrize("engine", REFUSED)
+def test_other_engines_are_refused_before_training(
+    tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, reason = REFUSED[engine]
+    trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig())
+    before = weights_of(trainer.model)
+    for key, value in state.items():
+        monkeypatch.setitem(AcceleratorState._shared_state, key, value)
+    with pytest.raises(ValueError, match=rf"{reason}.*Train with DDP, or with FSDP2"):
+        trainer.train()
+    assert_identical(weights_of(trainer.model), before)
+
+
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
 def errors_of(count: int) -> dict[str, float]:
-    return all_measurements(count)["full", "per_example"]["errors"]
+    return measurements([("full", "per_example")], count)["full", "per_example"]["errors"]
 
 
 def test_errors_fall_as_the_root_of_the_number_of_processes(tmp_path: Path) -> None:
