@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import training
 from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from processes import launch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -34,9 +40,9 @@ from training import (
     train,
     weights_of,
 )
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError
+from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, updates
 from hf_flerm.distributed import Pool
 from hf_flerm.estimators import ESTIMATORS
 from hf_flerm.heads import LinearHead
@@ -49,6 +55,7 @@ from hf_flerm.updates import Snapshot
 
 BYTES_PER_TENSOR = 64
 PAIR = 2
+EXAMPLES = Path(__file__).parent.parent / "examples"
 MEASURED_TOGETHER = [("full", e) for e in ESTIMATORS if e != "exact"] + [("lora", "per_example"), ("lora", "exact")]
 UNEVEN = 22  # rows: the last global batch of 2 x 4 is short
 
@@ -103,10 +110,10 @@ def one_after_the_other(ranks: int, count: int, generator: torch.Generator) -> I
 
 def probe_together(kind: str, estimator: str, count: int) -> dict[str, Any]:
     rank = dist.get_rank()
-    model, updates = moving(kind)
+    model, moves = moving(kind)
     probe = RateProbe(model, estimator=estimator)
     pool = Pool(trainable_parameters(model), estimator, groups_of(model))
-    result = pool.measurement(lambda: probe.measure(updates, batches_of(rank, count), seeded(rank)))
+    result = pool.measurement(lambda: probe.measure(moves, batches_of(rank, count), seeded(rank)))
     return summary(model, result)
 
 
@@ -134,10 +141,10 @@ def test_rates_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
     results = launch(measurements, ranks, tmp_path, cases, count)
     assert all(result == results[0] for result in results[1:]), "the processes differ in a bit"
     for (kind, estimator), found in results[0].items():
-        model, updates = moving(kind)
+        model, moves = moving(kind)
         generator = seeded(0)
         alone = RateProbe(model, estimator=estimator).measure(
-            updates, one_after_the_other(ranks, count, generator), generator
+            moves, one_after_the_other(ranks, count, generator), generator
         )
         expected = summary(model, alone)
         assert found["num_probes"] == ranks * count
@@ -412,21 +419,40 @@ FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_
 def as_on_gpus(patch: pytest.MonkeyPatch) -> None:
     """Accelerate shards on GPUs alone, and makes DDP of it elsewhere: let it take these processes for some."""
 
-    def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    def prepared(self: Trainer, *args: Any, **kwargs: Any) -> None:
         AcceleratorState._reset_state()
-        made = original(folder, **options)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        made.distributed_state.distributed_type = DistributedType.MULTI_GPU
-        return made
+        original(self, *args, **kwargs)
 
-    original = training.arguments
-    patch.setattr(training, "arguments", arguments)
+    original = Trainer.__init__
+    patch.setattr(Trainer, "__init__", prepared)
+
+
+class Alive:
+    """How many bytes of whole tensors are there at once."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        original = updates.gathered
+
+        def gathered(part: Tensor, like: Tensor) -> Tensor:
+            whole = original(part, like)
+            self._count(whole.nbytes)
+            weakref.finalize(whole, self._count, -whole.nbytes)
+            return whole
+
+        patch.setattr(updates, "gathered", gathered)
+
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def sharded_runs(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpus(patch)
+        alive = Alive(patch)
         for kind, model in MODELS.items():
             options = {**ACCUMULATED, **FSDP, "data": Rows(UNEVEN)}
             plain = make_trainer(folder, model(DROPOUT), **options)
@@ -438,6 +464,7 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
             assert_identical(whole(trainer.model), whole(plain.model))
             assert_identical(local_state(trainer), local_state(plain))
             found[kind] = matched_run(folder, kind, per_device_train_batch_size=2, **FSDP)
+            assert 0 < alive.most <= max(parameter.nbytes for parameter in model().parameters())
             assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
         trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **FSDP)
@@ -477,6 +504,41 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
             torch.testing.assert_close(first["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
 
+def example(folder: Path, environments: dict[str, dict[str, str]]) -> dict[str, str]:
+    """What the example prints in the environment of each engine."""
+    spec = importlib.util.spec_from_file_location("many_processes", EXAMPLES / "many_processes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    printed = {}
+    for engine, environment in environments.items():
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+            if "ACCELERATE_USE_FSDP" in environment:
+                as_on_gpus(patch)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["many_processes", "--output", str(folder / engine), "--steps", "3"])
+            module.main()
+        printed[engine] = out.getvalue()
+    return printed
+
+
+def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
+    environments = {}
+    for config in sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")):
+        args = launch_command_parser().parse_args(["--config_file", str(config), "many_processes.py"])
+        args, *_ = _validate_launch_command(args)
+        made = prepare_multi_gpu_env(args)
+        environments[config.stem] = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    assert environments.keys() == {"ddp", "fsdp2"}
+    first, second = launch(example, PAIR, tmp_path, tmp_path, environments)
+    assert set(second.values()) == {""}
+    assert "2 processes, {'Parameter': 28}" in first["ddp"]
+    assert "2 processes, {'DTensor': 28}" in first["fsdp2"]
+    assert all("base: 3 measurements, target: 3" in printed for printed in first.values())
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -497,10 +559,17 @@ def test_other_engines_are_refused_before_training(
     tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, reason = REFUSED[engine]
+
+    class Pretend(TrainerCallback):
+        """Tells of another engine once everything is prepared for this one."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            for key, value in state.items():
+                monkeypatch.setitem(AcceleratorState._shared_state, key, value)
+
     trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig())
+    trainer.callback_handler.callbacks.insert(0, Pretend())
     before = weights_of(trainer.model)
-    for key, value in state.items():
-        monkeypatch.setitem(AcceleratorState._shared_state, key, value)
     with pytest.raises(ValueError, match=rf"{reason}.*Train with DDP, or with FSDP2"):
         trainer.train()
     assert_identical(weights_of(trainer.model), before)
@@ -516,7 +585,7 @@ def errors_of(count: int) -> dict[str, float]:
 def test_errors_fall_as_the_root_of_the_number_of_processes(tmp_path: Path) -> None:
     count = 8
     four, *_ = launch(errors_of, 4, tmp_path, count)
-    model, updates = moving("full")
-    single = RateProbe(model).measure(updates, batches_of(0, count), seeded(0)).standard_errors
+    model, moves = moving("full")
+    single = RateProbe(model).measure(moves, batches_of(0, count), seeded(0)).standard_errors
     ratios = [math.log(four[name] / single[name]) for name in four]
     assert sum(ratios) / len(ratios) == pytest.approx(math.log(1 / 2), abs=0.1)
