@@ -260,11 +260,11 @@ def base_of(kind: str) -> RateProfile:
     return RateProfile([0], {name: [3.0 * factors[name]] for name in names})
 
 
-def matched_run(folder: Path, kind: str, **options: Any) -> dict[str, Any]:
+def matched_run(folder: Path, kind: str, resume: Path | None = None, **options: Any) -> dict[str, Any]:
     model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
     config = FLeRMConfig(mode="match", profile=base_of(kind), probe_batch_size=4, max_change=1e6)
     trainer = make_trainer(folder, model, config, **STABLE, **options)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     callback = flerm_callback(trainer)
     assert callback.last_measurement is not None
     return {
@@ -463,7 +463,10 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
             assert trainer.rate_profile.steps.tolist() == MEASURED
             assert_identical(whole(trainer.model), whole(plain.model))
             assert_identical(local_state(trainer), local_state(plain))
-            found[kind] = matched_run(folder, kind, per_device_train_batch_size=2, **FSDP)
+            sharded: dict[str, Any] = {"per_device_train_batch_size": 2, **FSDP}
+            found[kind] = matched_run(folder / kind, kind, save_strategy="steps", save_steps=3, **sharded)
+            again = matched_run(folder / "again", kind, resume=folder / kind / "checkpoint-3", **sharded)
+            assert_identical(again, found[kind])
             assert 0 < alive.most <= max(parameter.nbytes for parameter in model().parameters())
             assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
