@@ -405,7 +405,7 @@ def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
     trainer = make_trainer(folder, gpt2(), config, **STABLE, per_device_train_batch_size=batch)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return {
-        "weights": weights_of(trainer.model),
+        "weights": whole(trainer.model),
         "scales": flerm_callback(trainer).scales,
         "steps": trainer.rate_profile.steps.tolist(),
     }
