@@ -106,49 +106,88 @@ WEIGHT_GRADIENT_ESTIMATORS = {
     "full": WeightGradientEstimator(full_statistics, combine_one),
     "iid": WeightGradientEstimator(iid_statistics, combine_one),
 }
+FALLBACK = "kronecker"
 ESTIMATORS = ("per_example", *WEIGHT_GRADIENT_ESTIMATORS, "exact")
 
 
-def from_weight_gradients(estimator: str, statistics: Tensor, num_outputs: Tensor) -> tuple[float, float]:
-    """Estimate a rate from the statistics of several probes.
+def num_factors(estimator: str, ndim: int) -> int:
+    """Count what a weight-gradient estimator keeps of a tensor.
+
+    Args:
+        estimator: One of `ESTIMATORS`.
+        ndim: The tensor's number of dimensions.
+
+    Returns:
+        F, at most; 0 for `exact`. `per_example` falls back to `kronecker`.
+    """
+    found = WEIGHT_GRADIENT_ESTIMATORS.get(FALLBACK if estimator == "per_example" else estimator)
+    return len(found.statistics(torch.zeros((1,) * ndim), ())) if found else 0
+
+
+def from_weight_gradients(estimator: str, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up the statistics of several probes.
 
     Args:
         estimator: A key of `WEIGHT_GRADIENT_ESTIMATORS`.
         statistics: Float64 [P, F], one row per probe.
-        num_outputs: M of each probe, float64 [P].
 
     Returns:
-        The rate and its standard error (delta method over probes; nan for one probe).
+        The factors summed over probes, float64 [F], which `combined` makes an estimate of M * rate^2 (M summed over
+        the probes, too: `combine` of all estimators is homogeneous of degree 1); and the variance of that estimate
+        (delta method; nan for one probe).
     """
-    mean = statistics.mean(0)
-    combine = WEIGHT_GRADIENT_ESTIMATORS[estimator].combine
-    squared = combine(mean) / num_outputs.mean()
-    rate = math.sqrt(squared.item())
-    if len(statistics) < 2 or rate == 0.0:
-        return rate, math.nan if rate else 0.0
+    totals = statistics.sum(0)
+    if not combined(estimator, totals):
+        return totals, totals.new_zeros(())
+    if len(statistics) < 2:
+        return totals, totals.new_full((), math.nan)
     with torch.enable_grad():
-        leaf = mean.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(combine(leaf), leaf)
-    influence = (statistics - mean) @ gradient / num_outputs.mean()
-    return rate, (influence.std() / math.sqrt(len(statistics)) / (2 * rate)).item()
+        leaf = totals.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(WEIGHT_GRADIENT_ESTIMATORS[estimator].combine(leaf), leaf)
+    return totals, ((statistics - statistics.mean(0)) @ gradient).var() * len(statistics)
 
 
-def from_examples(values: Tensor, num_outputs: float) -> tuple[Tensor, Tensor]:
-    """Estimate rates from per-example derivatives: M * rate^2 is the mean over probes of sum_n (D phi_n)^2.
+def combined(estimator: str, totals: Tensor) -> float:
+    """Combine the factors of a weight-gradient estimator.
+
+    Args:
+        estimator: A key of `WEIGHT_GRADIENT_ESTIMATORS`.
+        totals: The factors, summed over probes, float64 [F].
+
+    Returns:
+        M * rate^2, with M summed over the probes.
+    """
+    return WEIGHT_GRADIENT_ESTIMATORS[estimator].combine(totals).item()
+
+
+def from_examples(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up per-example derivatives: M * rate^2 is the mean over probes of sum_n (D phi_n)^2.
 
     Args:
         values: D phi_n of every probe and example, float64 [L, S]; Gaussian over omega, independent over S.
-        num_outputs: M summed over the probes.
 
     Returns:
-        Rates and their standard errors over omega, float64 [L] each. Var(v^2) = 2 E[v^2]^2 = (2/3) E[v^4].
+        M * rate^2, with M summed over the probes, and its variance over omega, float64 [L] each.
+        Var(v^2) = 2 E[v^2]^2 = (2/3) E[v^4].
     """
     squares = values.square()
-    total = squares.sum(1)
-    rates = (total / num_outputs).sqrt()
-    variance = squares.square().sum(1) * 2 / 3
-    errors = torch.where(total > 0, variance.sqrt() / (2 * (total * num_outputs).sqrt()), 0.0)
-    return rates, errors
+    return squares.sum(1), squares.square().sum(1) * 2 / 3
+
+
+def rates_from(sizes: Tensor, variances: Tensor, num_outputs: float) -> tuple[Tensor, Tensor]:
+    """Turn sums over probes into rates.
+
+    Args:
+        sizes: M * rate^2, summed over the probes, float64 [L]. An unbiased estimate may be negative: the rate is 0.
+        variances: Of these, [L].
+        num_outputs: M, summed over the probes.
+
+    Returns:
+        Rates and their standard errors, float64 [L] each; nan where they cannot be told.
+    """
+    rates = (sizes.clamp(min=0) / num_outputs).sqrt()
+    errors = variances.sqrt() / (2 * rates * num_outputs)
+    return rates, torch.where(variances == 0, 0.0, torch.where(rates > 0, errors, math.nan))
 
 
 def average_weights(count: int, beta: float) -> Tensor:

@@ -11,7 +11,7 @@ Axes: n an example of N, t a position, i/o input/output features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .readers import Kept, Reader, Readers
+from .sharding import Agree, gathered_leaves
 from .tangents import Affine
 
 _PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
@@ -108,6 +109,7 @@ class Gates(AbstractContextManager["Gates"]):
         num_examples: N of the batch that will go through.
         affine: What is known of the modules' tangents.
         hand_out: `torch.clone` for a model that writes into its modules' outputs in place.
+        agree: How processes that run in step decide.
     """
 
     def __init__(
@@ -119,9 +121,14 @@ class Gates(AbstractContextManager["Gates"]):
         affine: Affine,
         *,
         hand_out: Callable[[Tensor], Tensor] = itself,
+        agree: Agree = list,
     ) -> None:
+        self._model = model
         self._num_examples = num_examples
         self._hand_out = hand_out
+        self._agree = agree
+        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}
+        self._stack = ExitStack()
         self._readers = Readers(updates, affine)
         self._paths: dict[nn.Module, str] = {}
         self._tensors: dict[nn.Module, list[tuple[str, Site]]] = {}
@@ -144,6 +151,7 @@ class Gates(AbstractContextManager["Gates"]):
         self.reached: set[str] = set()
 
     def __enter__(self) -> Gates:
+        self._leaves = self._stack.enter_context(gathered_leaves(self._model))
         for module in self._tensors:
             self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
         return self
@@ -153,6 +161,7 @@ class Gates(AbstractContextManager["Gates"]):
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._stack.close()
 
     def checked(self) -> Gates:
         """Hand on these gates, if all sites could be differentiated.
@@ -193,6 +202,7 @@ class Gates(AbstractContextManager["Gates"]):
         """
         self._readers.keep_tangents = keep_tangents
         reductions = reductions or {}
+        leaves = {parameter: self._leaves.get(parameter, parameter) for parameter in reductions}
         reduced: dict[nn.Parameter, Tensor] = {}
         if not values.requires_grad:
             return {name: row.clone() for name, row in zip(self._rows, self._values, strict=True)}, reduced
@@ -201,14 +211,14 @@ class Gates(AbstractContextManager["Gates"]):
             self._values.zero_()
             reduced = {}
             handles = [
-                parameter.register_hook(partial(_reduce, reduced, parameter, scale, reduce))
+                leaves[parameter].register_hook(partial(_reduce, reduced, parameter, scale, reduce))
                 for parameter, reduce in reductions.items()
             ]
             try:
                 with torch.autocast(values.device.type, enabled=False):  # the caller's is for the forward pass
                     torch.autograd.grad(
                         values,
-                        [self._anchor, *reductions],
+                        [self._anchor, *leaves.values()],
                         (omega * scale).to(values.dtype),
                         retain_graph=retain_graph or not last,
                         allow_unused=True,
@@ -217,7 +227,7 @@ class Gates(AbstractContextManager["Gates"]):
                 for handle in handles:
                     handle.remove()
             finite = [found.isfinite().all().to(values.device) for found in (self._values, *reduced.values())]
-            if bool(torch.stack(finite).all()):
+            if not any(self._agree([not bool(torch.stack(finite).all())])):
                 break
         return dict(zip(self._rows, self._values / scale, strict=True)), reduced
 

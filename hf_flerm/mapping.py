@@ -276,7 +276,7 @@ def _group(name: str, place: Place, granularity: str) -> tuple[str, str]:
     }[granularity]
 
 
-def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Group tensors by what has a joint rate.
 
     Args:
@@ -284,13 +284,13 @@ def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
         names: Canonical names of its tensors.
 
     Returns:
-        `{granularity: {path: names}}` for all granularities but `tensor`.
+        `{granularity: {path: {name: 1, its whole update}}}` for all granularities but `tensor`.
     """
     places = tensor_places(model)
-    groups: dict[str, dict[str, list[str]]] = {granularity: {} for granularity in GRANULARITIES[1:]}
+    groups: dict[str, dict[str, dict[str, float]]] = {granularity: {} for granularity in GRANULARITIES[1:]}
     for name in names:
         for granularity, found in groups.items():
-            found.setdefault(_group(name, places[name], granularity)[0], []).append(name)
+            found.setdefault(_group(name, places[name], granularity)[0], {})[name] = 1.0
     return groups
 
 

@@ -132,9 +132,6 @@ class Evidence:
         row = []
         for unit in units:
             rate, error = joint[unit.name]
-            if list(unit.shares.values()) == [1.0]:
-                (name,) = unit.shares
-                rate, error = measurement.rates[name], measurement.standard_errors[name]
             wanted = mapped.base.interpolated(unit.rates, step).item()
             comparable = _positive(wanted, rate)
             row.append((math.log(wanted) - math.log(rate), error / rate) if comparable else (math.nan, math.nan))

@@ -3,69 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .estimators import from_examples, from_weight_gradients
+from .estimators import from_examples, from_weight_gradients, rates_from
 from .names import preview
+from .totals import Draws, Group, Totals, group_key
 
 UNUSED = "unused"
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What single probes gave, tensors in the order of the measurement.
-
-    Attributes:
-        derivatives: D phi_n of every probe and example, float64 [L, S]; 0 for a tensor measured by weight gradient.
-        by_example: Which tensors are measured by example, bool [L].
-        sums: D phi of every probe, float64 [L, P].
-        probes: The probe of every example, int64 [S].
-        num_outputs: M of every probe, float64 [P].
-    """
-
-    derivatives: Tensor
-    by_example: Tensor
-    sums: Tensor
-    probes: Tensor
-    num_outputs: Tensor
-
-    def inner_products(self) -> Tensor:
-        """Estimate <D_l f, D_m f> / M.
-
-        Returns:
-            Float64 [L, L]: by example where both tensors are, from the sums of whole probes elsewhere.
-        """
-        both = self.by_example.outer(self.by_example)
-        by_example = self.derivatives @ self.derivatives.T
-        return torch.where(both, by_example, self.sums @ self.sums.T) / self.num_outputs.sum()
-
-    def joint_errors(self, weights: Tensor) -> Tensor:
-        """Estimate the standard errors of joint rates.
-
-        Args:
-            weights: How much of each tensor's update is in each group, float64 [G, L].
-
-        Returns:
-            The errors over omega, float64 [G]; nan where it takes more than one probe to tell.
-        """
-        values = weights @ self.derivatives
-        errors = from_examples(values, self.num_outputs.sum().item())[1]
-        mixed = (weights[:, ~self.by_example] != 0).any(1)
-        if not mixed.any():
-            return errors
-        count = len(self.num_outputs)
-        of_probe = torch.zeros(len(weights), count, dtype=values.dtype)
-        squares = of_probe.index_add(1, self.probes, values.square())
-        of_probe.index_add_(1, self.probes, values)
-        sizes = (weights @ self.sums).square() - of_probe.square() + squares
-        rates = (sizes.sum(1).clamp(min=0) / self.num_outputs.sum()).sqrt()
-        spread = sizes.std(1) if count > 1 else torch.full_like(rates, math.nan)
-        over_probes = spread / math.sqrt(count) / (2 * rates * self.num_outputs.mean())
-        return torch.where(mixed, torch.where(rates > 0, over_probes, math.nan), errors)
 
 
 @dataclass(frozen=True)
@@ -80,7 +28,10 @@ class Measurement:
             the outputs (its rate is 0).
         num_probes: Number of probes that were averaged; for `exact`, of batches.
         inner_products: <D_l f, D_m f> / M, float64 [L, L], tensors in the order of `rates`.
+        totals: The sums that the rates follow from.
         draws: What single probes gave; None for `exact`.
+        pooled_groups: `{group: (rate, standard error)}` of the groups that were asked for, if several processes have
+            put together what they measured; `inner_products` and `draws` are then this process's own.
     """
 
     rates: dict[str, float]
@@ -88,7 +39,33 @@ class Measurement:
     estimators: dict[str, str]
     num_probes: int
     inner_products: Tensor = field(repr=False)
+    totals: Totals = field(default_factory=Totals, repr=False)
     draws: Draws | None = field(default=None, repr=False)
+    pooled_groups: Mapping[Group, tuple[float, float]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        totals: Totals,
+        estimators: dict[str, str],
+        inner_products: Tensor,
+        draws: Draws | None = None,
+        pooled_groups: Mapping[Group, tuple[float, float]] | None = None,
+    ) -> Measurement:
+        """Turn sums into rates.
+
+        Args:
+            totals: The sums.
+            estimators: As above; its order is that of the tensors.
+            inner_products: As above.
+            draws: As above.
+            pooled_groups: As above.
+
+        Returns:
+            The measurement.
+        """
+        rates, errors = totals.rates(estimators)
+        return cls(rates, errors, estimators, totals.num_probes, inner_products, totals, draws, pooled_groups)
 
     def group_rate(self, names: Iterable[str]) -> float:
         """Estimate the joint rate of some tensors: how far they move the outputs when they move together.
@@ -97,11 +74,12 @@ class Measurement:
             names: Canonical names, each at most once.
 
         Returns:
-            The RMS over outputs of the sum of the tensors' output changes. Its estimate is unbiased (in the square)
-            for every estimator; for `kronecker` and `iid` it comes from the sums of Z, as in `full`.
+            The RMS over outputs of the sum of the tensors' output changes; of one tensor, its rate. Of several, the
+            estimate is unbiased (in the square) for every estimator; for `kronecker` and `iid` it comes from the sums
+            of Z, as in `full`.
 
         Raises:
-            ValueError: If a name was not measured.
+            ValueError: If a name was not measured, or several processes have measured and not this group.
         """
         return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][0]
 
@@ -129,26 +107,57 @@ class Measurement:
             `{group: (rate, standard error)}`, as `group_rate` and `group_standard_error` estimate them.
 
         Raises:
-            ValueError: If a name was not measured.
+            ValueError: As for `group_rate`.
+        """
+        unknown = {name for group in groups.values() for name in group} - self.rates.keys()
+        if unknown:
+            raise ValueError(f"not measured: {preview(unknown)}. Measured: {preview(self.rates)}.")
+        keys = {name: group_key(shares) for name, shares in groups.items()}
+        found = self._joint_rates({keys[name]: shares for name, shares in groups.items() if len(shares) != 1})
+        for key in keys.values():
+            if len(key) == 1:
+                ((name, share),) = key
+                found[key] = share * self.rates[name], share * self.standard_errors[name]
+        return {name: found[key] for name, key in keys.items()}
+
+    def _joint_rates(self, groups: Mapping[Group, Mapping[str, float]]) -> dict[Group, tuple[float, float]]:
+        if self.pooled_groups is None:
+            rates, errors = rates_from(*self.joint_squares(groups.values()), 1.0)
+            return dict(zip(groups, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
+        missing = groups.keys() - self.pooled_groups.keys()
+        if missing:
+            raise ValueError(
+                f"{len(self.pooled_groups)} groups of tensors were put together over processes; not those of "
+                f"{preview(name for key in missing for name, _ in key)}."
+            )
+        return {key: self.pooled_groups[key] for key in groups}
+
+    def joint_squares(self, groups: Collection[Mapping[str, float]]) -> tuple[Tensor, Tensor]:
+        """Estimate squared joint rates.
+
+        Args:
+            groups: `{canonical name: how much of its update is meant}` of each.
+
+        Returns:
+            (Joint rate)^2, which may be negative, and the variances of that, float64 [G] each.
         """
         order = {name: i for i, name in enumerate(self.rates)}
-        unknown = {name for group in groups.values() for name in group} - order.keys()
-        if unknown:
-            raise ValueError(f"not measured: {preview(unknown)}. Measured: {preview(order)}.")
         weights = torch.zeros(len(groups), len(order), dtype=torch.float64)
-        for row, group in zip(weights, groups.values(), strict=True):
+        for row, group in zip(weights, groups, strict=True):
             for name, share in group.items():
                 row[order[name]] = share
-        rates = ((weights @ self.inner_products) * weights).sum(1).clamp(min=0).sqrt()
-        errors = torch.zeros_like(rates) if self.draws is None else self.draws.joint_errors(weights)
-        return dict(zip(groups, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
+        squares = ((weights @ self.inner_products) * weights).sum(1)
+        if self.draws is None:
+            return squares, torch.zeros_like(squares)
+        return squares, self.draws.joint_variances(weights) / self.draws.num_outputs.sum().square()
 
     def interactions(self) -> tuple[list[str], Tensor]:
         """Inner products of the tensors' output changes.
 
         Returns:
             The names, and <D_l f, D_m f> / M as float64 [L, L]. The diagonal holds squared rates; where the rate is
-            `kronecker`'s or `iid`'s it holds `full`'s.
+            `kronecker`'s or `iid`'s it holds `full`'s. Where several processes have measured, they are those of this
+            process's examples.
         """
         return list(self.rates), self.inner_products.clone()
 
@@ -242,29 +251,26 @@ class Samples:
         count = len(self._num_outputs)
         if not count:
             raise ValueError("there was no probe batch: batches is empty.")
+        num_outputs = sum(self._num_outputs)
         if self._gram is not None:
-            inner = (self._gram / sum(self._num_outputs)).cpu()
-            rates = dict(zip(self._names, inner.diagonal().sqrt().tolist(), strict=True))
-            return Measurement(rates, dict.fromkeys(rates, 0.0), dict.fromkeys(rates, "exact"), count, inner)
+            sizes = self._gram.diagonal().cpu()
+            totals = Totals(count, num_outputs, sizes, torch.zeros_like(sizes), {})
+            estimators = dict.fromkeys(self._names, "exact")
+            return Measurement.of(totals, estimators, (self._gram / num_outputs).cpu())
         draws = self._draws()
-        total = draws.num_outputs.sum().item()
-        found = torch.stack(from_examples(draws.derivatives, total)).T.tolist()
+        sizes, variances = from_examples(draws.derivatives)
+        totals = Totals(count, num_outputs, sizes, variances, {})
         for i, name in enumerate(self._names):
             statistics = [row for row in self._statistics[name] if row is not None]
             if statistics:
                 empty = torch.zeros_like(statistics[0])
                 counted = self._statistics[name][self._first[name] :]
                 rows = torch.stack([empty if row is None else row for row in counted]).cpu()
-                num_outputs = draws.num_outputs[self._first[name] :]
-                found[i] = from_weight_gradients(self._estimators[name], rows[:, 1:], num_outputs)
-        return Measurement(
-            {name: rate for name, (rate, _) in zip(self._names, found, strict=True)},
-            {name: error for name, (_, error) in zip(self._names, found, strict=True)},
-            dict(self._estimators),
-            count,
-            draws.inner_products(),
-            draws,
-        )
+                share = num_outputs / sum(self._num_outputs[self._first[name] :])
+                estimator = self._estimators[name]
+                factors, variances[i] = from_weight_gradients(estimator, share * rows[:, 1:])
+                totals.factors[name] = estimator, factors
+        return Measurement.of(totals, dict(self._estimators), draws.inner_products(), draws)
 
     def _draws(self) -> Draws:
         count = len(self._num_outputs)

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .sharding import reshard
+
 # What modules are given for the time of a probe. Autograd leaves an embedding's padding row out of its gradient and may
 # divide by frequencies, though outputs do not; bitsandbytes repacks 4-bit weights in place for a product that has no
 # gradient.
@@ -79,6 +81,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.enable_grad():
                 yield
         finally:
+            reshard(model)
             for module, training in modes.items():
                 vars(module)["training"] = training
             for parameter in frozen:

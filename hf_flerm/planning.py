@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
@@ -154,8 +155,10 @@ def plan(
 
     Raises:
         RateProfileError: If the profile is no use for this model, or lacks the joint rates that this needs.
-        ValueError: If nothing could be measured in these steps.
+        ValueError: If nothing could be measured in these steps, or several processes run.
     """
+    if PartialState().num_processes > 1:
+        raise ValueError(f"plan runs in one process, this is one of {PartialState().num_processes}: call it alone.")
     base = RateProfile.from_pretrained(profile)
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")

@@ -7,6 +7,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset as HubDataset
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
@@ -21,6 +23,8 @@ class ProbeData:
     Attributes:
         num_batches: Probe batches per measurement, at most.
         batch_size: Examples in each.
+        target_error: What relative error a process may stop at: that of P together is smaller by sqrt(P). None: it
+            takes all batches.
         fingerprint: Of the data set, if it has one.
 
     Args:
@@ -57,7 +61,11 @@ class ProbeData:
         self.batch_size = config.probe_batch_size or min(wanted, training_batch)
         probes = config.max_probes if config.probes == "auto" else config.probes
         self.num_batches = int(probes or math.ceil(wanted / self.batch_size))
+        self.target_error = (
+            config.target_error * math.sqrt(PartialState().num_processes) if config.probes == "auto" else None
+        )
         self.fingerprint = getattr(examples, "_fingerprint", None)
+        self._seed = config.seed
         self._examples = examples
         self._collate = dataloader.collate_fn
 
@@ -73,15 +81,23 @@ class ProbeData:
         self.num_batches *= 2
         return True
 
-    def batches(self, random_numbers: random.Random) -> Iterator[Batch]:
-        """Draw the batches of one measurement.
+    def drawn(self, step: int, device: torch.device) -> tuple[Iterator[Batch], torch.Generator]:
+        """Draw for the measurement of a step; every process of a training draws its own.
 
         Args:
-            random_numbers: What decides which examples; no others are used.
+            step: Optimizer step.
+            device: Where omega is drawn.
 
-        Yields:
-            Model inputs.
+        Returns:
+            Model inputs, and what omega is drawn by.
         """
+        process = PartialState().process_index
+        stream = f"{self._seed} {step}" + (f" {process}" if process else "")
+        random_numbers = random.Random(stream)
+        generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
+        return self._batches(random_numbers), generator
+
+    def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
             yield self._collate([self._examples[index] for index in chosen])

@@ -15,18 +15,18 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from .estimators import ESTIMATORS, WEIGHT_GRADIENT_ESTIMATORS
+from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .gates import Gates, Site
 from .heads import LinearHead, bypassed, find_linear_head, is_cast
 from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
+from .sharding import agreement, is_sharded, reshard
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
 
-FALLBACK = "kronecker"
 _LAYOUTS_PER_BATCH = 3  # one to meet a new layout, one to measure it, one for what verifying it has widened
 
 
@@ -115,7 +115,8 @@ class RateProbe:
         self._asked: list[str] = []
         self._raw: dict[str, str] = {}
         self._head_name: str | None = None
-        self._head_sought = False
+        self._head_sought = is_sharded(model)  # in shards, the head's own weight is never there as a whole
+        self._agree = agreement(model)
         self._head: LinearHead | None = None
 
     def measure(
@@ -144,6 +145,7 @@ class RateProbe:
             raise ValueError("updates is empty: pass a unit update for at least one parameter.")
         if target_error is not None and not target_error > 0:
             raise ValueError(f"target_error is {target_error!r}; it must be positive, or None to use every batch.")
+        reshard(self.model)
         if list(updates) != self._asked:
             self._raw, self._asked = resolve_names(self.model, updates), list(updates)
         parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
@@ -165,8 +167,10 @@ class RateProbe:
                     if self.estimator == "per_example":
                         self._sites.find(parameters, moves, batch)
                     self._probe(parameters, moves, batch, generator, samples)
-                if target_error is not None and samples.measurement().relative_error <= target_error:
-                    break
+                if target_error is not None:
+                    goes_on = samples.measurement().relative_error > target_error
+                    if not any(self._agree([goes_on])):
+                        break
         self._sites.close_measurement(moves)
         return samples.measurement()
 
@@ -181,6 +185,7 @@ class RateProbe:
         """Add the samples of `probes_per_batch` probes on one batch."""
         with ExitStack() as stack:
             for _ in range(_LAYOUTS_PER_BATCH):
+                reshard(self.model)
                 gated = [name for name in updates if name in self._sites.sites]
                 by_gradient = {parameters[name]: name for name in updates if name not in self._sites.sites}
                 stack.enter_context(trainable(by_gradient))

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from .config import FLeRMConfig
 from .probe_data import ProbeData
 from .rate_profile import RateProfile, RateProfileError
+from .sharding import own_type
 
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
 _RECORDED_ARGUMENTS = (
@@ -58,7 +59,7 @@ def provenance(
     description: dict[str, Any] = _plain(
         {
             "packages": {name: version(name) for name in _PACKAGES},
-            "model": type(model).__name__,
+            "model": own_type(model).__name__,
             "model_config": config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
             "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
             "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},

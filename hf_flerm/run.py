@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import random
 import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .config import FLeRMConfig
+from .distributed import Pool, check_engine, check_same
 from .mapping import joint_groups, map_profile
 from .matching import Evidence
 from .measurement import UNUSED, Measurement
@@ -31,6 +30,7 @@ from .probes import RateProbe
 from .profile_file import serialize
 from .provenance import check_units, measuring_settings
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
+from .sharding import agreement
 from .updates import Snapshot
 
 logger = logging.get_logger(__name__)
@@ -77,6 +77,7 @@ class FLeRMRun:
         base: RateProfile | None = None,
         resumed: RateProfile | None = None,
     ) -> None:
+        check_engine(model, config.estimator)
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
         self._config = config
@@ -90,9 +91,10 @@ class FLeRMRun:
         self._probe = RateProbe(
             model, estimator=config.estimator, probes_per_batch=config.probes_per_batch, outputs=outputs
         )
+        self._agree = agreement(model)
         self._groups = joint_groups(model, self._parameters)
         self._profile = self._begun(provenance, resumed)
-        self._before: Snapshot | None = None
+        self._before: Snapshot | Exception | None = None
         self._step = 0
         self._logs: dict[str, float] = {}
         self._failures = 0
@@ -102,8 +104,12 @@ class FLeRMRun:
         self._step_scales: StepScales | None = None
         self.scales = dict.fromkeys(self._parameters, 1.0)
         self.evidence: Evidence | None = None
+        asked: list[Mapping[str, float]] = [group for groups in self._groups.values() for group in groups.values()]
         if base is not None:
             self._match(base, model, resumed.metadata.get(_EVIDENCE) if resumed is not None else None)
+            asked += [unit.shares for unit in self._mapped.measured_units.values()]
+        check_same("the profile", self.profile, base)
+        self._pool = Pool(self._parameters, config.estimator, asked)
 
     @property
     def profile(self) -> RateProfile:
@@ -124,8 +130,8 @@ class FLeRMRun:
         if not self._off and self._due(step):
             try:
                 self._before = Snapshot(self._parameters, self._config.snapshot_device)
-            except Exception as error:
-                self._failed(error)
+            except Exception as error:  # which all processes hear of when they put together what they measured
+                self._before = error
 
     def after_step(self) -> None:
         """Measure the update that was just made, if its step was kept; in `match` mode redo it at the new scales."""
@@ -230,14 +236,15 @@ class FLeRMRun:
         measured = self._profile.steps[-1:].tolist()
         return asked is not None and (not measured or asked > measured[0])
 
-    def _measure(self, before: Snapshot) -> None:
+    def _measure(self, before: Snapshot | Exception) -> None:
         nominal = learning_rates(self._optimizer, self._parameters)
         used = {name: rate * self.scales[name] for name, rate in nominal.items()}
-        if not any(used.values()) or not before.moved():
-            return  # warm-up at learning rate 0, or a step that was skipped: the next one will do
+        if not any(used.values()):
+            return  # warm-up: the next step will do
         decays = {n: nominal[n] * decay for n, decay in weight_decays(self._optimizer, self._parameters).items()}
-        with before.put_back(used, decays) as updates:
-            measurement = self._probed(updates)
+        measurement = self._pool.measurement(lambda: self._probed(before, used, decays))
+        if measurement is None or isinstance(before, Exception):
+            return
         broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
         if broken:
             raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
@@ -264,20 +271,25 @@ class FLeRMRun:
             ratios = {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
             before.rescale(ratios, decays)
 
-    def _probed(self, updates: Mapping[str, torch.Tensor]) -> Measurement:
-        """Probe, with fewer examples at a time if memory does not suffice."""
+    def _probed(
+        self, before: Snapshot | Exception, used: Mapping[str, float], decays: Mapping[str, float]
+    ) -> Measurement | None:
+        """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
         device = next(iter(self._parameters.values())).device
-        target_error = self._config.target_error if self._config.probes == "auto" else None
-        while True:
-            random_numbers = random.Random(f"{self._config.seed} {self._step}")
-            generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
-            batches = self._probe_data.batches(random_numbers)
-            try:
-                return self._probe.measure(updates, batches, generator, target_error=target_error)
-            except Exception as error:
-                if not should_reduce_batch_size(error) or not self._probe_data.halve():
-                    raise
-            clear_device_cache(garbage_collection=True)
+        failed, moved = self._agree([isinstance(before, Exception), isinstance(before, Snapshot) and before.moved()])
+        if isinstance(before, Exception):
+            raise before
+        if failed or not moved:
+            return None
+        with before.put_back(used, decays) as updates:
+            while True:
+                batches, generator = self._probe_data.drawn(self._step, device)
+                try:
+                    return self._probe.measure(updates, batches, generator, target_error=self._probe_data.target_error)
+                except Exception as error:
+                    if not should_reduce_batch_size(error) or not self._probe_data.halve():
+                        raise
+                clear_device_cache(garbage_collection=True)
 
     def _failed(self, error: Exception) -> None:
         if should_reduce_batch_size(error):
@@ -326,7 +338,7 @@ class FLeRMRun:
         """Joint rates by module, by block and of everything."""
         found = {}
         for granularity, groups in self._groups.items():
-            joint = measurement.joint_rates({path: dict.fromkeys(names, 1.0) for path, names in groups.items()})
+            joint = measurement.joint_rates(groups)
             found[granularity] = {path: rate for path, (rate, _) in joint.items()}
         return found
 

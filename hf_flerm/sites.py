@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import compress
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from .gates import Gates, Passage, Site, itself, layouts
 from .modes import trainable
 from .outputs import Batch, Output, Outputs, num_examples
+from .sharding import agreement, reshard
 from .tangents import Affine
 
 logger = logging.get_logger(__name__)
@@ -51,6 +53,7 @@ class VerifiedSites:
         self._hand_out: Callable[[Tensor], Tensor] = itself
         self._attempts: Counter[str] = Counter()
         self._largest_gradient = 0.0
+        self._agree = agreement(model)
 
     def gates(
         self, names: Iterable[str], updates: Mapping[str, Tensor], batch: Batch, skip: str | None = None
@@ -67,7 +70,15 @@ class VerifiedSites:
             Gates that are not in place yet.
         """
         places = {name: [site for site in self.sites[name] if site.module != skip] for name in names}
-        return Gates(self._model, places, updates, num_examples(batch), self._affine, hand_out=self._hand_out)
+        return Gates(
+            self._model,
+            places,
+            updates,
+            num_examples(batch),
+            self._affine,
+            hand_out=self._hand_out,
+            agree=self._agree,
+        )
 
     def find(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
         """Find sites for the tensors that have none yet, and check those that could not be checked before.
@@ -83,7 +94,8 @@ class VerifiedSites:
         for name, parameter in parameters.items():
             if name not in self.sites and name not in self.unmeasurable:
                 self.sites[name] = _outermost(owners(self._model, parameter))
-        pending = [name for name in parameters if name in self.sites and not self._trusts(name, batch)]
+        located = [name for name in parameters if name in self.sites]
+        pending = self._agreed(located, lambda name: not self._trusts(name, batch))
         self.verify(pending, parameters, updates, batch)
 
     def strange(self, gates: Gates, names: Iterable[str], batch: Batch) -> list[str]:
@@ -97,7 +109,14 @@ class VerifiedSites:
         Returns:
             Those that must be verified on this batch before they are measured on it.
         """
-        return [name for name in names if self._trusts(name, batch) and not self._trusts(name, batch, gates.passages)]
+        return self._agreed(
+            names, lambda name: self._trusts(name, batch) and not self._trusts(name, batch, gates.passages)
+        )
+
+    def _agreed(self, names: Iterable[str], is_meant: Callable[[str], bool]) -> list[str]:
+        """The names that are meant, by any process that runs in step with this one."""
+        names = list(names)
+        return list(compress(names, self._agree([is_meant(name) for name in names])))
 
     def _trusts(self, name: str, batch: Batch, passages: Mapping[str, Passage] | None = None) -> bool:
         """Whether a tensor was verified, at the layouts of these passages if they are given.
@@ -124,6 +143,7 @@ class VerifiedSites:
             batch: As for `find`.
         """
         while pending:
+            reshard(self._model)  # a pass that has failed leaves weights gathered
             gates = self.gates(pending, updates, batch)
             with trainable(parameters[name] for name in pending), gates:
                 try:
@@ -139,7 +159,8 @@ class VerifiedSites:
                         raise
                 else:
                     chosen = {name: parameters[name] for name in pending}
-                    wrong = self._refuted(gates, out, chosen, updates, num_examples(batch))
+                    refuted = self._refuted(gates, out, chosen, updates, num_examples(batch))
+                    wrong = set(self._agreed(pending, refuted.__contains__))
                     pending = [name for name in pending if name in wrong]
             for name in wrong:
                 self._widen(name, gates)
@@ -151,7 +172,8 @@ class VerifiedSites:
         Args:
             names: What was measured.
         """
-        for name in {name for name in names if name in self.sites} - self._verified.keys():
+        located = [name for name in names if name in self.sites]
+        for name in self._agreed(located, lambda name: name not in self._verified):
             self._attempts[name] += 1
             if self._attempts[name] == _PATIENCE:
                 del self.sites[name]
@@ -181,7 +203,7 @@ class VerifiedSites:
         by_row = factors.to(omega).repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
         reductions = {parameters[name]: partial(_sizes, updates, name) for name in parameters}
         values, sizes = gates.differentiate(out.values, omega, reductions, retain_graph=True)
-        if not all(bool(found[2].isfinite()) for found in sizes.values()):
+        if any(self._agree([not all(bool(found[2].isfinite()) for found in sizes.values())])):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
         multiplied, _ = gates.differentiate(out.values, omega.mul_(by_row))
         self._largest_gradient = max(self._largest_gradient, *(float(found[2]) for found in sizes.values()), 0.0)

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers.pytorch_utils import Conv1D
 
+from .sharding import own_type
+
 Tangent = Callable[[Any, Tensor, Tensor], Tensor]
 
 # Modules of one input that are linear in a parameter: the output with U in its place, and nothing else added.
@@ -88,7 +90,7 @@ def linear_tangent(module: nn.Module, attribute: str) -> Tangent | None:
     Returns:
         The function, or None.
     """
-    return _LINEAR.get((type(module), attribute))
+    return _LINEAR.get((own_type(module), attribute))
 
 
 def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
@@ -101,7 +103,7 @@ def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
     Returns:
         The function, or None.
     """
-    return _ADJOINT.get((type(module), attribute))
+    return _ADJOINT.get((own_type(module), attribute))
 
 
 def jvp(
@@ -118,7 +120,7 @@ def jvp(
     Returns:
         The derivative of each output.
     """
-    primal = primal.detach()
+    primal, tangent = primal.detach(), tangent.to(primal.dtype)
     # The products of bitsandbytes drop forward-mode tangents without a word.
     quantized = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative

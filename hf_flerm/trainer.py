@@ -56,10 +56,11 @@ class FLeRMTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own.
 
-        A scheduler that exists already has counted the groups, so then they stay. The scales apply all the same.
+        A scheduler that exists already has counted the groups, so then they stay; so they do under FSDP, which saves
+        and loads states by names of its own. The scales apply all the same.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._flerm.config.mode == "match" and self.lr_scheduler is None:
+        if self._flerm.config.mode == "match" and self.lr_scheduler is None and not self.is_fsdp_enabled:
             model: Any = self.model
             self._group_sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
         return optimizer

@@ -8,6 +8,9 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .sharding import gathered, shard
 
 _NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
@@ -29,7 +32,8 @@ class UnitUpdates(Mapping[str, Tensor]):
         self._parameters = parameters
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._updates[self._keys[name]].detach().to(self._parameters[name])
+        parameter = self._parameters[name]
+        return self._updates[self._keys[name]].detach().to(parameter.device, parameter.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -53,13 +57,13 @@ class Snapshot:
         self._parameters = parameters
         self._device = device
         self._buffer = {
-            name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+            name: shard(parameter).to(device or parameter.device, copy=True) for name, parameter in parameters.items()
         }
 
     def moved(self) -> bool:
-        """Tell whether any weight has changed since."""
+        """Tell whether any weight has changed since, of those that lie here."""
         return any(
-            not torch.equal(self._buffer[name].to(parameter.device), parameter.detach())
+            not torch.equal(self._buffer[name].to(parameter.device), shard(parameter))
             for name, parameter in self._parameters.items()
         )
 
@@ -93,17 +97,21 @@ class Snapshot:
             for name, ratio in ratios.items():
                 parameter = self._parameters[name]
                 if ratio != 1.0:
-                    start = _decayed(self._buffer[name].to(parameter.device), decays.get(name, 0.0))
-                    parameter.copy_(start + (parameter - start) * ratio)
+                    start, end = (
+                        _decayed(self._buffer[name].to(parameter.device), decays.get(name, 0.0)),
+                        shard(parameter),
+                    )
+                    end.copy_(start + (end - start) * ratio)
 
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
             other = self._buffer[name]
-            if self._device is None:
+            if self._device is None and not isinstance(parameter, DTensor):
                 parameter.data, self._buffer[name] = other, parameter.data
             else:
-                self._buffer[name] = parameter.data.to(self._device, copy=True)
-                parameter.data.copy_(other)
+                own = shard(parameter)
+                self._buffer[name] = own.to(self._device or own.device, copy=True)
+                own.copy_(other)
 
 
 class _Step(Mapping[str, Tensor]):
@@ -122,11 +130,12 @@ class _Step(Mapping[str, Tensor]):
         self._decays = decays
 
     def __getitem__(self, name: str) -> Tensor:
-        before, rate = self._before[name].detach(), self._learning_rates[name]
+        parameter, rate = self._before[name], self._learning_rates[name]
+        before = shard(parameter)
         if not rate:
-            return torch.zeros_like(before)
+            return before.new_zeros(parameter.shape)
         start = _decayed(before, self._decays.get(name, 0.0))
-        return torch.sub(self._after[name].to(before.device), start).div_(rate)
+        return gathered(torch.sub(self._after[name].to(before.device), start).div_(rate), parameter)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._before)

@@ -13,11 +13,13 @@ from torch import Tensor
 from hf_flerm.estimators import (
     ESTIMATORS,
     average_weights,
+    combined,
     from_examples,
     from_weight_gradients,
     full_statistics,
     iid_statistics,
     kronecker_statistics,
+    rates_from,
 )
 from hf_flerm.measurement import Draws, Measurement, Samples
 
@@ -30,7 +32,14 @@ def rate_from(
     """Rate and standard error from Z [P, ...]."""
     statistics = {"full": full_statistics, "iid": iid_statistics}.get(estimator, kronecker_statistics)
     rows = torch.stack([statistics(z, dims) for z in products])
-    return from_weight_gradients(estimator, rows, torch.full((len(products),), num_outputs, dtype=torch.float64))
+    return rate_of(estimator, rows, num_outputs * len(products))
+
+
+def rate_of(estimator: str, rows: Tensor, num_outputs: float) -> tuple[float, float]:
+    totals, variance = from_weight_gradients(estimator, rows)
+    size = torch.tensor([combined(estimator, totals)], dtype=torch.float64)
+    rate, error = rates_from(size, variance.reshape(1), num_outputs)
+    return rate.item(), error.item()
 
 
 @pytest.mark.parametrize("probes", [1, 3])
@@ -132,13 +141,13 @@ def test_one_probe_has_no_standard_error() -> None:
 
 def test_varying_numbers_of_outputs_weigh_by_outputs() -> None:
     rows = torch.tensor([[4.0], [9.0]], dtype=torch.float64)
-    rate, _ = from_weight_gradients("full", rows, torch.tensor([1.0, 3.0], dtype=torch.float64))
+    rate, _ = rate_of("full", rows, 1.0 + 3.0)
     assert rate == pytest.approx(math.sqrt((4 + 9) / (1 + 3)))
 
 
 def test_from_examples_by_hand() -> None:
     values = torch.tensor([[1.0, -2.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    rates, errors = from_examples(values, 7.0)
+    rates, errors = rates_from(*from_examples(values), 7.0)
     assert rates.tolist() == pytest.approx([math.sqrt(14 / 7), 0.0])
     # sd of rate^2 = sqrt(2/3 (1 + 16 + 81)) / 7, over 2 rate.
     assert errors.tolist() == pytest.approx([math.sqrt(2 / 3 * 98) / 7 / (2 * math.sqrt(2)), 0.0])
@@ -148,7 +157,7 @@ def test_errors_of_from_examples_are_calibrated() -> None:
     # 600 seeds, 6 examples of unequal size, 30 probes each.
     scales = torch.tensor([0.2, 1.0, 1.0, 1.5, 2.0, 0.5], dtype=torch.float64).repeat(30)
     draws = scales * torch.randn(600, len(scales), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    rates, errors = from_examples(draws, len(scales))
+    rates, errors = rates_from(*from_examples(draws), len(scales))
     z = (rates - scales.square().mean().sqrt()) / errors
     assert abs(z.mean()) < 0.2  # a rate is a concave function of its unbiased square, so slightly low
     assert (
@@ -258,8 +267,10 @@ def test_errors_of_joint_rates_are_calibrated(by_example: list[bool]) -> None:
         noise = torch.randn(3, probes, 4, generator=generator, dtype=torch.float64)
         values = torch.einsum("lm,mpn->lpn", mixing, noise)
         one = draws(values, values.sum(2), by_example)
-        found.append(one.inner_products()[index][:, index].sum().sqrt())
-        claimed.append(one.joint_errors(torch.ones(1, 3, dtype=torch.float64)).item())
+        size = one.inner_products()[index][:, index].sum().reshape(1) * probes
+        rate, error = rates_from(size, one.joint_variances(torch.ones(1, 3, dtype=torch.float64)), probes)
+        found.append(rate[0])
+        claimed.append(error.item())
     spread = torch.stack(found).std().item()
     assert sum(claimed) / repetitions == pytest.approx(spread, rel=4 / math.sqrt(2 * repetitions) + 0.03)
 
@@ -267,8 +278,8 @@ def test_errors_of_joint_rates_are_calibrated(by_example: list[bool]) -> None:
 def test_one_probe_cannot_tell_the_error_of_a_joint_rate_of_weight_gradients() -> None:
     values = torch.ones(2, 1, 4, dtype=torch.float64)
     both = torch.ones(1, 2, dtype=torch.float64)
-    assert draws(values, values.sum(2), [True, False]).joint_errors(both).isnan().all()
-    assert (draws(values, values.sum(2), [True, True]).joint_errors(both) > 0).all()
+    assert draws(values, values.sum(2), [True, False]).joint_variances(both).isnan().all()
+    assert (draws(values, values.sum(2), [True, True]).joint_variances(both) > 0).all()
 
 
 def test_errors_of_joint_rates_of_a_measurement() -> None:

@@ -1,0 +1,133 @@
+"""Weights that lie in shards on several processes (FSDP2): one whole tensor is gathered at a time.
+
+All processes run a sharded model in step, so whatever decides how often it runs must be decided together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from .distributed import anywhere
+
+Agree = Callable[[Sequence[bool]], list[bool]]
+
+
+def shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here; writing into it changes the tensor.
+
+    Args:
+        tensor: Sharded or whole.
+
+    Returns:
+        A plain tensor without a graph.
+    """
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
+
+
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """Put the parts of a tensor together; a collective call if it is sharded.
+
+    Args:
+        part: What lies here of it.
+        like: A tensor that is sharded in the same way, or whole.
+
+    Returns:
+        The whole tensor.
+    """
+    if not isinstance(like, DTensor):
+        return part
+    whole = DTensor.from_local(
+        part.to(like.device_mesh.device_type),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+    return whole.full_tensor()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether any weight of a model lies in shards.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether one does.
+    """
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def agreement(model: nn.Module) -> Agree:
+    """How processes decide together: for a model in shards a flag is set where any process has set it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        What makes flags of flags; it changes nothing where each process has the whole model and goes its own way.
+    """
+    return anywhere if is_sharded(model) else list
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of all gathered weights: FSDP2 keeps the root's after a forward pass without a backward pass.
+
+    Args:
+        model: The model; nothing happens if it is not in shards.
+    """
+    for _, module in _units(model):
+        module.reshard()
+
+
+@contextmanager
+def gathered_leaves(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Follow which gathered parameter stands in for which sharded one in a forward pass: autograd sees only these.
+
+    Args:
+        model: The model.
+
+    Yields:
+        `{sharded parameter: gathered one}`, filled as the pass goes on.
+    """
+    sharded = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    leaves: dict[nn.Parameter, nn.Parameter] = {}
+
+    def note(prefix: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object) -> None:
+            for name, parameter in module.named_parameters(prefix=prefix):
+                if name in sharded and not isinstance(parameter, DTensor):
+                    leaves.setdefault(sharded[name], parameter)  # a tangent calls a module again
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(path)) for path, module in _units(model)]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, which FSDP2 replaces by one of its own.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The class that it was made of.
+    """
+    return next(c for c in type(module).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that FSDP2 gathers and shards as one."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, FSDPModule))
