@@ -43,6 +43,22 @@ class RateProfileError(ValueError):
     """Something is wrong with a rate profile, its file or its repository."""
 
 
+def check_name(name: str) -> None:
+    """Refuse what is no name of a parameter as torch makes them, and might be taken for a path or a terminal's code.
+
+    Args:
+        name: The name.
+
+    Raises:
+        RateProfileError: If it is none.
+    """
+    if not name.isprintable() or not all(name.split(".")) or "/" in name or "\\" in name:
+        raise RateProfileError(
+            f"{name!r:.200} cannot be the name of a parameter in a profile: names are printable parts without slashes, "
+            "joined by dots."
+        )
+
+
 def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str, Any], joint_rates: Groups) -> bytes:
     """Make the content of a file: a tensor per parameter and the steps; everything else is one sorted JSON text.
 

@@ -19,6 +19,7 @@ from .profile_file import (
     SCHEMA_VERSION,
     STEPS,
     RateProfileError,
+    check_name,
     find,
     parse,
     serialize,
@@ -74,9 +75,9 @@ class RateProfile:
         for group in (self.rates, *self.joint_rates.values()):
             self._check_rows(group)
         for name in self.rates:
-            _check_name(name)
+            check_name(name)
         for path in {path for groups in self.joint_rates.values() for path in groups if path}:
-            _check_name(path)
+            check_name(path)
         for key in _OBJECTS:
             if not isinstance(self.metadata.get(key, {}), dict):
                 raise RateProfileError(f"{key!r} in the metadata must be an object; got {self.metadata[key]!r:.200}.")
@@ -329,15 +330,6 @@ def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: s
         f"the parameter names differ: only in {base_label} {preview(base.keys() - other.keys())}; "
         f"only in {other_label} {preview(other.keys() - base.keys())}."
     )
-
-
-def _check_name(name: str) -> None:
-    """Names are dotted parts, as torch makes them; nothing that a file system or terminal could take for more."""
-    if not name.isprintable() or not all(name.split(".")) or "/" in name or "\\" in name:
-        raise RateProfileError(
-            f"{name!r:.200} cannot be the name of a parameter in a profile: names are printable parts without slashes, "
-            "joined by dots."
-        )
 
 
 def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
