@@ -197,7 +197,9 @@ def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
     """A process of its own, a model with its tokenizer, and text: what `plan` says of the same tokens."""
     base = recorded(tmp_path / "runs", gpt2())
     base.save_pretrained(tmp_path / "base")
-    lines = [f"the {a} {b} sat on the {c}" for a in ("old", "big") for b in ("cat", "dog", "rat") for c in ("mat", "log")]
+    lines = [
+        f"the {a} {b} sat on the {c}" for a in ("old", "big") for b in ("cat", "dog", "rat") for c in ("mat", "log")
+    ]
     (tmp_path / "text.txt").write_text("\n".join(lines * 4))
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
