@@ -85,7 +85,7 @@ class FLeRMConfig:
     profile: RateProfile | str | os.PathLike[str] | None = None
     estimator: str = "per_example"
     granularity: str = "tensor"
-    depth: str = "joint"
+    depth: str = "equal"
     pool: str = "kind"
     beta: float | None = None
     max_scale: float = 1e5

@@ -139,7 +139,7 @@ def map_profile(
     model: nn.Module,
     *,
     granularity: str = "tensor",
-    depth: str = "joint",
+    depth: str = "equal",
     unmatched: str = "error",
 ) -> ProfileMap:
     """Map a profile onto a model of another depth, width, rank or adapter.
@@ -152,8 +152,9 @@ def map_profile(
         model: The target; what is mapped are its trainable parameters.
         granularity: What has a rate of its own: each `tensor`, each `module` (LoRA's A and B, a weight and its bias:
             the joint rate of what is trained of it, whatever that is), each `block`, or everything (`global`).
-        depth: Where a base block becomes m blocks: `joint` asks that the m copies of a tensor together have its rate,
-            whatever their interaction; `equal` gives each 1/m of it (the paper's), `sqrt` 1/sqrt(m), `copy` all of it.
+        depth: Where a base block becomes m blocks: `equal` gives each 1/m of its rate (the paper's: their effects
+            add), `sqrt` 1/sqrt(m), `copy` all of it; `joint` asks that the m copies of a tensor together have it,
+            whatever their interaction.
         unmatched: `error` refuses tensors without a counterpart, on either side. Tensors that the base does not have
             get the scale of everything together (`global`), none (`nominal`), or do not move (`freeze`).
 

@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_flerm import RateProfile, RateProfileError, map_profile, measure_rates
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, map_profile, measure_rates
 from hf_flerm.mapping import DEPTHS, GRANULARITIES, joint_groups
 from hf_flerm.names import tensor_places, trainable_parameters
 
@@ -100,6 +100,14 @@ def test_splitting_keeps_the_total_of_every_kind(before: int, after: int, depth:
     assert torch.equal(split.rates["inputs.weight"], base.rates["inputs.weight"])
 
 
+def test_a_block_is_split_equally_unless_said_otherwise() -> None:
+    base, model = profile(Stacks(layers=2)), Stacks(layers=4)
+    units = map_profile(base, model).units
+    assert units.keys() == trainable_parameters(model).keys()
+    assert torch.equal(units["layers.3.fc.bias"].rates, base.rates["layers.1.fc.bias"] / 2)
+    assert FLeRMConfig().depth == map_profile(base, model).depth
+
+
 @pytest.mark.parametrize(("depth", "power"), [("equal", 1), ("sqrt", 2)])
 def test_whole_multiples_keep_the_total_of_every_base_block(depth: str, power: int) -> None:
     base = profile(Stacks(layers=2))
@@ -132,7 +140,7 @@ def test_there_and_back_returns_the_profile(depth: str, factor: int) -> None:
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (2, 3), (3, 2), (4, 2), (1, 5)])
 def test_jointly_matched_blocks_belong_to_base_blocks_in_whole(before: int, after: int) -> None:
     base = profile(Stacks(layers=before))
-    found = map_profile(base, Stacks(layers=after))
+    found = map_profile(base, Stacks(layers=after), depth="joint")
     totals: dict[str, float] = {}
     for unit in found.units.values():
         assert torch.equal(unit.rates, base.rates[unit.name])
@@ -151,7 +159,7 @@ def test_copies_that_move_together_have_the_base_tensors_rate() -> None:
     model.forward = lambda x: x + sum(torch.tanh(layer(x)) for layer in model.layers)
     model.double()
     base = RateProfile([0], {"layers.0.weight": [0.7], "layers.1.weight": [0.2]})
-    found = map_profile(base, model)
+    found = map_profile(base, model, depth="joint")
     updates = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     batch = [{"x": torch.randn(6, 5, dtype=torch.float64)}]
 
@@ -302,12 +310,12 @@ def test_tensors_without_a_rate_follow_the_policy(policy: str, expected: float) 
 def test_what_is_several_tensors_together_has_no_rate_of_its_own() -> None:
     base = profile(Stacks(layers=2))
     with pytest.raises(RateProfileError, match=r"joint rate of several tensors.*depth='equal'"):
-        _ = map_profile(base, Stacks(layers=4)).profile
+        _ = map_profile(base, Stacks(layers=4), depth="joint").profile
 
 
 def test_the_report_says_what_stands_for_what() -> None:
     base = profile(lora(layers=2))
-    report = str(map_profile(base, lora(rank=8, layers=4)))
+    report = str(map_profile(base, lora(rank=8, layers=4), depth="joint"))
     assert "2 x 2x16  4 x 8x16  joint rate: model.layers.*.self_attn.q_proj.lora_A.weight" in report
     missing = str(map_profile(profile(Stacks(layers=1)), Stacks(more=1), unmatched="nominal"))
     assert "not in the base: [more.0.fc.bias, more.0.fc.weight]" in missing
@@ -377,7 +385,7 @@ class Nested(nn.Module):
 
 
 def test_stacks_within_stacks_have_ratios_of_their_own() -> None:
-    found = map_profile(profile(Nested(1, 2)), Nested(2, 4)).units
+    found = map_profile(profile(Nested(1, 2)), Nested(2, 4), depth="joint").units
     assert {
         name.removeprefix("outer."): {n.removeprefix("outer."): share for n, share in unit.shares.items()}
         for name, unit in found.items()
@@ -398,7 +406,7 @@ def test_totals_are_kept_in_stacks_within_stacks(
     torch.testing.assert_close(
         kind_totals(split, power, "outer"), kind_totals(base, power, "outer"), rtol=1e-12, atol=0
     )
-    joint = map_profile(base, Nested(*after))
+    joint = map_profile(base, Nested(*after), depth="joint")
     totals = dict.fromkeys(joint.shapes, 0.0)
     for unit in joint.units.values():
         for name, share in unit.shares.items():
@@ -423,7 +431,7 @@ def test_copies_have_the_rate_itself_and_a_block_of_two_their_mean() -> None:
 def test_a_block_is_all_that_lies_in_it() -> None:
     base = profile(Stacks(layers=2))
     assert set(base.joint_rates["block"]) == {"inputs", "layers.0", "layers.1"}
-    found = map_profile(base, Stacks(layers=4), granularity="block").units
+    found = map_profile(base, Stacks(layers=4), granularity="block", depth="joint").units
     assert {name: list(unit.shares.values()) for name, unit in found.items()} == {
         "inputs": [1.0] * 2,
         "layers.0": [1.0] * 4,
@@ -473,7 +481,7 @@ def test_conv1d_adapters_of_other_depth_and_rank() -> None:
         return get_peft_model(GPT2LMHeadModel(GPT2Config(n_layer=layers, **sizes)), config)
 
     base = profile(adapted(2, 2))
-    found = map_profile(base, adapted(4, 4))
+    found = map_profile(base, adapted(4, 4), depth="joint")
     prefix = "base_model.model.transformer.h"
     assert {unit.sources: set(unit.shares) for unit in found.units.values()} == {
         (f"{prefix}.{i}.attn.c_attn.lora_{side}.weight",): {

@@ -244,7 +244,7 @@ def test_means_and_their_errors_are_calibrated() -> None:
 def test_units_are_compared_by_their_joint_rate() -> None:
     """Two base blocks to four: the copies' joint rate, with their interaction, is what is compared."""
     base = RateProfile([0], {"h.0.A": [6.0], "h.1.A": [1.0]})
-    found = map_profile(base, Blocks(4, "A"))
+    found = map_profile(base, Blocks(4, "A"), depth="joint")
     inner = torch.eye(4, dtype=torch.float64)
     inner[0, 1] = inner[1, 0] = 1.0  # the first two reinforce each other fully: 2 together; the others: sqrt(2)
     rates = {f"h.{i}.A": 1.0 for i in range(4)}
@@ -319,7 +319,7 @@ def test_match_rates_takes_the_place_of_a_profile(tmp_path: Path) -> None:
 def test_a_share_of_a_tensor_has_that_share_of_its_rate() -> None:
     """Four base blocks to two: half of each target block's update has the rate of one base block."""
     rates = {"h.0.A": [1.0], "h.1.A": [4.0], "h.2.A": [3.0], "h.3.A": [3.0]}
-    found = map_profile(RateProfile([0], rates), Blocks(2, "A"))
+    found = map_profile(RateProfile([0], rates), Blocks(2, "A"), depth="joint")
     measured = measurement({"h.0.A": 0.5, "h.1.A": 2.0})
     evidence = Evidence.recorded(None, found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
     logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from torch.optim import SGD, Optimizer
-from training import Rows, gpt2
-from transformers import TrainingArguments
+from training import LENGTH, VOCABULARY, Rows, gpt2
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast, TrainingArguments
 from typer.testing import CliRunner
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, RateProfileError, mup_param_groups, plan
@@ -187,3 +191,44 @@ def test_the_command_line_plans(tmp_path: Path) -> None:
     assert "earning rate" in result.output
     wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2
+
+
+def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
+    """A process of its own, a model with its tokenizer, and text: what `plan` says of the same tokens."""
+    base = recorded(tmp_path / "runs", gpt2())
+    base.save_pretrained(tmp_path / "base")
+    lines = [
+        f"the {a} {b} sat on the {c}" for a in ("old", "big") for b in ("cat", "dog", "rat") for c in ("mat", "log")
+    ]
+    (tmp_path / "text.txt").write_text("\n".join(lines * 4))
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(lines, trainers.WordLevelTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
+    target = gpt2(width=32)
+    target.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    paths = [str(tmp_path / name) for name in ("model", "text.txt", "base")]
+    options = ["--steps", "6", "--batch-size", "4", "--max-steps", "8", "--length", str(LENGTH)]
+    result = subprocess.run(
+        [sys.executable, "-c", "from hf_flerm.cli import app; app()", "plan", *paths, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+    ids = [token for line in lines * 4 for token in tokenizer(line)["input_ids"]]
+    rows = [ids[start : start + LENGTH] for start in range(0, len(ids) - LENGTH + 1, LENGTH)]
+    advice = plan(
+        target,
+        arguments(tmp_path / "other", lr_scheduler_type="linear"),
+        Dataset.from_dict({"input_ids": rows}),
+        base,
+        steps=6,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    assert result.stdout.strip() == str(advice).strip()
+    assert not advice.overall.is_one

@@ -79,6 +79,10 @@ class Axis:
     batch_size: int = 8
     flerm: Mapping[str, Any] = field(default_factory=dict)  # what every way of matching needs on this axis
 
+    @property
+    def changes_depth(self) -> bool:
+        return self.base.options.get("depth") != self.target.options.get("depth")
+
     def settings(self) -> dict[str, Any]:
         return {"data": self.data.__name__, "warmup": self.warmup, "batch_size": self.batch_size}
 
@@ -99,10 +103,19 @@ def _rms_of_adamw(name: str, parameter: nn.Parameter) -> float:
     return 0.2 * max(rows, columns) ** 0.5 / max(1.0, rows / columns) ** 0.5
 
 
-WIDER = in_blocks("muP: matrices in blocks at lr / 4", 1 / 4, matrices_only=True)
-DEEPER = in_blocks("blocks at lr / sqrt(4)", 1 / 2)
+def wider(ratio: int) -> Rule:
+    return in_blocks(f"muP: matrices in blocks at lr / {ratio}", 1 / ratio, matrices_only=True)
+
+
+def deeper(ratio: int) -> Rule:
+    return in_blocks(f"blocks at lr / sqrt({ratio})", ratio**-0.5)
+
+
+WIDER, DEEPER = wider(4), deeper(4)
+RANKS = (4, 8, 16, 32, 64)
 BY_MODULE = {"granularity": "module", "unmatched": "global"}
 SCRATCH = grid(1e-3, 1.78e-2)
+SHORT = grid(5.62e-3, 3.16e-2)
 ADAPTER = grid(1e-3, 1e-2)
 
 
@@ -113,28 +126,37 @@ def _grown(
     rule: Rule | None,
     small: Mapping[str, Any],
     grown: Mapping[str, Any],
+    rates: tuple[float, ...] = SCRATCH,
     **options: Any,
 ) -> Axis:
     """From scratch: a small model, and the same with some options changed."""
-    return Axis(name, Side(model, small, SCRATCH), Side(model, {**small, **grown}, SCRATCH), claim, rule, **options)
+    return Axis(name, Side(model, small, rates), Side(model, {**small, **grown}, rates), claim, rule, **options)
 
 
-def _decoder(name: str, claim: str, rule: Rule | None, grown: Mapping[str, Any], **both: Any) -> Axis:
-    return _grown(f"decoder-{name}", models.decoder, claim, rule, {"width": 32, "depth": 2, **both}, grown)
+def _decoder(
+    name: str,
+    claim: str,
+    rule: Rule | None,
+    grown: Mapping[str, Any],
+    rates: tuple[float, ...] = SCRATCH,
+    **both: Any,
+) -> Axis:
+    return _grown(f"decoder-{name}", models.decoder, claim, rule, {"width": 32, "depth": 2, **both}, grown, rates)
 
 
 def _lora(
     name: str,
     claim: str,
     rule: Rule | None = None,
-    base: Mapping[str, Any] | None = None,
     target: Side | None = None,
     flerm: Mapping[str, Any] | None = None,
+    ranks: tuple[int, int] = (4, 64),
+    rates: tuple[float, ...] = ADAPTER,
     **both: Any,
 ) -> Axis:
-    """Rank 4 to rank 64, or rank 8 to `target`."""
-    small = Side(workload.lora, {"rank": 8 if target else 4, **both, **(base or {})}, ADAPTER)
-    bigger = target or Side(workload.lora, {"rank": 64, **both}, ADAPTER)
+    """From one rank to another, or from rank 8 to `target`."""
+    small = Side(workload.lora, {"rank": 8 if target else ranks[0], **both}, rates)
+    bigger = target or Side(workload.lora, {"rank": ranks[1], **both}, rates)
     return Axis(name, small, bigger, claim, rule, workload.python_data, steps=100, flerm=flerm or {})
 
 
@@ -162,7 +184,9 @@ def _axes() -> list[Axis]:
             {"depth": 8},
         ),
         _decoder("width-pre", "muP: the best lr falls with width", WIDER, {"width": 128}),
+        _decoder("width-x8", "muP: the best lr falls with width", wider(8), {"width": 128}, SHORT, width=16),
         _decoder("depth-pre", "the best lr falls with depth", DEEPER, {"depth": 8}),
+        _decoder("depth-x16", "the best lr falls with depth", deeper(16), {"depth": 16}, SHORT, width=16, depth=1),
         _decoder("depth-post", "the best lr falls with depth, fast: post-norm", DEEPER, {"depth": 8}, norm="post"),
         _decoder(
             "depth-pre_post_mod",
@@ -196,6 +220,20 @@ def _axes() -> list[Axis]:
             init_lora_weights="gaussian",
         ),
         _lora("lora-default", "muA, alpha / r: r^0, so plain"),
+        *(
+            _lora(
+                f"lora-{name}-2-{rank}",
+                claim,
+                ranks=(2, rank),
+                rates=grid(1.78e-3, 1e-2),
+                **options,
+            )
+            for name, claim, options in (
+                ("gaussian", "A starts at 1 / r: the best lr rises with r", {"init_lora_weights": "gaussian"}),
+                ("default", "muA, alpha / r: r^0, so plain", {}),
+            )
+            for rank in RANKS
+        ),
         _lora("lora-pissa", "muA, alpha / r: r^0, so plain; A and B start from the weights", init_lora_weights="pissa"),
         _lora(
             "lora-rslora",

@@ -12,6 +12,7 @@ from statistics import mean
 from workload import spread, standard_error
 
 STABLE = 1.0  # nats per token above the best of a sweep
+WORTH = 0.05  # a regret, in nats per token, that is worth something
 Sweep = dict[float, list[float]]
 
 
@@ -69,6 +70,17 @@ class Study:
         """Losses minus the best of the target's own sweep, seed by seed."""
         return [loss - best for loss, best in zip(self.at_base_rate[method], self.best_losses, strict=True)]
 
+    @property
+    def winner(self) -> str:
+        """The method with the smallest regret."""
+        return min(self.at_base_rate, key=lambda method: mean(self.at_base_rate[method]))
+
+    def behind(self, method: str, other: str) -> bool:
+        """Whether a method loses to another by more than the standard error of their difference, seed by seed."""
+        pairs = zip(self.at_base_rate[method], self.at_base_rate[other], strict=True)
+        differences = [loss - best for loss, best in pairs]
+        return not mean(differences) <= (standard_error(differences) if all(map(math.isfinite, differences)) else 0)
+
     def to_json(self) -> str:
         """As JSON; a loss that is not finite is null."""
         return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
@@ -99,11 +111,11 @@ def best_rate(sweep: Sweep) -> float:
 
 
 def edge(sweep: Sweep) -> str:
-    """The largest learning rate up to which training is stable: less than `STABLE` above the sweep's best."""
+    """The largest learning rate of a sweep up to which training is stable: less than `STABLE` above its best."""
     limit = mean(sweep[best_rate(sweep)]) + STABLE
     above = [rate for rate in sorted(sweep) if rate >= best_rate(sweep)]
     unstable = next((index for index, rate in enumerate(above) if not mean(sweep[rate]) < limit), None)
-    return f"{above[-1]:g} or more" if unstable is None else f"{above[max(unstable - 1, 0)]:g}"
+    return f"≥ {above[-1]:g}" if unstable is None else f"{above[max(unstable - 1, 0)]:g}"
 
 
 def written(values: Sequence[float]) -> str:
@@ -146,13 +158,16 @@ def combined(studies: Sequence[Study]) -> str:
     lines = [
         "Regret at the base's best learning rate, nats per token.",
         "",
-        "| axis | shift, decades | " + " | ".join(methods) + " |",
-        "|---|---|" + "---|" * len(methods),
+        "| axis | shift, decades | stable lr, base | target | " + " | ".join(methods) + " |",
+        "|---|---|---|---|" + "---|" * len(methods),
     ]
     for study in studies:
         cells = [_cell(study, method) for method in methods]
-        lines.append(f"| {study.axis} | {study.shift:+.2f} | " + " | ".join(cells) + " |")
+        edges = f"{edge(study.base)} | {edge(study.plain)}"
+        lines.append(f"| {study.axis} | {study.shift:+.2f} | {edges} | " + " | ".join(cells) + " |")
     lines += [
+        "",
+        *verdicts(studies),
         "",
         "`plan`: the learning rate that it recommends, over the target's best (between the points of its sweep).",
         "",
@@ -164,6 +179,20 @@ def combined(studies: Sequence[Study]) -> str:
         rates = f"{study.base_rate:.3g} | {study.optimum:.3g} | {planned:.3g} | {planned / study.optimum:.2f}"
         lines.append(f"| {study.axis} | {rates} |")
     return "\n".join([*lines, ""])
+
+
+def verdicts(studies: Sequence[Study], method: str = "flerm") -> list[str]:
+    """On which axes a method is behind by over a standard error, or leaves over a quarter of plain's regret."""
+    beaten = [f"{study.axis} ({study.winner})" for study in studies if study.behind(method, study.winner)]
+    moved = [study for study in studies if mean(study.regrets("plain")) > WORTH]
+    left = [study.axis for study in moved if not mean(study.regrets(method)) <= mean(study.regrets("plain")) / 4]
+    return [
+        f"`{method}` is best or within a standard error of the best on {len(studies) - len(beaten)} of {len(studies)} "
+        f"axes; not on {', '.join(beaten) or 'none'}.",
+        "",
+        f"Of plain's regret, where that is above {WORTH}, it leaves at most a quarter on {len(moved) - len(left)} of "
+        f"{len(moved)} axes; not on {', '.join(left) or 'none'}.",
+    ]
 
 
 def _cell(study: Study, method: str) -> str:

@@ -1,6 +1,6 @@
 """One study per axis of transfer: does the base's best learning rate do for the target, and what mends it?
 
-    python examples/studies/run.py [AXIS ...] [--seeds 0 1 2] [--methods flerm ...] [--output runs/studies]
+    python examples/studies/run.py
 
 Per axis: a sweep of the base (recorded), a sweep of the target with `Trainer`, and the target at the base's best
 learning rate with the field's rule and with every method. A sweep goes on until its best is not at an end. Every run
@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
@@ -39,17 +40,27 @@ from workload import arguments, in_parallel, pretrained, processes, quiet, train
 
 from hf_flerm import FLeRMConfig, RateProfile, plan
 
-PAPER = {"pool": "unit", "depth": "equal", "probes": 20}  # a scale for every tensor, a block's rate split equally
-METHODS: dict[str, dict[str, Any]] = {
-    "flerm": {},
-    "flerm, split equally": {"depth": "equal"},
-    "flerm, mean over steps": {"beta": 1.0},
-    "flerm, the latest alone": {"beta": 0.0},
-    "flerm, one scale": {"granularity": "global"},
-    "paper": {"measure_steps": (0, 100), "beta": 0.9, **PAPER},
-    "paper, once": {"measure_steps": (6,), "beta": 0.0, **PAPER},
-    "equal rates": {"equalized": True, "depth": "copy"},
-    "equal rates, split": {"equalized": True, "depth": "equal"},
+
+def equal_rates(folder: Path) -> RateProfile:
+    """A base in which all tensors move the outputs alike."""
+    return RateProfile.from_pretrained(folder).equalized()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of matching: fields of `FLeRMConfig`, and how the base's profile is read."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Path], RateProfile] = RateProfile.from_pretrained
+
+
+METHODS: dict[str, Method] = {
+    "flerm": Method(),
+    "joint over depth": Method({"depth": "joint"}),
+    "one scale": Method({"granularity": "global"}),
+    "the latest alone": Method({"beta": 0.0}),
+    "equal rates": Method(read=equal_rates),
+    "paper": Method({"pool": "unit", "probes": 20, "beta": 0.9, "measure_steps": (0, 100)}),
 }
 BASE = FLeRMConfig(mode="record", probes=8)
 MOST_EXTENSIONS = 6
@@ -76,10 +87,14 @@ class Job:
             return {**target, "method": "plain"}
         if self.method == "rule":
             return {**target, "method": axis.rule.text if axis.rule else None}
-        return {**target, "method": self.config(), "base": replace(self, method="base").settings()}
+        profile = {"base": replace(self, method="base").settings(), "read": METHODS[self.method].read.__name__}
+        return {**target, "method": self.config(), **profile}
 
     def config(self) -> dict[str, Any]:
-        return {**AXES[self.axis].flerm, **METHODS[self.method]}
+        """How to match; where the depth stays the same, ways of splitting it are one, and share their runs."""
+        axis = AXES[self.axis]
+        options = {**axis.flerm, **METHODS[self.method].options}
+        return {name: value for name, value in options.items() if name != "depth" or axis.changes_depth}
 
     def trainer_options(self) -> dict[str, Any]:
         return {
@@ -134,10 +149,8 @@ def _train(job: Job, output: Path) -> Result:
     if job.method == "base":
         flerm = BASE
     elif job.method in METHODS:
-        config = job.config()
-        profile = RateProfile.from_pretrained(replace(job, method="base").folder(output))
-        profile = profile.equalized() if config.pop("equalized", False) else profile
-        flerm = FLeRMConfig(mode="match", profile=profile, **config)
+        profile = METHODS[job.method].read(replace(job, method="base").folder(output))
+        flerm = FLeRMConfig(mode="match", profile=profile, **job.config())
     model = side.build(job.seed)
     rule = axis.rule if job.method == "rule" else None
     loss, trainer = trained(
@@ -251,8 +264,8 @@ def forget(axis: Axis, method: str, output: Path) -> None:
     probe = Job(axis.name, method, 0.0, 0, 0).settings()
     for file in (output / "runs").glob("*/result.json"):
         settings = json.loads(file.read_text())["settings"]
-        same = ("side", "method", "data")
-        if all(settings[key] == json.loads(json.dumps(probe[key])) for key in same):
+        same = ("side", "method", "data", "read")
+        if all(settings.get(key) == json.loads(json.dumps(probe.get(key))) for key in same):
             file.unlink()
 
 
