@@ -53,7 +53,7 @@ def content(header: Any, data: bytes = DATA) -> bytes:
 
 
 def used(file: Path) -> RateProfile | None:
-    """Load a file and do with it what runs do; None if it is refused. It must be quick, once in three times at least."""
+    """Load a file and do with it what runs do; None if it is refused. It must be quick, once in three times."""
     for _ in range(3):
         start = time.process_time()
         profile = _used(file)
