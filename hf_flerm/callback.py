@@ -68,6 +68,11 @@ class FLeRMCallback(TrainerCallback):
         return self._run
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is a training, and so a profile."""
+        return self._run is not None
+
+    @property
     def rate_profile(self) -> RateProfile:
         """The rates that this run has measured so far."""
         return self.run.profile
@@ -175,8 +180,15 @@ class FLeRMCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the profile into a checkpoint that nothing had announced."""
         folder = _checkpoint(args, state)
-        if args.should_save and folder.is_dir() and not (folder / PROFILE_NAME).exists():
+        if args.should_save and folder.is_dir():
             self.save(folder)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the profile into the output folder, which is what is pushed."""
+        if args.should_save:
+            self.save(str(args.output_dir))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -36,6 +36,7 @@ from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.optimizer import raw_optimizer
 from hf_flerm.probes import RateProbe
 from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm.updates import Snapshot
 
 DROPOUT = 0.1
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -156,7 +157,12 @@ def test_memory_for_a_snapshot_may_be_missing_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
 ) -> None:
     plain = train(make_trainer(tmp_path, gpt2(DROPOUT)))
-    monkeypatch.setattr("hf_flerm.run.Snapshot", lambda *_: torch.empty(2**50))
+
+    class Missing(Snapshot):
+        def __init__(self, *args: Any) -> None:
+            torch.empty(2**50)
+
+    monkeypatch.setattr("hf_flerm.run.Snapshot", Missing)
     assert_same_run(train(make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig())), plain)
     (warning,) = said()
     assert "snapshot_device='cpu'" in warning

@@ -188,7 +188,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a header of 33 MB": (lambda: content(b'{"a":"' + b"x" * 34_000_000 + b'"}'), "bytes of header"),
     "65 MB": (lambda: content(HEADER, b"\0" * 68_000_000), "more than 67,108,864 bytes"),
     "a million names": (lambda: many_names(1_000_000), "more than"),
-    "50,000 names": (lambda: many_names(50_000), "more than 30,000 tensors"),
+    "30,001 names": (lambda: many_names(30_001), "more than 30,000 tensors"),
     "lists in metadata": (lambda: with_metadata('{"a":[' + "[]," * 5_000_000 + "[]]}"), "JSON lists"),
     "numbers in metadata": (lambda: with_metadata('{"a":[' + "1," * 10_000_000 + "1]}"), "JSON values"),
     "objects in metadata": (lambda: with_metadata('{"a":[' + '{"a":1},' * 2_000_000 + "1]}"), "JSON objects"),
@@ -221,15 +221,17 @@ def test_hostile_files_are_refused_soon_and_cheaply(tmp_path: Path, case: str) -
     make, message = HOSTILE[case]
     file = tmp_path / PROFILE_NAME
     file.write_bytes(make())
-    tracemalloc.start()
     start = time.process_time()
+    with pytest.raises(RateProfileError, match=message) as caught:
+        RateProfile.from_pretrained(tmp_path)
+    assert time.process_time() - start < 2 * SECONDS  # on a busy machine
+    tracemalloc.start()
     try:
-        with pytest.raises(RateProfileError, match=message) as caught:
+        with pytest.raises(RateProfileError, match=message):
             RateProfile.from_pretrained(tmp_path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.process_time() - start < 2 * SECONDS  # tracing costs as much again
     assert peak < MEGABYTES * 1e6
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 2_000
