@@ -178,6 +178,13 @@ class FLeRMCallback(TrainerCallback):
         if args.should_save and folder.is_dir() and not (folder / PROFILE_NAME).exists():
             self.save(folder)
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the profile into the output folder: of a checkpoint, the Trainer pushes only what it knows from there."""
+        if args.should_save:
+            self.save(str(args.output_dir))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

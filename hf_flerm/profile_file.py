@@ -1,4 +1,4 @@
-"""`rate_profile.safetensors`: where it lies, what is in it, and that it is whole."""
+"""`rate_profile.safetensors`: what is in it, and that it is whole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
@@ -116,37 +114,6 @@ def write_whole(folder: Path, content: bytes) -> Path:
             os.unlink(file.name)
             raise
     return folder / PROFILE_NAME
-
-
-def find(source: str | os.PathLike[str], revision: str | None, subfolder: str | None, token: str | bool | None) -> Path:
-    """Find the file of a folder or repository; see `RateProfile.from_pretrained`.
-
-    Args:
-        source: A folder, a file, or the id of a repository on the Hub.
-        revision: Branch, tag or commit of the repository.
-        subfolder: Folder inside the folder or repository.
-        token: Hub token.
-
-    Returns:
-        The file.
-
-    Raises:
-        RateProfileError: If there is none.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        path = path / (subfolder or "") / PROFILE_NAME
-        if not path.is_file():
-            raise RateProfileError(f"there is no {PROFILE_NAME} in {path.parent}. Was the run recorded with FLeRM?")
-        return path
-    try:
-        return Path(hf_hub_download(str(source), PROFILE_NAME, subfolder=subfolder, revision=revision, token=token))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise RateProfileError(
-            f"{str(source)!r} is no folder, no file and no repository that holds {PROFILE_NAME}: {error}"
-        ) from error
 
 
 def parse(path: Path) -> tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 
+from .hub import SharedProfile
 from .names import preview
 from .profile_file import (
     PROFILE_NAME,
@@ -20,10 +18,7 @@ from .profile_file import (
     STEPS,
     RateProfileError,
     check_name,
-    find,
-    parse,
     serialize,
-    write_whole,
 )
 
 _OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metadata
@@ -31,7 +26,7 @@ _OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metada
 __all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names"]
 
 
-class RateProfile:
+class RateProfile(SharedProfile):
     """Function-space learning rates of one run.
 
     Args:
@@ -225,81 +220,6 @@ class RateProfile:
             The content of a `rate_profile.safetensors`; the same for the same profile.
         """
         return serialize(self.steps, self.rates, self.metadata, self.joint_rates)
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `rate_profile.safetensors`; the file is whole or absent, also if the process dies meanwhile.
-
-        Args:
-            directory: Made if it is not there.
-
-        Returns:
-            The file.
-        """
-        return write_whole(Path(directory), self.to_bytes())
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: RateProfile | str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        token: str | bool | None = None,
-    ) -> RateProfile:
-        """Load a profile.
-
-        Args:
-            source: A profile (returned as it is), a folder, a file, or the id of a repository on the Hub.
-            revision: Branch, tag or commit of the repository.
-            subfolder: Folder inside the folder or repository.
-            token: Hub token.
-
-        Returns:
-            The profile.
-
-        Raises:
-            RateProfileError: If it cannot be found or is not a whole and valid profile.
-        """
-        if isinstance(source, RateProfile):
-            return source
-        path = find(source, revision, subfolder, token)
-        content = parse(path)
-        try:
-            return cls(*content)
-        except RateProfileError as error:
-            raise RateProfileError(f"{path}: {error}") from error
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload rate profile",
-    ) -> str:
-        """Upload `rate_profile.safetensors` to a repository, made if it is not there.
-
-        Args:
-            repo_id: The repository.
-            private: Whether a new repository is private.
-            revision: Branch to commit to.
-            token: Hub token.
-            commit_message: Message of the commit.
-
-        Returns:
-            The address of the commit.
-        """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_file(
-            path_or_fileobj=self.to_bytes(),
-            path_in_repo=PROFILE_NAME,
-            repo_id=repo_id,
-            revision=revision,
-            commit_message=commit_message,
-        )
-        return str(commit.commit_url)
 
     def plot(self) -> Any:
         """Draw rates over steps by tensor kind; see `hf_flerm.plotting.plot_profile`.

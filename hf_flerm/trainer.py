@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
 from torch.utils.data import Dataset
 from transformers import Trainer
 
 from .callback import FLeRMCallback
+from .card import profile_files
 from .config import FLeRMConfig
 from .names import trainable_parameters
 from .optimizer import joined_scheduler, raw_optimizer, split_param_groups
-from .rate_profile import RateProfile
+from .rate_profile import PROFILE_NAME, RateProfile
 
 
 class FLeRMTrainer(Trainer):
@@ -70,6 +74,18 @@ class FLeRMTrainer(Trainer):
         if self.args.should_save:
             self._flerm.save(str(output_dir if output_dir is not None else self.args.output_dir))
         super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card as `Trainer` does, with a section on the profile and its picture beside it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        address = self.hub_model_id or folder.name
+        files = profile_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
+        for name, content in files.items():
+            if name != PROFILE_NAME:
+                (folder / name).write_bytes(content)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
