@@ -181,7 +181,7 @@ class FLeRMCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the profile into the output folder: of a checkpoint, the Trainer pushes only what it knows from there."""
+        """Write the profile into the output folder, which is what is pushed."""
         if args.should_save:
             self.save(str(args.output_dir))
 
