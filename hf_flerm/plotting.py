@@ -69,7 +69,7 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     figure, axes = _axes(axes, (8, 1.5 + 0.3 * len(blocks)))
     positive = table[table > 0]
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
-    image = axes.imshow(table.where(table > 0, torch.nan), aspect="auto", cmap="viridis", norm=scale)
+    image = axes.imshow(table.where(table > 0, torch.nan).numpy(), aspect="auto", cmap="viridis", norm=scale)
     axes.set_xticks(range(len(steps)), [str(step + 1) for step in steps])
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set(xlabel=_STEP, ylabel="layer")
@@ -137,7 +137,7 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
     figure, axes = _axes(axes, (3 + 0.25 * len(names), 1.5 + 0.25 * len(names)))
     sizes = inner_products.diagonal().clamp(min=0).sqrt()
     correlations = inner_products / (sizes[:, None] * sizes)  # [L, L]
-    image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan), cmap="RdBu_r", vmin=-1, vmax=1)
+    image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     labels = [without_prefix(name) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=90, fontsize="x-small")
     axes.set_yticks(range(len(names)), labels, fontsize="x-small")
