@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by the color-blind, and in gray print by the marks.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKS = ("o", "s", "^", "D", "v")
+_MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 _STEP = "optimizer step + 1"
 _RATE = "rate (output units per unit learning rate)"
 
@@ -99,7 +99,9 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     styles = _styles()
     for kind, units in units_by_kind(scales).items():
         style = next(styles)
-        axes.plot(range(len(units)), [scales[unit] for unit in units], label=kind, color=style["color"])
+        axes.plot(
+            range(len(units)), [scales[unit] for unit in units], label=kind, color=style["color"], ls=style["linestyle"]
+        )
         rows = [(index, *quotients[unit]) for index, unit in enumerate(units) if unit in quotients]
         if rows:
             x, levels, errors = zip(*rows, strict=True)
@@ -264,8 +266,8 @@ def _pyplot() -> ModuleType:
 
 def _styles() -> Iterator[dict[str, Any]]:
     while True:
-        for marker, color in product(_MARKS, _COLORS):
-            yield {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        for (marker, line), color in product(_MARKS, _COLORS):
+            yield {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.5}
 
 
 def _legend(axes: Any) -> None:
