@@ -99,9 +99,7 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     styles = _styles()
     for kind, units in units_by_kind(scales).items():
         style = next(styles)
-        axes.plot(
-            range(len(units)), [scales[unit] for unit in units], label=kind, color=style["color"], ls=style["linestyle"]
-        )
+        axes.plot([scales[unit] for unit in units], style["linestyle"], label=kind, color=style["color"])
         rows = [(index, *quotients[unit]) for index, unit in enumerate(units) if unit in quotients]
         if rows:
             x, levels, errors = zip(*rows, strict=True)
