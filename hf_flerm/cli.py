@@ -18,15 +18,20 @@ from transformers import (
     default_data_collator,
 )
 
+from .cli_profiles import commands
 from .mapping import GRANULARITIES
 from .planning import plan as make_plan
 
-app = typer.Typer(help="Function-space learning rates.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True)
+app.add_typer(commands)
 
 
 @app.callback()
 def _commands() -> None:
-    """Function-space learning rates."""
+    """Function-space learning rates: profiles of runs, and the learning rates that they ask of other models.
+
+    Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with what was given.
+    """
 
 
 @app.command()

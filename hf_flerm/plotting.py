@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by the color-blind, and in gray print by the marks.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKS = ("o", "s", "^", "D", "v")
+_MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 _STEP = "optimizer step + 1"
 _RATE = "rate (output units per unit learning rate)"
 
@@ -69,7 +69,7 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     figure, axes = _axes(axes, (8, 1.5 + 0.3 * len(blocks)))
     positive = table[table > 0]
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
-    image = axes.imshow(table.where(table > 0, torch.nan), aspect="auto", cmap="viridis", norm=scale)
+    image = axes.imshow(table.where(table > 0, torch.nan).numpy(), aspect="auto", cmap="viridis", norm=scale)
     axes.set_xticks(range(len(steps)), [str(step + 1) for step in steps])
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set(xlabel=_STEP, ylabel="layer")
@@ -99,7 +99,7 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     styles = _styles()
     for kind, units in units_by_kind(scales).items():
         style = next(styles)
-        axes.plot(range(len(units)), [scales[unit] for unit in units], label=kind, color=style["color"])
+        axes.plot([scales[unit] for unit in units], style["linestyle"], label=kind, color=style["color"])
         rows = [(index, *quotients[unit]) for index, unit in enumerate(units) if unit in quotients]
         if rows:
             x, levels, errors = zip(*rows, strict=True)
@@ -137,7 +137,7 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
     figure, axes = _axes(axes, (3 + 0.25 * len(names), 1.5 + 0.25 * len(names)))
     sizes = inner_products.diagonal().clamp(min=0).sqrt()
     correlations = inner_products / (sizes[:, None] * sizes)  # [L, L]
-    image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan), cmap="RdBu_r", vmin=-1, vmax=1)
+    image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     labels = [without_prefix(name) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=90, fontsize="x-small")
     axes.set_yticks(range(len(names)), labels, fontsize="x-small")
@@ -264,8 +264,8 @@ def _pyplot() -> ModuleType:
 
 def _styles() -> Iterator[dict[str, Any]]:
     while True:
-        for marker, color in product(_MARKS, _COLORS):
-            yield {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        for (marker, line), color in product(_MARKS, _COLORS):
+            yield {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.5}
 
 
 def _legend(axes: Any) -> None:

@@ -1,0 +1,104 @@
+"""Summaries, pictures and cards: the numbers in them, and what hostile texts become."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from test_hub import profile
+from training import gpt2, make_trainer, recorded
+
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
+from hf_flerm.card import profile_files, updated_card
+from hf_flerm.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
+from hf_flerm.summary import matched_scales, rates_by_kind
+
+
+def test_a_kind_is_summarized_by_its_geometric_mean_and_the_error_of_its_logarithms() -> None:
+    kinds = {"h.0.w": "h.*.w", "h.1.w": "h.*.w", "h.2.w": "h.*.w", "lone": "lone"}
+    rates = {"h.0.w": [1.0, 0.0], "h.1.w": [math.e, 2.0], "h.2.w": [math.e**2, 8.0], "lone": [3.0, 0.0]}
+    found = rates_by_kind(RateProfile([0, 1], rates, {"kinds": kinds}))
+    assert found["h.*.w"].mean.tolist() == pytest.approx([math.e, 4.0])
+    assert found["h.*.w"].log_error.tolist() == pytest.approx([1 / math.sqrt(3), math.log(2)])
+    low, high = found["h.*.w"].band
+    assert (low[1], high[1]) == pytest.approx((2.0, 8.0))
+    assert found["lone"].mean[0].item() == pytest.approx(3.0)
+    assert found["lone"].mean[1].isnan()
+    assert found["lone"].log_error.isnan().all()
+
+
+def test_the_lines_are_the_means_by_kind() -> None:
+    figure = plot_profile(profile())
+    (axes,) = figure.axes
+    expected = {kind: rates.mean.tolist() for kind, rates in rates_by_kind(profile()).items()}
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()} == expected
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert "per unit learning rate" in axes.get_ylabel()
+    close(figure)
+
+
+def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    figure = plot_layers(base)
+    shown = torch.as_tensor(figure.axes[0].get_images()[0].get_array().filled(torch.nan))
+    assert torch.equal(shown, torch.stack(list(base.joint_rates["block"].values())))
+    close(figure)
+    with pytest.raises(RateProfileError, match="no multipliers: its run recorded"):
+        plot_multipliers(base)
+    with pytest.raises(RateProfileError, match="no joint rates by block"):
+        plot_layers(profile())
+    trainer = make_trainer(tmp_path, gpt2(width=32), FLeRMConfig("match", base))
+    trainer.train()
+    scales = matched_scales(trainer.rate_profile)
+    assert scales == pytest.approx({name: trainer.flerm_callback.scales[name] for name in scales})
+    figure = plot_multipliers(trainer.rate_profile)
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    name = "transformer.h.{}.attn.c_attn.weight"
+    assert lines[name.format("*")] == pytest.approx([scales[name.format(layer)] for layer in range(2)])
+    close(figure)
+
+
+def test_interactions_are_drawn_as_correlations() -> None:
+    figure = plot_interactions(["a", "b"], torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
+    shown = figure.axes[0].get_images()[0].get_array()
+    assert shown.tolist() == [[1.0, -0.5], [-0.5, 1.0]]
+    close(figure)
+    with pytest.raises(ValueError, match="1 names"):
+        plot_interactions(["a"], torch.eye(2))
+
+
+def test_losses_have_a_star_at_the_optimum_and_a_line_at_the_edge() -> None:
+    figure = plot_losses({"run": {1e-3: [3.0], 1e-2: [2.0], 1e-1: [2.5], 1.0: [math.inf]}})
+    lines = figure.axes[0].get_lines()
+    star = next(line for line in lines if line.get_marker() == "*")
+    edge = next(line for line in lines if line.get_linestyle() == "--")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (1e-2, 2.0)
+    assert edge.get_xdata()[0] == 1e-1
+    close(figure)
+    with pytest.raises(ValueError, match="'run' has no finite loss"):
+        plot_losses({"run": {1.0: [math.nan]}})
+
+
+def test_a_card_is_the_same_twice_and_its_texts_are_only_text() -> None:
+    hostile = "</div><script>alert(1)</script>|`x`\n# heading [a](b)"
+    metadata = {"model": hostile, "training_arguments": {"learning_rate": 0.1, "lr_scheduler_type": hostile}}
+    found = RateProfile([0], {"w|`<b>`": [1.0]}, metadata)
+    first = profile_files(found, "org/repo")
+    assert first == profile_files(found, "org/repo", ModelCard(first["README.md"].decode()))
+    text = first["README.md"].decode()
+    assert "<script" not in text
+    assert "\n# heading" not in text
+    assert "<b>" not in text
+    card = ModelCard(text)
+    assert card.data.library_name == "hf_flerm"
+    assert 'profile="org/repo"' in card.text
+
+
+def test_a_card_names_the_base_model_and_refuses_a_broken_section() -> None:
+    found = RateProfile([0], {"w": [1.0]}, {"adapters": {"default": {"base_model_name_or_path": "org/base"}}})
+    assert updated_card(found, "org/repo").data.base_model == "org/base"
+    with pytest.raises(RateProfileError, match="Take that section out"):
+        updated_card(found, "org/repo", ModelCard("---\ntags: []\n---\n<!-- hf_flerm: rate profile -->\nmine\n"))
