@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -294,8 +293,6 @@ class FLeRMRun:
     def _failed(self, error: Exception) -> None:
         if should_reduce_batch_size(error):
             self._off = True
-            traceback.clear_frames(error.__traceback__)  # they hold what memory did not suffice for
-            clear_device_cache(garbage_collection=True)
             logger.warning(
                 f"memory does not suffice for a measurement at step {self._step}, with one example at a time either: "
                 f"nothing more is measured, training goes on. snapshot_device='cpu' needs less. {error}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 import weakref
@@ -42,13 +41,6 @@ DROPOUT = 0.1
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The package's warnings so far."""
-    caplog.set_level(logging.WARNING, "hf_flerm")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_flerm")]
-
-
 def matching(folder: Path, make: Callable[..., nn.Module] = gpt2, **options: Any) -> FLeRMConfig:
     base = recorded(folder / "base", make())
     return FLeRMConfig(mode="match", profile=scaled(base, some_factors(make())), pool="unit", **options)
@@ -60,7 +52,7 @@ def matching(folder: Path, make: Callable[..., nn.Module] = gpt2, **options: Any
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
 def test_a_disk_that_refuses_is_reported_once_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]], code: int, alone: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_of: Callable[[], list[str]], code: int, alone: bool
 ) -> None:
     plain = train(make_trainer(tmp_path / "plain", gpt2(), **SAVING))
     replace = os.replace
@@ -73,7 +65,7 @@ def test_a_disk_that_refuses_is_reported_once_and_tried_again(
     monkeypatch.setattr(os, "replace", refusing)
     trainer = make_trainer(tmp_path / "own", gpt2(), FLeRMConfig(), alone=alone, **SAVING)
     assert_same_run(train(trainer), plain)
-    (warning,) = said()
+    (warning,) = warnings_of()
     assert os.strerror(code) in warning
     profile = flerm_callback(trainer).rate_profile
     assert RateProfile.from_pretrained(tmp_path / "own" / "checkpoint-6") == profile
@@ -122,12 +114,12 @@ class Greedy:
         return logits
 
 
-def test_memory_that_does_not_suffice_makes_smaller_probes(tmp_path: Path, said: Callable[[], list[str]]) -> None:
+def test_too_little_memory_makes_smaller_probes(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
     plain = train(make_trainer(tmp_path, gpt2(DROPOUT)))
     options = {"probe_batch_size": 4, "probes": 2}
     trainer = make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig(output=Greedy(1), **options))
     assert_same_run(train(trainer), plain)
-    assert said() == []
+    assert warnings_of() == []
     small = make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig(output=Greedy(1), probe_batch_size=1, probes=8))
     small.train()
     assert_identical(trainer.rate_profile.rates, small.rate_profile.rates)
@@ -135,7 +127,7 @@ def test_memory_that_does_not_suffice_makes_smaller_probes(tmp_path: Path, said:
 
 @pytest.mark.parametrize("mode", ["record", "match"])
 def test_memory_that_never_suffices_ends_the_measuring_alone(
-    tmp_path: Path, said: Callable[[], list[str]], mode: str
+    tmp_path: Path, warnings_of: Callable[[], list[str]], mode: str
 ) -> None:
     plain = train(make_trainer(tmp_path, gpt2(DROPOUT)))
     output = Greedy(0)
@@ -145,16 +137,16 @@ def test_memory_that_never_suffices_ends_the_measuring_alone(
         config.profile.metadata.clear()  # it was recorded with another output
     trainer = make_trainer(tmp_path, gpt2(DROPOUT), config)
     assert_same_run(train(trainer), plain, same_groups=mode == "record")
-    warning = said()[0]
+    warning = warnings_of()[0]
     assert "memory does not suffice for a measurement at step 0" in warning
     assert "can't allocate memory" in warning
-    assert len(said()) == (1 if mode == "record" else 2)  # nothing was scaled
+    assert len(warnings_of()) == (1 if mode == "record" else 2)  # nothing was scaled
     assert set(output.rows) == {2, 1}
     assert all(held() is None for held in output.held)
 
 
 def test_memory_for_a_snapshot_may_be_missing_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_of: Callable[[], list[str]]
 ) -> None:
     plain = train(make_trainer(tmp_path, gpt2(DROPOUT)))
 
@@ -164,7 +156,7 @@ def test_memory_for_a_snapshot_may_be_missing_too(
 
     monkeypatch.setattr("hf_flerm.run.Snapshot", Missing)
     assert_same_run(train(make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig())), plain)
-    (warning,) = said()
+    (warning,) = warnings_of()
     assert "snapshot_device='cpu'" in warning
 
 
@@ -192,7 +184,7 @@ def poisoned() -> GPT2LMHeadModel:
 
 @pytest.mark.parametrize("mode", ["record", "match"])
 def test_a_loss_that_is_not_a_number_ends_the_measuring_alone(
-    tmp_path: Path, said: Callable[[], list[str]], mode: str
+    tmp_path: Path, warnings_of: Callable[[], list[str]], mode: str
 ) -> None:
     config = FLeRMConfig(measure_every=1) if mode == "record" else matching(tmp_path, measure_every=1)
     trainer = make_trainer(tmp_path, poisoned(), config, max_steps=8)
@@ -201,7 +193,7 @@ def test_a_loss_that_is_not_a_number_ends_the_measuring_alone(
     assert all(bool(weights.isnan().any()) for weights in weights_of(trainer.model).values())
     assert trainer.rate_profile.steps.tolist() == [0, 1]
     assert all(0 < scale < float("inf") for scale in flerm_callback(trainer).scales.values())
-    first, last = said()
+    first, last = warnings_of()
     assert "failed at step 2" in first
     assert "not finite" in first
     assert "3 measurements failed in a row" in last
@@ -209,14 +201,14 @@ def test_a_loss_that_is_not_a_number_ends_the_measuring_alone(
 
 @pytest.mark.parametrize("mode", ["record", "match"])
 def test_a_learning_rate_of_zero_throughout_is_no_division(
-    tmp_path: Path, said: Callable[[], list[str]], mode: str
+    tmp_path: Path, warnings_of: Callable[[], list[str]], mode: str
 ) -> None:
     config = FLeRMConfig() if mode == "record" else matching(tmp_path)
     plain = train(make_trainer(tmp_path, gpt2(), learning_rate=0.0))
     trainer = make_trainer(tmp_path, gpt2(), config, learning_rate=0.0)
     assert_same_run(train(trainer), plain, same_groups=mode == "record")
     assert len(trainer.rate_profile.steps) == 0
-    assert len(said()) == (mode == "match")  # nothing was scaled
+    assert len(warnings_of()) == (mode == "match")  # nothing was scaled
 
 
 # --- what is trained changes --------------------------------------------------------------------------------------
@@ -244,7 +236,7 @@ def half_frozen() -> nn.Module:
 @pytest.mark.parametrize("mode", ["record", "match"])
 @pytest.mark.parametrize("change", ["frozen", "unfrozen"])
 def test_tensors_may_be_frozen_and_unfrozen_meanwhile(
-    tmp_path: Path, said: Callable[[], list[str]], change: str, mode: str
+    tmp_path: Path, warnings_of: Callable[[], list[str]], change: str, mode: str
 ) -> None:
     make = (lambda: gpt2(DROPOUT)) if change == "frozen" else half_frozen
 
@@ -265,7 +257,7 @@ def test_tensors_may_be_frozen_and_unfrozen_meanwhile(
         assert rates["transformer.h.1.mlp.c_fc.weight"].count_nonzero() == STEPS
     else:
         assert "transformer.h.0.mlp.c_fc.weight" not in rates
-    assert said() == []
+    assert warnings_of() == []
 
 
 # --- the user interrupts ------------------------------------------------------------------------------------------

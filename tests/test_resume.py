@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +32,6 @@ from hf_flerm.rate_profile import PROFILE_NAME
 
 DROPOUT = 0.1
 SAVING = {"save_strategy": "steps", "save_steps": 3}
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The package's warnings so far."""
-    caplog.set_level(logging.WARNING, "hf_flerm")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_flerm")]
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +163,9 @@ def test_another_schedule_counts_from_the_last_measurement(
 # --- what does not belong together --------------------------------------------------------------------------------
 
 
-def test_other_settings_are_named_and_used(tmp_path: Path, said: Callable[[], list[str]]) -> None:
+def test_other_settings_are_named_and_used(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
     _, resumed = whole_and_resumed(tmp_path, FLeRMConfig(), FLeRMConfig(estimator="kronecker", probes=3))
-    (warning,) = said()
+    (warning,) = warnings_of()
     assert "measured with {'estimator': 'per_example', 'probes': 1} up to the checkpoint" in warning
     assert "{'estimator': 'kronecker', 'probes': 3} from here on" in warning
     assert resumed.rate_profile.metadata["flerm"]["estimator"] == "kronecker"
@@ -184,11 +176,11 @@ def test_other_outputs_are_refused(tmp_path: Path) -> None:
         whole_and_resumed(tmp_path, FLeRMConfig(), FLeRMConfig(output="hidden"))
 
 
-def test_another_base_starts_anew(tmp_path: Path, base: RateProfile, said: Callable[[], list[str]]) -> None:
+def test_another_base_starts_anew(tmp_path: Path, base: RateProfile, warnings_of: Callable[[], list[str]]) -> None:
     other = RateProfile(base.steps, {name: 2 * rates for name, rates in base.rates.items()})
     first, then = config("match", base), config("match", other, measure_steps=(5,), pool="unit", beta=0.0)
     _, resumed = whole_and_resumed(tmp_path, first, then)
-    assert any("matched to another profile: its scales are forgotten" in warning for warning in said())
+    assert any("matched to another profile: its scales are forgotten" in warning for warning in warnings_of())
     assert flerm_callback(resumed).evidence.steps == (5,)
 
 

@@ -6,7 +6,6 @@ import functools
 import gc
 import itertools
 import json
-import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -108,13 +107,6 @@ def _quick_collection() -> Iterator[None]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For runs that write nothing."""
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """The warnings of the package so far."""
-    caplog.set_level(logging.WARNING, "hf_flerm")
-    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_flerm")]
 
 
 class Stop(TrainerCallback):

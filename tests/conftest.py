@@ -1,0 +1,15 @@
+"""What the tests of several rooms ask for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture
+def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The warnings of the package so far."""
+    caplog.set_level(logging.WARNING, "hf_flerm")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_flerm")]
