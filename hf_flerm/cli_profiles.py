@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .mapping import map_profile
 from .plotting import PICTURES
 from .rate_profile import RateProfile, RateProfileError
+from .report import report
 from .summary import described, matched_scales, rates_by_kind
 
 DIFFERENT = 1
-HERE, PICTURE = Path(), Path("rate_profile.png")
+HERE, PICTURE, PAGE = Path(), Path("rate_profile.png"), Path("rate_profile.html")
 
 Source = Annotated[
     str, typer.Argument(help="A folder, a file, or a repository: org/repo, org/repo@revision/subfolder.")
@@ -141,7 +142,7 @@ def map_(
     model: Annotated[str, typer.Argument(help="The target: what has a config.json; weights are not read.")],
     adapter: Annotated[str | None, typer.Option(help="What has the target's adapter_config.json.")] = None,
     granularity: Annotated[Granularity, typer.Option(help="What is matched.")] = "tensor",
-    depth: Annotated[Depth, typer.Option(help="How a block's rate is split.")] = "joint",
+    depth: Annotated[Depth, typer.Option(help="How a block's rate is split.")] = "equal",
     unmatched: Annotated[Unmatched, typer.Option(help="What becomes of tensors without a rate.")] = "error",
     as_json: AsJson = False,
 ) -> None:
@@ -175,6 +176,18 @@ def plot(
     with explained():
         figure = PICTURES[what](RateProfile.from_pretrained(profile))
         figure.savefig(output, dpi=150)
+    _show({"file": str(output)}, [str(output)], as_json)
+
+
+@commands.command("report")
+def report_(
+    profile: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page: .html.")] = PAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Show a profile in one HTML file that opens offline and can be zoomed."""
+    with explained():
+        output.write_text(report(RateProfile.from_pretrained(profile)), encoding="utf-8")
     _show({"file": str(output)}, [str(output)], as_json)
 
 

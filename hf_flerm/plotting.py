@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by the color-blind, and in gray print by the marks.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
-_STEP = "optimizer step + 1"
-_RATE = "rate (output units per unit learning rate)"
+STEP = "optimizer step + 1"
+RATE = "rate (output units per unit learning rate)"
 
 
 def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
@@ -46,7 +46,7 @@ def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
         axes.plot(x, rates.mean.tolist(), label=kind, **style)
         low, high = (bound.tolist() for bound in rates.band)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    axes.set(xscale="log", yscale="log", xlabel=_STEP, ylabel=_RATE)
+    axes.set(xscale="log", yscale="log", xlabel=STEP, ylabel=RATE)
     _legend(axes)
     return figure
 
@@ -72,7 +72,7 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     image = axes.imshow(table.where(table > 0, torch.nan).numpy(), aspect="auto", cmap="viridis", norm=scale)
     axes.set_xticks(range(len(steps)), [str(step + 1) for step in steps])
     axes.set_yticks(range(len(blocks)), blocks)
-    axes.set(xlabel=_STEP, ylabel="layer")
+    axes.set(xlabel=STEP, ylabel="layer")
     figure.colorbar(image, ax=axes, label="joint rate (output units\nper unit learning rate)")
     return figure
 
@@ -264,7 +264,7 @@ def _pyplot() -> ModuleType:
 
 def _styles() -> Iterator[dict[str, Any]]:
     while True:
-        for (marker, line), color in product(_MARKS, _COLORS):
+        for (marker, line), color in product(_MARKS, COLORS):
             yield {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.5}
 
 

@@ -15,7 +15,7 @@ from training import gpt2, lora, recorded
 
 from hf_flerm import RateProfile
 
-COMMANDS = ("plan", "inspect", "validate", "diff", "average", "map", "plot", "push", "pull")
+COMMANDS = ("plan", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def test_every_command_has_help(shell, command: str) -> None:
         ("map", "{0}/lora", "{0}/deep"),
         ("plot", "{0}/one", "--what", "multipliers", "-o", "{0}/bad.png"),
         ("plot", "{0}/one", "-o", "{0}/bad.doc"),
+        ("report", "{0}/one", "-o", "{0}/nowhere/bad.html"),
         ("push", "{0}/nowhere", "me/tuned"),
         ("push", "{0}/one", "no/such/id"),
         ("pull", "me/nowhere", "-o", "{0}/bad"),
@@ -133,10 +134,10 @@ def test_average(shell, base: Path, tmp_path: Path) -> None:
 
 
 def test_map(shell, base: Path) -> None:
-    code, out, _ = shell("map", base / "one", base / "deep")
+    code, out, _ = shell("map", base / "one", base / "deep", "--depth", "joint")
     assert code == 0
     assert "joint rate: transformer.h.*.attn.c_attn.weight" in out
-    units = json.loads(shell("map", base / "one", base / "deep", "--depth", "equal", "--json")[1])["units"]
+    units = json.loads(shell("map", base / "one", base / "deep", "--json")[1])["units"]
     name = "transformer.h.3.attn.c_attn.weight"
     half = RateProfile.from_pretrained(base / "one").rates["transformer.h.1.attn.c_attn.weight"] / 2
     assert units[name] == {
@@ -153,6 +154,13 @@ def test_plot(shell, base: Path, tmp_path: Path, what: str) -> None:
     assert shell("plot", base / "one", "--what", what, "-o", file)[:2] == (0, f"{file}\n")
     assert file.read_bytes().startswith(b"\x89PNG")
     assert json.loads(shell("plot", base / "one", "--what", what, "-o", file, "--json")[1]) == {"file": str(file)}
+
+
+def test_report(shell, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    assert shell("report", base / "one", "-o", file)[:2] == (0, f"{file}\n")
+    assert "transformer.wte.weight" in file.read_text(encoding="utf-8")
+    assert json.loads(shell("report", base / "one", "-o", file, "--json")[1]) == {"file": str(file)}
 
 
 def test_push_and_pull(shell, base: Path, tmp_path: Path, hub) -> None:  # noqa: F811

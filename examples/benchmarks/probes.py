@@ -79,7 +79,7 @@ def cost(name: str, make: Callable[[], Training], repeats: int) -> str:
             several.measure(updates, [training.probe_batch])
             shared.append(seconds(lambda: several.measure(updates, [training.probe_batch])) / 2)
     del before
-    half = {key: value[: training.examples // 2] for key, value in training.probe_batch.items()}
+    half = {key: value[: len(value) // 2] for key, value in training.probe_batch.items()}
     plain = training.held + peak_memory(training.step)
     measured = training.held + peak_memory(lambda: training.measured(lambda updates: probe.measure(updates, [half])))
     step = median(steps)
