@@ -13,6 +13,7 @@ from workload import spread, standard_error
 
 STABLE = 1.0  # nats per token above the best of a sweep
 WORTH = 0.05  # a regret, in nats per token, that is worth something
+NEAR = 1.5  # a factor on a learning rate that costs little
 Sweep = dict[float, list[float]]
 
 
@@ -33,19 +34,14 @@ class Study:
     plans: list[float] = field(default_factory=list)  # learning rates, by seed
 
     @property
-    def optimum(self) -> float:
-        """The target's best learning rate: of a parabola in log(lr) through the sweep's best and its neighbors."""
-        rates = sorted(self.plain)
-        best = rates.index(best_rate(self.plain))
-        if not 0 < best < len(rates) - 1:
-            return rates[best]
-        low, middle, high = (mean(self.plain[rate]) for rate in rates[best - 1 : best + 2])
-        bend = low - 2 * middle + high
-        if not math.isfinite(bend) or bend <= 0:
-            return rates[best]
-        offset = (low - high) / (2 * bend)
-        step = math.log(rates[best + 1] / rates[best] if offset > 0 else rates[best] / rates[best - 1])
-        return rates[best] * math.exp(offset * step)
+    def wanted(self) -> float:
+        """What to multiply the learning rate by: the target's best over the base's, each between its sweep's points."""
+        return optimum(self.plain) / optimum(self.base)
+
+    @property
+    def planned(self) -> float:
+        """What `plan` multiplies the learning rate by, a geometric mean over seeds."""
+        return math.exp(mean(map(math.log, self.plans))) / self.base_rate
 
     @property
     def base_rate(self) -> float:
@@ -110,6 +106,21 @@ def best_rate(sweep: Sweep) -> float:
     return min(sweep, key=lambda rate: mean(sweep[rate]))
 
 
+def optimum(sweep: Sweep) -> float:
+    """The best learning rate: of a parabola in log(lr) through the sweep's best and its neighbors."""
+    rates = sorted(sweep)
+    best = rates.index(best_rate(sweep))
+    if not 0 < best < len(rates) - 1:
+        return rates[best]
+    low, middle, high = (mean(sweep[rate]) for rate in rates[best - 1 : best + 2])
+    bend = low - 2 * middle + high
+    if not math.isfinite(bend) or bend <= 0:
+        return rates[best]
+    offset = (low - high) / (2 * bend)
+    step = math.log(rates[best + 1] / rates[best] if offset > 0 else rates[best] / rates[best - 1])
+    return rates[best] * math.exp(offset * step)
+
+
 def edge(sweep: Sweep) -> str:
     """The largest learning rate of a sweep up to which training is stable: less than `STABLE` above its best."""
     limit = mean(sweep[best_rate(sweep)]) + STABLE
@@ -169,15 +180,24 @@ def combined(studies: Sequence[Study]) -> str:
         "",
         *verdicts(studies),
         "",
-        "`plan`: the learning rate that it recommends, over the target's best (between the points of its sweep).",
+        "`plan`: what it multiplies the learning rate by, and what the sweeps want (the target's best over the base's, "
+        "each between the points of its sweep).",
         "",
-        "| axis | base's best lr | target's best lr | planned lr | planned / best |",
-        "|---|---|---|---|---|",
+        "| axis | base's best lr | target's best lr | wanted | planned | planned / wanted |",
+        "|---|---|---|---|---|---|",
     ]
-    for study in (study for study in studies if study.plans):
-        planned = math.exp(mean(map(math.log, study.plans)))
-        rates = f"{study.base_rate:.3g} | {study.optimum:.3g} | {planned:.3g} | {planned / study.optimum:.2f}"
-        lines.append(f"| {study.axis} | {rates} |")
+    planned = [study for study in studies if study.plans]
+    for study in planned:
+        rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g}"
+        ratio = study.planned / study.wanted
+        lines.append(f"| {study.axis} | {rates} | {study.wanted:.3g} | {study.planned:.3g} | {ratio:.2f} |")
+    near = [study for study in planned if _near(study.planned / study.wanted)]
+    rough = [study for study in planned if _near(study.planned * study.base_rate / optimum(study.plain))]
+    lines += [
+        "",
+        f"Within a factor of {NEAR} on {len(near)} of {len(planned)} axes; from the best point of the base's sweep "
+        f"as it is, a quarter of a decade from the next, on {len(rough)}.",
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -193,6 +213,10 @@ def verdicts(studies: Sequence[Study], method: str = "flerm") -> list[str]:
         f"Of plain's regret, where that is above {WORTH}, it leaves at most a quarter on {len(moved) - len(left)} of "
         f"{len(moved)} axes; not on {', '.join(left) or 'none'}.",
     ]
+
+
+def _near(ratio: float) -> bool:
+    return 1 / NEAR <= ratio <= NEAR
 
 
 def _cell(study: Study, method: str) -> str:
