@@ -24,6 +24,7 @@ _ALLOWED = {
     "depth": DEPTHS,
     "pool": POOLS,
     "unmatched": UNMATCHED,
+    "log_by": ("kind", "tensor"),
 }
 
 _WHOLE_NUMBERS = {
@@ -76,6 +77,7 @@ class FLeRMConfig:
         snapshot_device: Where the weights from before a measured update are kept, for instance `cpu` where a second
             copy of the trainable weights does not fit. None: beside the weights.
         seed: Of the probes' own random numbers.
+        log_by: What the logs have entries of: each `kind` of tensor (geometric means over its tensors), or each `tensor`.
 
     Raises:
         ValueError: If a value is not allowed, or the mode and the profile do not fit.
@@ -103,6 +105,7 @@ class FLeRMConfig:
     metric: str = "euclidean"
     snapshot_device: str | None = None
     seed: int = 0
+    log_by: str = "kind"
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():

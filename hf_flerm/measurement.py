@@ -167,9 +167,14 @@ class Measurement:
         return self.group_rate(self.rates)
 
     @property
+    def relative_errors(self) -> dict[str, float]:
+        """`{name: standard error / rate}` of the tensors with a rate above 0; nan where it cannot be told."""
+        return {name: error / self.rates[name] for name, error in self.standard_errors.items() if self.rates[name]}
+
+    @property
     def relative_error(self) -> float:
         """The largest standard error of a rate, relative to that rate; inf where one cannot be told."""
-        errors = [error / self.rates[name] for name, error in self.standard_errors.items() if self.rates[name]]
+        errors = self.relative_errors.values()
         return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
 
 

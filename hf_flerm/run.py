@@ -84,6 +84,7 @@ class FLeRMRun:
         self._probe_data = probe_data
         self._parameters = trainable_parameters(model)
         self._kinds = tensor_kinds(model)
+        self._logged_as = self._kinds if config.log_by == "kind" else {name: name for name in self._kinds}
         learning_rates(optimizer, self._parameters)
         check_optimizer(optimizer, config.mode)
         outputs = Outputs(config.output, config.positions, config.metric)
@@ -147,7 +148,7 @@ class FLeRMRun:
             self._logs["flerm/seconds"] = self.seconds
 
     def take_logs(self) -> dict[str, float]:
-        """Hand over what was measured since the last call, by kind of tensor.
+        """Hand over what was measured since the last call, by kind of tensor or by tensor (`FLeRMConfig.log_by`).
 
         Returns:
             `{metric: value}`.
@@ -251,7 +252,8 @@ class FLeRMRun:
         self._failures = 0
         self.last_measurement = measurement
         self._profile = self._profile.appended(self._step, measurement.rates, self._joint_rates(measurement))
-        self._logs.update(means_by_kind("flerm/rate", measurement.rates, self._kinds))
+        self._log("rate", measurement.rates)
+        self._log("relative_error", measurement.relative_errors)
         self._logs["flerm/rate/total"] = measurement.total
         if self.evidence is not None and self._step_scales is not None:
             old = self.scales
@@ -266,7 +268,7 @@ class FLeRMRun:
             )
             self._report_held(self.evidence)
             self._set_scales(self.evidence, self._step_scales)
-            self._logs.update(means_by_kind("flerm/scale", self.scales, self._kinds))
+            self._log("scale", self.scales)
             ratios = {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
             before.rescale(ratios, decays)
 
@@ -325,6 +327,9 @@ class FLeRMRun:
                 f"the learning-rate scales of {preview(held)} are held at max_scale = {self._config.max_scale:g}: "
                 "base and target may not be comparable, or the learning rate is far off.",
             )
+
+    def _log(self, what: str, values: Mapping[str, float]) -> None:
+        self._logs.update(means_by_kind(f"flerm/{what}", values, self._logged_as))
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._reported:

@@ -9,6 +9,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -743,18 +744,20 @@ def geometric(values: list[float]) -> float:
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
+@pytest.mark.parametrize("log_by", ["kind", "tensor"])
 @pytest.mark.parametrize("mode", ["record", "match"])
-def test_rates_and_scales_are_logged_by_kind(folder: Path, mode: str, alone: bool) -> None:
+def test_rates_errors_and_scales_are_logged(folder: Path, mode: str, log_by: str, alone: bool) -> None:
     measured = (0, 2, 3)
-    config = FLeRMConfig(measure_steps=measured)
+    config = FLeRMConfig(measure_steps=measured, log_by=log_by)
     if mode == "match":
         base = scaled(recorded(folder, lora()), some_factors(lora()))
-        config = FLeRMConfig(mode="match", profile=base, measure_steps=measured, beta=1.0)
+        config = replace(config, mode="match", profile=base, beta=1.0)
     tracker = Tracker()
     trainer = make_trainer(folder, lora(), config, alone=alone, callbacks=[tracker])
     trainer.train()
     profile = flerm_callback(trainer).rate_profile
-    kinds = tensor_kinds(trainer.model)
+    known_kinds = tensor_kinds(trainer.model)
+    kinds = {name: known_kinds[name] if log_by == "kind" else name for name in profile.names}
     history = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     for step in range(STEPS):
         entry = {key: value for key, value in history[step + 1].items() if key.startswith("flerm/")}
@@ -767,7 +770,17 @@ def test_rates_and_scales_are_logged_by_kind(folder: Path, mode: str, alone: boo
         for name, rate in profile.at(step).items():
             if rate > 0:
                 by_kind.setdefault(f"flerm/rate/{kinds[name]}", []).append(rate)
-        assert len(by_kind) == (2 if step == 0 else 4)  # A has no rate at step 0
+        positive = len(set(kinds.values())) // (2 if step == 0 else 1)  # A has no rate at step 0
+        assert len(by_kind) == positive
+        errors = {key for key in entry if key.startswith("flerm/relative_error/")}
+        assert {key.replace("relative_error", "rate") for key in errors} == by_kind.keys()
+        if step == measured[-1]:
+            known = flerm_callback(trainer).last_measurement.relative_errors
+            for key in errors:
+                mine = [error for name, error in known.items() if key == f"flerm/relative_error/{kinds[name]}"]
+                assert entry[key] == pytest.approx(geometric(mine), rel=1e-12)
+        for key in errors:
+            assert 0 < entry.pop(key) < math.inf
         expected = {kind: geometric(rates) for kind, rates in by_kind.items()}
         assert {key: entry.pop(key) for key in expected} == pytest.approx(expected, rel=1e-12)
         assert entry.pop("flerm/rate/total") > 0
