@@ -77,7 +77,7 @@ class FLeRMConfig:
         snapshot_device: Where the weights from before a measured update are kept, for instance `cpu` where a second
             copy of the trainable weights does not fit. None: beside the weights.
         seed: Of the probes' own random numbers.
-        log_by: What the logs have entries of: each `kind` of tensor (geometric means over its tensors) or each `tensor`.
+        log_by: What the logs have entries of: each `kind` of tensor (geometric means) or each `tensor`.
 
     Raises:
         ValueError: If a value is not allowed, or the mode and the profile do not fit.
