@@ -1,0 +1,256 @@
+"""DeepSpeed's ZeRO on CPU processes: the numbers of one process, and no trace of a recording.
+
+Not in the default run: `pytest -m deepspeed` in an environment that has DeepSpeed and a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import launch
+from test_distributed import ACCUMULATED, DROPOUT, PAIR, UNEVEN, base_of, drawn_by_all, matched_run
+from torch import Tensor
+from training import MEASURED, MODELS, Rows, assert_identical, gpt2, make_trainer, weights_of
+from transformers import Trainer, TrainerCallback
+
+from hf_flerm import FLeRMConfig
+from hf_flerm.names import trainable_parameters
+from hf_flerm.optimizer import raw_optimizer
+from hf_flerm.zero import _ZeroSnapshot
+
+pytestmark = pytest.mark.deepspeed
+
+AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+# Stage, mixed precision and what else is asked of DeepSpeed.
+ENGINES: dict[str, dict[str, Any]] = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "1 in bf16": {"stage": 1, "bf16": True},
+    "1 in bf16, float32 gradients": {"stage": 1, "bf16": True, "data_types": {"grad_accum_dtype": "fp32"}},
+    "2 in bf16": {"stage": 2, "bf16": True},
+}
+FLOAT32 = ("0", "1", "2")
+
+
+def engine(stage: int, *, bf16: bool = False, zero: Mapping[str, Any] | None = None, **blocks: Any) -> dict[str, Any]:
+    """A Trainer's options."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(PAIR)}
+    config = {**dict.fromkeys(AUTO, "auto"), "bf16": {"enabled": "auto"}, **blocks}
+    return {"deepspeed": {**config, "zero_optimization": {"stage": stage, **(zero or {})}}, "bf16": bf16}
+
+
+def state_of(trainer: Trainer) -> list[Any]:
+    """All that a run leaves: weights, float32 partitions, states, losses."""
+    wrapper: Any = trainer.optimizer
+    zero: Any = wrapper.optimizer
+    partitions = [p.detach() for group in raw_optimizer(zero).param_groups for p in group["params"]]
+    losses = [[entry["loss"], entry["grad_norm"]] for entry in trainer.state.log_history if "loss" in entry]
+    return [
+        weights_of(trainer.model),
+        partitions,
+        list(raw_optimizer(zero).state.values()),
+        losses,
+        torch.get_rng_state(),
+    ]
+
+
+# --- recording ----------------------------------------------------------------------------------------------------
+
+
+def recordings(folder: Path, name: str) -> dict[str, Any]:
+    options = {**ACCUMULATED, "data": Rows(UNEVEN), **engine(**ENGINES[name])}
+    found = {}
+    for kind, model in MODELS.items():
+
+        def trained(model: Any = model, **flerm: Any) -> Trainer:
+            trainer = make_trainer(folder, model(DROPOUT), **flerm, **options)
+            trainer.train()
+            return trainer
+
+        plain = state_of(trained())
+        for alone in (False, True):
+            trainer: Any = trained(flerm=FLeRMConfig(), alone=alone)
+            assert_identical(state_of(trainer), plain)
+        trainer = trained(flerm=FLeRMConfig())
+        found[kind] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes())
+    return found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_recording_leaves_no_trace(tmp_path: Path, name: str) -> None:
+    first, second = launch(recordings, PAIR, tmp_path, tmp_path, name)
+    assert first == second
+    assert {kind: steps for kind, (steps, _) in first.items()} == dict.fromkeys(MODELS, MEASURED)
+
+
+@contextmanager
+def seen_updates() -> Iterator[list[dict[str, Tensor]]]:
+    """The unit updates of every measurement."""
+    seen: list[dict[str, Tensor]] = []
+    original = _ZeroSnapshot.put_back
+
+    @contextmanager
+    def put_back(self: Any, *args: Any) -> Iterator[Mapping[str, Tensor]]:
+        with original(self, *args) as updates:
+            seen.append(dict(updates))
+            yield updates
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ZeroSnapshot, "put_back", put_back)
+        yield seen
+
+
+def first_updates(folder: Path, name: str) -> dict[str, Tensor]:
+    config = FLeRMConfig(measure_steps=(0,))
+    with seen_updates() as seen:
+        options = {"max_steps": 1, "learning_rate": 1e-4, "lr_scheduler_type": "constant", "adam_epsilon": 1e-30}
+        make_trainer(folder, gpt2(), config, **options, **engine(**ENGINES[name])).train()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name not in FLOAT32])
+def test_updates_are_those_of_the_masters(tmp_path: Path, name: str) -> None:
+    """Adam's first update is a sign; weights of 1 in bf16 do not even move at a learning rate of 1e-4."""
+    for updates in launch(first_updates, PAIR, tmp_path, tmp_path, name):
+        for tensor, update in updates.items():
+            assert update.dtype == torch.bfloat16, tensor
+            moved = update[update != 0].abs().float()
+            torch.testing.assert_close(moved, torch.ones_like(moved), rtol=1e-2, atol=0.0)
+            assert len(moved) == update.numel() or "wpe" in tensor or "wte" in tensor or "c_attn.bias" in tensor
+
+
+# --- matching -----------------------------------------------------------------------------------------------------
+
+
+def matched_runs(folder: Path, name: str) -> dict[str, Any]:
+    found = {}
+    for kind in MODELS:
+        options = {"per_device_train_batch_size": 2, **engine(**ENGINES[name])}
+        found[kind] = matched_run(folder / kind, kind, save_strategy="steps", save_steps=3, **options)
+        again = matched_run(folder / "again", kind, resume=folder / kind / "checkpoint-3", **options)
+        assert_identical(again, found[kind])
+    return found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_matched_run_is_that_of_one_process(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = launch(matched_runs, PAIR, tmp_path, tmp_path, name)
+    for kind in MODELS:
+        first, second = (result[kind] for result in together)
+        assert first["scales"] == second["scales"], "bit for bit"
+        assert first["profile"] == second["profile"]
+        assert_identical(first["weights"], second["weights"])
+        if name not in FLOAT32:
+            assert len(set(first["scales"].values())) > 3
+            continue
+        with monkeypatch.context() as patch:
+            drawn_by_all(patch, PAIR)
+            alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * PAIR)
+        assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
+        for part in ("rates", "joint"):
+            assert {n: r[0] for n, r in first[part].items()} == pytest.approx(
+                {n: r[0] for n, r in alone[part].items()}, rel=1e-5
+            )
+        for tensor, weight in alone["weights"].items():
+            torch.testing.assert_close(first["weights"][tensor], weight, rtol=1e-3, atol=1e-4)
+
+
+class Still(TrainerCallback):
+    """Gives one tensor a scale of 0 and another one of 2 from the second step on, and writes down every step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.weights.append(weights_of(kwargs["model"]))
+
+
+def scaled_steps(folder: Path, name: str) -> list[dict[str, Tensor]]:
+    """A run whose scales are set by hand after its first step, which is the only one that is measured."""
+    watch = Still()
+    config = FLeRMConfig(mode="match", profile=base_of("full"), measure_steps=(0,))
+    options = {"max_steps": 3, "weight_decay": 0.0, "lr_scheduler_type": "constant", "adam_beta1": 0.0}
+    trainer: Any = make_trainer(folder, gpt2(), config, callbacks=[watch], **options, **engine(**ENGINES[name]))
+
+    class Set(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            run = trainer.flerm_callback.run
+            names = list(trainable_parameters(trainer.model))
+            scales = dict.fromkeys(names, 1.0)
+            if state.global_step == 1:
+                scales |= {name: (0.0, 2.0)[index % 2] for index, name in enumerate(names)}
+            run._step_scales.scales = scales
+
+    trainer.add_callback(Set())
+    trainer.train()
+    return [*watch.weights, weights_of(trainer.model)]
+
+
+@pytest.mark.parametrize("name", ["0", "1", "2"])
+def test_every_tensor_steps_at_its_own_learning_rate(tmp_path: Path, name: str) -> None:
+    """Adam without momentum: |update| <= lr * sqrt(1 / (1 - beta2)), and 0 where the scale is 0."""
+    for steps in launch(scaled_steps, PAIR, tmp_path, tmp_path, name):
+        _, before, after, last = steps
+        for index, tensor in enumerate(before):
+            moved = float((after[tensor] - before[tensor]).abs().max())
+            assert (moved == 0.0) == (index % 2 == 0), tensor
+            assert not torch.equal(last[tensor], after[tensor])
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "ZeRO-3": ({"stage": 3}, False, "ZeRO-3 has weights in parts.*Use ZeRO-2, or FSDP2"),
+    "optimizer": (
+        {"stage": 2, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}},
+        False,
+        "'optimizer'.*Take the block out",
+    ),
+    "scheduler": (
+        {"stage": 2, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}},
+        False,
+        "'scheduler'.*Take the block out",
+    ),
+    "offload": (
+        {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
+        False,
+        "'zero_optimization.offload_optimizer'.*set its device to none",
+    ),
+    "round robin": ({"stage": 2, "zero": {"round_robin_gradients": True}}, False, "Set round_robin_gradients to false"),
+    "bf16 without ZeRO": ({"stage": 0, "bf16": True}, False, "no float32 partition.*Use ZeRO-1 or ZeRO-2"),
+    "groups of many tensors": ({"stage": 2}, True, "FLeRMTrainer gives every tensor a group of its own"),
+}
+
+
+def refusals(folder: Path) -> dict[str, tuple[str, str]]:
+    found = {}
+    for name, (options, alone, _) in REFUSED.items():
+        messages = []
+        for config in (FLeRMConfig(), FLeRMConfig(mode="match", profile=base_of("full"))):
+            if alone and config.mode == "record":
+                messages.append("")
+                continue
+            trainer = make_trainer(folder, gpt2(), config, alone=alone, **engine(**options))
+            try:
+                trainer.train()
+                messages.append("was let through")
+            except ValueError as error:
+                messages.append(str(error))
+            assert trainer.state.global_step == 0, name
+        found[name] = tuple(messages)
+    return found
+
+
+def test_what_cannot_be_followed_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    for found in launch(refusals, PAIR, tmp_path, tmp_path):
+        for name, (_, alone, reason) in REFUSED.items():
+            for message in found[name][alone:]:
+                assert re.search(reason, message), name
