@@ -14,8 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from processes import launch
-from test_distributed import ACCUMULATED, DROPOUT, PAIR, UNEVEN, base_of, drawn_by_all, matched_run
+from test_distributed import (
+    ACCUMULATED,
+    DROPOUT,
+    PAIR,
+    UNEVEN,
+    base_of,
+    drawn_by_all,
+    example,
+    launched,
+    matched_run,
+)
 from torch import Tensor
 from training import MEASURED, MODELS, Rows, assert_identical, gpt2, make_trainer, weights_of
 from transformers import Trainer, TrainerCallback
@@ -23,10 +35,12 @@ from transformers import Trainer, TrainerCallback
 from hf_flerm import FLeRMConfig
 from hf_flerm.names import trainable_parameters
 from hf_flerm.optimizer import raw_optimizer
+from hf_flerm.probes import RateProbe
 from hf_flerm.zero import _ZeroSnapshot
 
 pytestmark = pytest.mark.deepspeed
 
+ON_CPU = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(PAIR)}
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 # Stage, mixed precision and what else is asked of DeepSpeed.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -42,7 +56,7 @@ FLOAT32 = ("0", "1", "2")
 
 def engine(stage: int, *, bf16: bool = False, zero: Mapping[str, Any] | None = None, **blocks: Any) -> dict[str, Any]:
     """A Trainer's options."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(PAIR)}
+    os.environ |= ON_CPU
     config = {**dict.fromkeys(AUTO, "auto"), "bf16": {"enabled": "auto"}, **blocks}
     return {"deepspeed": {**config, "zero_optimization": {"stage": stage, **(zero or {})}}, "bf16": bf16}
 
@@ -89,6 +103,34 @@ def test_recording_leaves_no_trace(tmp_path: Path, name: str) -> None:
     first, second = launch(recordings, PAIR, tmp_path, tmp_path, name)
     assert first == second
     assert {kind: steps for kind, (steps, _) in first.items()} == dict.fromkeys(MODELS, MEASURED)
+
+
+def failing(folder: Path, name: str) -> tuple[list[int], bytes]:
+    """The second measurement fails on the second process alone."""
+    plain = make_trainer(folder, gpt2(DROPOUT), **engine(**ENGINES[name]))
+    plain.train()
+    calls = 0
+    original = RateProbe.measure
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and dist.get_rank() == 1:
+            raise ValueError("no finite number")
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RateProbe, "measure", measure)
+        trainer: Any = make_trainer(folder, gpt2(DROPOUT), FLeRMConfig(), **engine(**ENGINES[name]))
+        trainer.train()
+    assert_identical(state_of(trainer), state_of(plain))
+    return trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes()
+
+
+def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
+    first, second = launch(failing, PAIR, tmp_path, tmp_path, "2 in bf16")
+    assert first == second
+    assert first[0] == [0, 2, 4]
 
 
 @contextmanager
@@ -204,6 +246,20 @@ def test_every_tensor_steps_at_its_own_learning_rate(tmp_path: Path, name: str) 
             moved = float((after[tensor] - before[tensor]).abs().max())
             assert (moved == 0.0) == (index % 2 == 0), tensor
             assert not torch.equal(last[tensor], after[tensor])
+
+
+def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
+    environments = {}
+    for name in ("deepspeed_zero1", "deepspeed_zero2"):
+        args = launched(name)
+        args.deepspeed_fields_from_accelerate_config = "zero_stage,mixed_precision"
+        _, made = prepare_deepspeed_cmd_env(args)
+        environments[name] = {k: v for k, v in made.items() if k.startswith("ACCELERATE_")} | ON_CPU
+    first, second = launch(example, PAIR, tmp_path, tmp_path, environments)
+    assert set(second.values()) == {""}
+    for printed in first.values():
+        assert "2 processes, {'Parameter': 28}" in printed
+        assert "base: 3 measurements, target: 3" in printed
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
