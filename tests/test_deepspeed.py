@@ -256,7 +256,7 @@ def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
         _, made = prepare_deepspeed_cmd_env(args)
         environments[name] = {k: v for k, v in made.items() if k.startswith("ACCELERATE_")} | ON_CPU
     first, second = launch(example, PAIR, tmp_path, tmp_path, environments)
-    assert set(second.values()) == {""}
+    assert not any("measurements" in printed for printed in second.values())
     for printed in first.values():
         assert "2 processes, {'Parameter': 28}" in printed
         assert "base: 3 measurements, target: 3" in printed
