@@ -93,7 +93,8 @@ def recordings(folder: Path, name: str) -> dict[str, Any]:
         for alone in (False, True):
             trainer: Any = trained(flerm=FLeRMConfig(), alone=alone)
             assert_identical(state_of(trainer), plain)
-        trainer = trained(flerm=FLeRMConfig())
+        trainer = trained(flerm=FLeRMConfig(probes="auto", max_probes=4, snapshot_device="cpu"))
+        assert_identical(state_of(trainer), plain)
         found[kind] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes())
     return found
 
