@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from hf_flerm.probes import RateProbe
 from hf_flerm.updates import Snapshot
 
 MB = 1e6
-REPEATS = 9  # how many layers are gathered ahead is a matter of timing
+REPEATS = 9  # the least counts: how many layers are gathered ahead is a matter of timing
 
 
 def peak(run: Callable[[], object]) -> float:
@@ -82,7 +81,7 @@ def row(width: int, layers: int) -> list[float]:
     measure()  # the first one of a run also verifies its gates
     whole = sum(parameter.nbytes for parameter in parameters.values())
     snapshot = peak(lambda: Snapshot(parameters))
-    plain, measured = (median(peak(run) for _ in range(REPEATS)) for run in (train, measure))
+    plain, measured = (min(peak(run) for _ in range(REPEATS)) for run in (train, measure))
     return [layers, whole / MB, snapshot / MB, plain / MB, measured / MB]
 
 
