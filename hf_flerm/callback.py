@@ -133,15 +133,14 @@ class FLeRMCallback(TrainerCallback):
         """Check everything that can be wrong, before the first step."""
         self.close()
         model: nn.Module = kwargs["model"]
-        optimizer = raw_optimizer(kwargs["optimizer"])
         data = ProbeData(self.config, args, kwargs.get("train_dataloader"), self.probe_dataset)
         self._run = FLeRMRun(
             model,
-            optimizer,
+            kwargs["optimizer"],
             self.config,
             data,
             provenance={
-                **provenance(model, trainable_parameters(model), optimizer, args),
+                **provenance(model, trainable_parameters(model), raw_optimizer(kwargs["optimizer"]), args),
                 "dataset_fingerprint": data.fingerprint,
             },
             base=self.base,

@@ -24,7 +24,6 @@ from .totals import Group, Totals, group_key
 
 _INSTEAD = "Train with DDP, or with FSDP2 where the model does not fit (fsdp_version: 2), or measure in one process."
 _REFUSED = {
-    DistributedType.DEEPSPEED: "DeepSpeed steps inside the backward pass, on flat copies of the weights",
     DistributedType.MEGATRON_LM: "Megatron-LM has a model of its own",
     DistributedType.XLA: "XLA does not run hooks as they are set",
 }

@@ -9,8 +9,7 @@ from itertools import count, islice
 from operator import is_, itemgetter
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .names import preview
@@ -42,7 +41,7 @@ def raw_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def learning_rates(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """Read the learning rate of every tensor.
 
     Args:
@@ -189,7 +188,7 @@ class StepScales:
         parameters: `{canonical name: parameter}` of all that is trained.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         self.scales: Mapping[str, float] = {}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._optimizer = optimizer
@@ -300,4 +299,4 @@ def _schedulers(scheduler: Any) -> Iterator[Any]:
 
 
 def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    return value.clone() if isinstance(value, Tensor) else value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
@@ -29,18 +29,18 @@ def _if_first_moment(group: Group) -> bool:
     return group["beta1"] is not None
 
 
-def _one(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> float:
+def _one(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
     return 1.0
 
 
-def _size_of_the_weights(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> float:
+def _size_of_the_weights(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
     """Adafactor with `scale_parameter`: its learning rate, and with it its decay, is relative to the weights."""
     if not group["scale_parameter"]:
         return 1.0
     return max(float(group["eps"][1]), float(optimizer.state[parameter]["RMS"]))
 
 
-def _per_initial_rate(optimizer: Any, group: Group, parameter: nn.Parameter) -> float:
+def _per_initial_rate(optimizer: Any, group: Group, parameter: Tensor) -> float:
     """lion-pytorch's `decoupled_weight_decay`: the decay is meant for its initial learning rate."""
     return 1.0 / float(optimizer._init_lr) if optimizer.decoupled_wd else 1.0
 
@@ -60,7 +60,7 @@ class Behavior:
     """
 
     decay_is_apart: Callable[[Group], bool] = _never
-    decay_factor: Callable[[Optimizer, Group, nn.Parameter], float] = _one
+    decay_factor: Callable[[Optimizer, Group, Tensor], float] = _one
     nonlinear: str = ""
     nonlinear_if: Callable[[Group], bool] = _always
     has_unit: bool = True
@@ -149,14 +149,12 @@ def check_optimizer(optimizer: Optimizer, mode: str) -> None:
         )
 
 
-def weight_decays(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+def weight_decays(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """What weight decay that is apart from the update takes from the weights in a step, per unit learning rate.
 
-    To be called after the step, with its gradients: tensors without one did not decay.
-
     Args:
-        optimizer: The optimizer that steps.
-        parameters: `{canonical name: parameter}`.
+        optimizer: The optimizer that has stepped.
+        parameters: `{canonical name: parameter}` of what it has stepped; without a gradient nothing decays.
 
     Returns:
         `{name: fraction of the weights}`; 0 where nothing decays apart from the update, or the class is not known.
@@ -166,7 +164,7 @@ def weight_decays(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) 
     decays = dict.fromkeys(parameters, 0.0)
     for name, parameter in parameters.items():
         group = groups[id(parameter)]
-        if group.get("weight_decay") and parameter.grad is not None and behavior.decay_is_apart(group):
+        if group.get("weight_decay") and behavior.decay_is_apart(group):
             decays[name] = float(group["weight_decay"]) * behavior.decay_factor(optimizer, group, parameter)
     return decays
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
-from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .config import FLeRMConfig
@@ -21,7 +20,7 @@ from .mapping import joint_groups, map_profile
 from .matching import Evidence
 from .measurement import UNUSED, Measurement
 from .names import means_by_kind, preview, tensor_kinds, trainable_parameters
-from .optimizer import StepScales, learning_rates
+from .optimizer import StepScales, learning_rates, raw_optimizer
 from .optimizer_table import check_optimizer, weight_decays
 from .outputs import Outputs
 from .probe_data import ProbeData
@@ -29,8 +28,8 @@ from .probes import RateProbe
 from .profile_file import serialize
 from .provenance import check_units, measuring_settings
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
-from .sharding import agreement
 from .updates import Snapshot
+from .zero import stepping
 
 logger = logging.get_logger(__name__)
 _EVIDENCE = "matching"
@@ -53,7 +52,7 @@ class FLeRMRun:
 
     Args:
         model: What is trained.
-        optimizer: What steps.
+        optimizer: What steps, as Accelerate has prepared it.
         config: What to measure, when, and what to do with it.
         probe_data: The examples to probe with.
         provenance: Where the rates come from, for the profile's metadata.
@@ -68,7 +67,7 @@ class FLeRMRun:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Any,
         config: FLeRMConfig,
         probe_data: ProbeData,
         *,
@@ -80,18 +79,18 @@ class FLeRMRun:
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
         self._config = config
-        self._optimizer = optimizer
+        self._optimizer = raw_optimizer(optimizer)
         self._probe_data = probe_data
         self._parameters = trainable_parameters(model)
         self._kinds = tensor_kinds(model)
         self._logged_as = self._kinds if config.log_by == "kind" else {name: name for name in self._kinds}
-        learning_rates(optimizer, self._parameters)
-        check_optimizer(optimizer, config.mode)
+        self._stepping = stepping(model, optimizer, self._parameters)
+        learning_rates(self._optimizer, self._stepping.held)
+        check_optimizer(self._optimizer, config.mode)
         outputs = Outputs(config.output, config.positions, config.metric)
         self._probe = RateProbe(
             model, estimator=config.estimator, probes_per_batch=config.probes_per_batch, outputs=outputs
         )
-        self._agree = agreement(model)
         self._groups = joint_groups(model, self._parameters)
         self._profile = self._begun(provenance, resumed)
         self._before: Snapshot | Exception | None = None
@@ -129,7 +128,7 @@ class FLeRMRun:
         self._step = step
         if not self._off and self._due(step):
             try:
-                self._before = Snapshot(self._parameters, self._config.snapshot_device)
+                self._before = self._stepping.snapshot(self._config.snapshot_device)
             except Exception as error:  # which all processes hear of when they put together what they measured
                 self._before = error
 
@@ -228,7 +227,8 @@ class FLeRMRun:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
         self.evidence = Evidence.recorded(record, self._mapped)
-        self._step_scales = StepScales(self._optimizer, self._parameters)
+        self._stepping.check_apart()
+        self._step_scales = StepScales(self._optimizer, self._stepping.held)
         self._set_scales(self.evidence, self._step_scales)
 
     def _due(self, step: int) -> bool:
@@ -237,11 +237,13 @@ class FLeRMRun:
         return asked is not None and (not measured or asked > measured[0])
 
     def _measure(self, before: Snapshot | Exception) -> None:
-        nominal = learning_rates(self._optimizer, self._parameters)
+        held = self._stepping.held
+        nominal = learning_rates(self._optimizer, held)
         used = {name: rate * self.scales[name] for name, rate in nominal.items()}
         if not any(used.values()):
             return  # warm-up: the next step will do
-        decays = {n: nominal[n] * decay for n, decay in weight_decays(self._optimizer, self._parameters).items()}
+        stepped = {name: tensor for name, tensor in held.items() if self._stepping.took_part(tensor)}
+        decays = {n: nominal[n] * decay for n, decay in weight_decays(self._optimizer, stepped).items()}
         measurement = self._pool.measurement(lambda: self._probed(before, used, decays))
         if measurement is None or isinstance(before, Exception):
             return
@@ -277,7 +279,9 @@ class FLeRMRun:
     ) -> Measurement | None:
         """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
         device = next(iter(self._parameters.values())).device
-        failed, moved = self._agree([isinstance(before, Exception), isinstance(before, Snapshot) and before.moved()])
+        failed, moved = self._stepping.agree(
+            [isinstance(before, Exception), isinstance(before, Snapshot) and before.moved()]
+        )
         if isinstance(before, Exception):
             raise before
         if failed or not moved:

@@ -16,6 +16,7 @@ from .config import FLeRMConfig
 from .names import trainable_parameters
 from .optimizer import joined_scheduler, raw_optimizer, split_param_groups
 from .rate_profile import PROFILE_NAME, RateProfile
+from .zero import check_deepspeed
 
 
 class FLeRMTrainer(Trainer):
@@ -65,8 +66,10 @@ class FLeRMTrainer(Trainer):
         """
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._flerm.config.mode == "match" and self.lr_scheduler is None and not self.is_fsdp_enabled:
+            check_deepspeed()
             model: Any = self.model
-            self._group_sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
+            sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
+            self._group_sizes = sizes or self._group_sizes  # DeepSpeed has it made twice
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import gathered, shard
+from .sharding import agreement, gathered, shard
 
-_NO_DECAY: Mapping[str, float] = MappingProxyType({})
+NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
 
 class UnitUpdates(Mapping[str, Tensor]):
@@ -57,19 +57,20 @@ class Snapshot:
         self._parameters = parameters
         self._device = device
         self._buffer = {
-            name: shard(parameter).to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+            name: self._part(parameter).to(device or parameter.device, copy=True)
+            for name, parameter in parameters.items()
         }
 
     def moved(self) -> bool:
         """Tell whether any weight has changed since, of those that lie here."""
         return any(
-            not torch.equal(self._buffer[name].to(parameter.device), shard(parameter))
+            not torch.equal(self._buffer[name].to(parameter.device), self._part(parameter))
             for name, parameter in self._parameters.items()
         )
 
     @contextmanager
     def put_back(
-        self, learning_rates: Mapping[str, float], decays: Mapping[str, float] = _NO_DECAY
+        self, learning_rates: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY
     ) -> Iterator[Mapping[str, Tensor]]:
         """Give the model its weights from before the step for a block, bit for bit, and then those from after it.
 
@@ -86,7 +87,7 @@ class Snapshot:
         finally:
             self._swap()
 
-    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = _NO_DECAY) -> None:
+    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
         """Redo the step with other learning rates, for an optimizer that is linear in them; weights decay as before.
 
         Args:
@@ -98,10 +99,14 @@ class Snapshot:
                 parameter = self._parameters[name]
                 if ratio != 1.0:
                     start, end = (
-                        _decayed(self._buffer[name].to(parameter.device), decays.get(name, 0.0)),
-                        shard(parameter),
+                        decayed(self._buffer[name].to(parameter.device), decays.get(name, 0.0)),
+                        self._part(parameter),
                     )
                     end.copy_(start + (end - start) * ratio)
+
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        """What lies here of what the optimizer steps for a tensor; writing into it changes that."""
+        return shard(parameter)
 
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
@@ -112,6 +117,53 @@ class Snapshot:
                 own = shard(parameter)
                 self._buffer[name] = own.to(self._device or own.device, copy=True)
                 own.copy_(other)
+
+
+class Stepping:
+    """How the weights of a model are stepped: by an optimizer over the model's own tensors.
+
+    Attributes:
+        held: `{canonical name: what the optimizer holds of this tensor}`.
+        agree: How processes decide together that take updates together.
+
+    Args:
+        model: What is trained.
+        parameters: `{canonical name: parameter}` of all that is trained.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.held: Mapping[str, Tensor] = parameters
+        self.agree = agreement(model)
+        self._parameters = parameters
+
+    def snapshot(self, device: str | None) -> Snapshot:
+        """Keep the weights from before a step.
+
+        Args:
+            device: As for `Snapshot`.
+
+        Returns:
+            The snapshot.
+        """
+        return Snapshot(self._parameters, device)
+
+    def took_part(self, tensor: Tensor) -> bool:
+        """Tell, after a step, whether the optimizer has stepped something that it holds.
+
+        Args:
+            tensor: One of `held`.
+
+        Returns:
+            Whether it has.
+        """
+        return tensor.grad is not None
+
+    def check_apart(self) -> None:
+        """Refuse tensors that cannot have learning rates of their own.
+
+        Raises:
+            ValueError: If there are some, with what to use instead.
+        """
 
 
 class _Step(Mapping[str, Tensor]):
@@ -134,7 +186,7 @@ class _Step(Mapping[str, Tensor]):
         before = shard(parameter)
         if not rate:
             return before.new_zeros(parameter.shape)
-        start = _decayed(before, self._decays.get(name, 0.0))
+        start = decayed(before, self._decays.get(name, 0.0))
         return gathered(torch.sub(self._after[name].to(before.device), start).div_(rate), parameter)
 
     def __iter__(self) -> Iterator[str]:
@@ -144,6 +196,14 @@ class _Step(Mapping[str, Tensor]):
         return len(self._before)
 
 
-def _decayed(before: Tensor, decay: float) -> Tensor:
-    """The weights after decay alone, rounded as an optimizer rounds them that decays before it updates."""
+def decayed(before: Tensor, decay: float) -> Tensor:
+    """The weights after decay alone, rounded as an optimizer rounds them that decays before it updates.
+
+    Args:
+        before: The weights before a step.
+        decay: The fraction of them that decays in it.
+
+    Returns:
+        The rest.
+    """
     return before * (1.0 - decay) if decay else before

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -29,6 +29,7 @@ from training import (
     MEASURED,
     MODELS,
     Rows,
+    arguments,
     assert_identical,
     assert_same_run,
     flerm_callback,
@@ -42,7 +43,7 @@ from training import (
 )
 from transformers import Trainer, TrainerCallback
 
-from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, updates
+from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, plan, updates
 from hf_flerm.distributed import Pool
 from hf_flerm.estimators import ESTIMATORS
 from hf_flerm.heads import LinearHead
@@ -260,16 +261,16 @@ def base_of(kind: str) -> RateProfile:
     return RateProfile([0], {name: [3.0 * factors[name]] for name in names})
 
 
-def matched_run(folder: Path, kind: str, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+def matched_run(
+    folder: Path, kind: str, resume: Path | None = None, steps: Sequence[int] | None = None, **options: Any
+) -> dict[str, Any]:
     model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
-    config = FLeRMConfig(mode="match", profile=base_of(kind), probe_batch_size=4, max_change=1e6)
+    config = FLeRMConfig(mode="match", profile=base_of(kind), probe_batch_size=4, max_change=1e6, measure_steps=steps)
     trainer = make_trainer(folder, model, config, **STABLE, **options)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    callback = flerm_callback(trainer)
-    assert callback.last_measurement is not None
     return {
         "weights": whole(trainer.model),
-        "scales": callback.scales,
+        "scales": flerm_callback(trainer).scales,
         "rates": {name: rates.tolist() for name, rates in trainer.rate_profile.rates.items()},
         "joint": {n: r.tolist() for g in trainer.rate_profile.joint_rates.values() for n, r in g.items()},
         "profile": trainer.rate_profile.to_bytes(),
@@ -413,6 +414,8 @@ def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
 
 # --- weights in shards --------------------------------------------------------------------------------------------
 
+TWO_EACH = {"per_device_train_batch_size": 2}
+EARLY = (0, 1)  # steps that are measured, all of them before a checkpoint
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}}
 
 
@@ -463,12 +466,15 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
             assert trainer.rate_profile.steps.tolist() == MEASURED
             assert_identical(whole(trainer.model), whole(plain.model))
             assert_identical(local_state(trainer), local_state(plain))
-            sharded: dict[str, Any] = {"per_device_train_batch_size": 2, **FSDP}
+            sharded: dict[str, Any] = {**TWO_EACH, **FSDP}
             found[kind] = matched_run(folder / kind, kind, save_strategy="steps", save_steps=3, **sharded)
             again = matched_run(folder / "again", kind, resume=folder / kind / "checkpoint-3", **sharded)
             assert_identical(again, found[kind])
             assert 0 < alive.most <= max(parameter.nbytes for parameter in model().parameters())
             assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
+        found["early"] = matched_run(
+            folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **FSDP
+        )
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
         trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **FSDP)
         trainer.train()
@@ -506,6 +512,35 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         for name, weight in alone["weights"].items():
             torch.testing.assert_close(first["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
+    # Four processes take up what two have saved, and measure by themselves what one does.
+    four = launch(four_shards, 2 * PAIR, tmp_path / "b", tmp_path)
+    assert all(result["resumed"]["scales"] == together[0]["early"]["scales"] for result in four)
+    for name, weight in together[0]["early"]["weights"].items():
+        torch.testing.assert_close(four[0]["resumed"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
+    with monkeypatch.context() as patch:
+        drawn_by_all(patch, 2 * PAIR)
+        patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+        alone = matched_run(tmp_path, "full", steps=EARLY, per_device_train_batch_size=2 * PAIR)
+    for result in four:
+        assert result["own"]["scales"] == four[0]["own"]["scales"], "bit for bit"
+        for name, rates in alone["rates"].items():
+            assert result["own"]["rates"][name][0] == pytest.approx(rates[0], rel=1e-5), name
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(four[0]["own"]["weights"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def four_shards(folder: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_gpus(patch)
+        options: dict[str, Any] = {"steps": EARLY, "per_device_train_batch_size": 1, **FSDP}
+        resumed = matched_run(folder / "four", "full", resume=folder / "early" / "checkpoint-3", **options)
+        own = matched_run(folder / "four", "full", **options)
+        with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
+            make_trainer(folder, gpt2(), FLeRMConfig(estimator="exact"), **FSDP).train()
+    with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
+        plan(gpt2(), arguments(folder), Rows(), base_of("full"))
+    return {"resumed": resumed, "own": own}
+
 
 def example(folder: Path, environments: dict[str, dict[str, str]]) -> dict[str, str]:
     """What the example prints in the environment of each engine."""
@@ -527,14 +562,23 @@ def example(folder: Path, environments: dict[str, dict[str, str]]) -> dict[str, 
     return printed
 
 
+def launched(engine: str) -> Any:
+    """The arguments that `accelerate launch` makes of an engine's file."""
+    config = EXAMPLES / "accelerate_configs" / f"{engine}.yaml"
+    args = launch_command_parser().parse_args(["--config_file", str(config), "many_processes.py"])
+    return _validate_launch_command(args)[0]
+
+
+def test_every_engine_has_a_file() -> None:
+    files = {path.stem for path in (EXAMPLES / "accelerate_configs").glob("*.yaml")}
+    assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2"}
+
+
 def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
     environments = {}
-    for config in sorted((EXAMPLES / "accelerate_configs").glob("*.yaml")):
-        args = launch_command_parser().parse_args(["--config_file", str(config), "many_processes.py"])
-        args, *_ = _validate_launch_command(args)
-        made = prepare_multi_gpu_env(args)
-        environments[config.stem] = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-    assert environments.keys() == {"ddp", "fsdp2"}
+    for engine in ("ddp", "fsdp2"):
+        made = prepare_multi_gpu_env(launched(engine))
+        environments[engine] = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
     first, second = launch(example, PAIR, tmp_path, tmp_path, environments)
     assert set(second.values()) == {""}
     assert "2 processes, {'Parameter': 28}" in first["ddp"]
@@ -545,7 +589,6 @@ def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "deepspeed": ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed steps inside the backward pass"),
     "megatron": ({"distributed_type": DistributedType.MEGATRON_LM}, "Megatron-LM"),
     "xla": ({"distributed_type": DistributedType.XLA}, "XLA"),
     "fsdp1": (
@@ -554,6 +597,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tensor parallel": ({"parallelism_config": SimpleNamespace(tp_enabled=True)}, "tp_size > 1"),
     "context parallel": ({"parallelism_config": SimpleNamespace(cp_enabled=True)}, "cp_size > 1"),
+    "sequence parallel": ({"parallelism_config": SimpleNamespace(sp_enabled=True)}, "sp_size > 1"),
+}
+REFUSED = {engine: (state, rf"{reason}.*Train with DDP, or with FSDP2") for engine, (state, reason) in REFUSED.items()}
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+REFUSED |= {
+    f"DeepSpeed: {name}": (
+        {
+            "distributed_type": DistributedType.DEEPSPEED,
+            "deepspeed_plugins": SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, **config}),
+        },
+        reason,
+    )
+    for name, config, reason in (
+        ("ZeRO-3", {"zero_optimization": {"stage": 3}}, "ZeRO-3 has weights in parts.*Use ZeRO-2, or FSDP2"),
+        ("its optimizer", {"optimizer": {"type": "AdamW"}}, "'optimizer'.*Take the block out"),
+        ("its scheduler", {"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*Take the block out"),
+        ("offload", {"zero_optimization": OFFLOAD}, r"'zero_optimization\.offload_optimizer'.*set its device to none"),
+        ("tensor parallel", {"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel'.*Take it out"),
+    )
 }
 
 
@@ -568,12 +630,13 @@ def test_other_engines_are_refused_before_training(
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             for key, value in state.items():
-                monkeypatch.setitem(AcceleratorState._shared_state, key, value)
+                for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+                    monkeypatch.setitem(shared, key, value)
 
     trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig())
     trainer.callback_handler.callbacks.insert(0, Pretend())
     before = weights_of(trainer.model)
-    with pytest.raises(ValueError, match=rf"{reason}.*Train with DDP, or with FSDP2"):
+    with pytest.raises(ValueError, match=reason):
         trainer.train()
     assert_identical(weights_of(trainer.model), before)
 

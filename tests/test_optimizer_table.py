@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from hf_flerm.optimizer import StepScales, split_param_groups
 from hf_flerm.optimizer_table import TABLE, check_optimizer, weight_decays
-from hf_flerm.updates import Snapshot
+from hf_flerm.updates import Snapshot, Stepping
 
 LR = 1e-3
 DECAY = 0.3
@@ -299,8 +299,9 @@ def test_a_tensor_without_a_gradient_does_not_decay() -> None:
     parameters["used"].grad = torch.ones(2)
     before = Snapshot(parameters)
     optimizer.step()
-    decays = weight_decays(optimizer, parameters)
-    assert decays == {"used": DECAY, "unused": 0.0}
+    stepping = Stepping(nn.ParameterDict(parameters), parameters)
+    decays = weight_decays(optimizer, {name: p for name, p in parameters.items() if stepping.took_part(p)})
+    assert decays == {"used": DECAY}
     with before.put_back(dict.fromkeys(parameters, LR), {name: LR * decay for name, decay in decays.items()}) as units:
         assert units["unused"].tolist() == [0.0, 0.0]
         torch.testing.assert_close(units["used"], torch.full((2,), -1.0), rtol=1e-3, atol=0.0)
