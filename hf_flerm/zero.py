@@ -1,6 +1,6 @@
 """DeepSpeed: it steps flat float32 partitions of the weights (ZeRO), and the model's weights are copies of them.
 
-The only room that knows DeepSpeed, and it asks nothing of the package but the objects that a training hands over.
+The only room that knows DeepSpeed. It imports nothing of it, but takes what a training hands over.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .updates import NO_DECAY, Snapshot, Stepping, decayed
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
 _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
     {
-        "optimizer": "DeepSpeed makes an optimizer of its own. Take the block out: the Trainer makes the same one from "
-        "its arguments",
+        "optimizer": "DeepSpeed makes an optimizer of its own. Take the block out: the Trainer makes one from its "
+        "arguments",
         "scheduler": "DeepSpeed moves the learning rate before a step is over. Take the block out: the Trainer makes a "
         "scheduler from its arguments",
         "zero_optimization.offload_optimizer": _OFFLOADED,

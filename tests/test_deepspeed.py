@@ -40,7 +40,7 @@ from hf_flerm.zero import _ZeroSnapshot
 
 pytestmark = pytest.mark.deepspeed
 
-ON_CPU = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(PAIR)}
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 # Stage, mixed precision and what else is asked of DeepSpeed.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ FLOAT32 = ("0", "1", "2")
 
 def engine(stage: int, *, bf16: bool = False, zero: Mapping[str, Any] | None = None, **blocks: Any) -> dict[str, Any]:
     """A Trainer's options."""
-    os.environ |= ON_CPU
+    os.environ |= {**ON_CPU, "LOCAL_SIZE": os.environ["LOCAL_WORLD_SIZE"]}
     config = {**dict.fromkeys(AUTO, "auto"), "bf16": {"enabled": "auto"}, **blocks}
     return {"deepspeed": {**config, "zero_optimization": {"stage": stage, **(zero or {})}}, "bf16": bf16}
 
@@ -184,20 +184,23 @@ def matched_runs(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_matched_run_is_that_of_one_process(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = launch(matched_runs, PAIR, tmp_path, tmp_path, name)
+@pytest.mark.parametrize(("name", "ranks"), [*((name, PAIR) for name in ENGINES), ("2", 2 * PAIR)])
+def test_a_matched_run_is_that_of_one_process(
+    tmp_path: Path, name: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = launch(matched_runs, ranks, tmp_path, tmp_path, name)
     for kind in MODELS:
-        first, second = (result[kind] for result in together)
-        assert first["scales"] == second["scales"], "bit for bit"
-        assert first["profile"] == second["profile"]
-        assert_identical(first["weights"], second["weights"])
+        first, *others = (result[kind] for result in together)
+        for other in others:
+            assert first["scales"] == other["scales"], "bit for bit"
+            assert first["profile"] == other["profile"]
+            assert_identical(first["weights"], other["weights"])
         if name not in FLOAT32:
             assert len(set(first["scales"].values())) > 3
             continue
         with monkeypatch.context() as patch:
-            drawn_by_all(patch, PAIR)
-            alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * PAIR)
+            drawn_by_all(patch, ranks)
+            alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * ranks)
         assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
         for part in ("rates", "joint"):
             assert {n: r[0] for n, r in first[part].items()} == pytest.approx(

@@ -95,13 +95,12 @@ def main() -> None:
     state = PartialState(cpu=True)
     rows = [row(options.width, layers) for layers in options.layers]
     if state.is_main_process:
-        print(f"{state.num_processes} processes, MB on one of them")
-        print("| layers | all weights | snapshot | training step | measured step | more than both |")
-        print("|---|---|---|---|---|---|")
+        print("| processes | layers | all weights, MB | snapshot | training step | measured step | more than both |")
+        print("|---|---|---|---|---|---|---|")
         for layers, whole, snapshot, plain, measured in rows:
             print(
-                f"| {layers:.0f} | {whole:.1f} | {snapshot:.1f} | {plain:.1f} | {measured:.1f} "
-                f"| {measured - plain - snapshot:.1f} |"
+                f"| {state.num_processes} | {layers:.0f} | {whole:.1f} | {snapshot:.1f} | {plain:.1f} | {measured:.1f} "
+                f"| {max(measured - plain - snapshot, 0.0):.1f} |"
             )
     dist.barrier()
     dist.destroy_process_group()
