@@ -237,13 +237,11 @@ class FLeRMRun:
         return asked is not None and (not measured or asked > measured[0])
 
     def _measure(self, before: Snapshot | Exception) -> None:
-        held = self._stepping.held
-        nominal = learning_rates(self._optimizer, held)
+        nominal = learning_rates(self._optimizer, self._stepping.held)
         used = {name: rate * self.scales[name] for name, rate in nominal.items()}
         if not any(used.values()):
             return  # warm-up: the next step will do
-        stepped = {name: tensor for name, tensor in held.items() if self._stepping.took_part(tensor)}
-        decays = {n: nominal[n] * decay for n, decay in weight_decays(self._optimizer, stepped).items()}
+        decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
         measurement = self._pool.measurement(lambda: self._probed(before, used, decays))
         if measurement is None or isinstance(before, Exception):
             return
@@ -279,9 +277,8 @@ class FLeRMRun:
     ) -> Measurement | None:
         """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
         device = next(iter(self._parameters.values())).device
-        failed, moved = self._stepping.agree(
-            [isinstance(before, Exception), isinstance(before, Snapshot) and before.moved()]
-        )
+        moved = isinstance(before, Snapshot) and before.moved()
+        failed, moved = self._stepping.agree([isinstance(before, Exception), moved])
         if isinstance(before, Exception):
             raise before
         if failed or not moved:

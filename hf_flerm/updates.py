@@ -147,16 +147,13 @@ class Stepping:
         """
         return Snapshot(self._parameters, device)
 
-    def took_part(self, tensor: Tensor) -> bool:
-        """Tell, after a step, whether the optimizer has stepped something that it holds.
-
-        Args:
-            tensor: One of `held`.
+    def stepped(self) -> dict[str, Tensor]:
+        """Tell, after a step, what was stepped of what is held: not what had no gradient.
 
         Returns:
-            Whether it has.
+            `{canonical name: what the optimizer holds of this tensor}`.
         """
-        return tensor.grad is not None
+        return {name: tensor for name, tensor in self.held.items() if tensor.grad is not None}
 
     def check_apart(self) -> None:
         """Refuse tensors that cannot have learning rates of their own.

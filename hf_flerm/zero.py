@@ -95,8 +95,8 @@ def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Param
 class _UnderDeepSpeed(Stepping):
     """The model's own tensors, of which DeepSpeed lets every one step: it makes gradients of 0 where there are none."""
 
-    def took_part(self, tensor: Tensor) -> bool:
-        return True
+    def stepped(self) -> dict[str, Tensor]:
+        return dict(self.held)
 
 
 class _Zero(_UnderDeepSpeed):

@@ -300,7 +300,7 @@ def test_a_tensor_without_a_gradient_does_not_decay() -> None:
     before = Snapshot(parameters)
     optimizer.step()
     stepping = Stepping(nn.ParameterDict(parameters), parameters)
-    decays = weight_decays(optimizer, {name: p for name, p in parameters.items() if stepping.took_part(p)})
+    decays = weight_decays(optimizer, stepping.stepped())
     assert decays == {"used": DECAY}
     with before.put_back(dict.fromkeys(parameters, LR), {name: LR * decay for name, decay in decays.items()}) as units:
         assert units["unused"].tolist() == [0.0, 0.0]
