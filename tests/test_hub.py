@@ -44,7 +44,8 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(transformers.utils.hub.hf_api(), "endpoint", server.endpoint)
+    if hasattr(transformers.utils.hub, "hf_api"):  # older versions have none of their own
+        monkeypatch.setattr(transformers.utils.hub.hf_api(), "endpoint", server.endpoint)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
     monkeypatch.setenv("HF_TOKEN", WRITE)
     huggingface_hub.close_session()

@@ -165,7 +165,7 @@ def train(trainer: Trainer, **options: Any) -> Outcome:
     return Outcome(
         weights=weights_of(trainer.model),
         optimizer=raw_optimizer(trainer.optimizer).state_dict(),
-        logs=[{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry],
+        logs=[{key: entry.get(key) for key in keys} for entry in trainer.state.log_history if "loss" in entry],
         random_state=random_state(),
         witnessed=witness.seen,
     )
