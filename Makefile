@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := $(addprefix tests/test_,trainer.py rate_profile.py mapping.py heads.py resume.py hub.py cli_profiles.py outputs.py)
 
-.PHONY: demo test test-lowest clean
+.PHONY: demo test test-lowest docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,9 @@ test-lowest:
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt torch
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt --editable ".[dev]"
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -W default $(LOWEST)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going examples/docs build/docs
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from datasets import Dataset, load_dataset, load_from_disk
-from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from .cli_profiles import commands
+from .cli_profiles import adapted, commands
 from .mapping import GRANULARITIES
 from .planning import plan as make_plan
 
@@ -55,7 +54,7 @@ def plan(
     """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
     target = _model(model)
     if adapter is not None:
-        target = get_peft_model(target, PeftConfig.from_pretrained(adapter))
+        target = adapted(target, adapter)
     examples, collator = _examples(data, model, length)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(

@@ -152,7 +152,7 @@ def map_(
         with torch.device("meta"):
             target: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
             if adapter is not None:
-                target = get_peft_model(target, PeftConfig.from_pretrained(adapter))
+                target = adapted(target, adapter)
         found = map_profile(base, target, granularity=granularity, depth=depth, unmatched=unmatched)
     content = {
         "units": {
@@ -227,6 +227,21 @@ def pull(
         found = RateProfile.from_pretrained(profile)
         file = found.save_pretrained(output)
     _show({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
+
+
+def adapted(model: Any, source: str) -> Any:
+    """Put an adapter into a model, to be trained.
+
+    Args:
+        model: The model.
+        source: What has the adapter's config; PEFT saves that of a trained one as for inference.
+
+    Returns:
+        The model with the adapter.
+    """
+    config = PeftConfig.from_pretrained(source)
+    config.inference_mode = False
+    return get_peft_model(model, config)
 
 
 @contextmanager

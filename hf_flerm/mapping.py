@@ -210,9 +210,11 @@ def map_profile(
 
 def _check(found: ProfileMap, granularity: str) -> None:
     if not found.units:
+        coarser = GRANULARITIES[GRANULARITIES.index(granularity) + 1 :]
+        advice = f"Match by granularity={' or '.join(map(repr, coarser))} (another adapter, full fine-tuning), or "
         raise RateProfileError(
             f"profile and model share no {granularity} by name: the profile has {preview(found.unused)}, the model "
-            f"{preview(found.unmatched)}."
+            f"{preview(found.unmatched)}. {advice}record a base whose trainable parameters have these names."
         )
     if found.policy == "global" and found.unmatched:
         _rates(found.base, "global")

@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     RateProfile(found.steps, twice, found.metadata, found.joint_rates).save_pretrained(folder / "two")
     recorded(folder / "run", lora()).save_pretrained(folder / "lora")
     gpt2(layers=4).config.save_pretrained(folder / "deep")
-    lora().peft_config["default"].save_pretrained(folder / "adapter")
+    lora().save_pretrained(folder / "adapter")
     return folder
 
 

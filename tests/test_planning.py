@@ -189,6 +189,10 @@ def test_the_command_line_plans(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*words, "--batch-size", "4", "--max-steps", "8"])
     assert result.exit_code == 0, result.output
     assert "earning rate" in result.output
+    lora().save_pretrained(tmp_path / "adapter")
+    adapted = CliRunner().invoke(app, [*words, "--batch-size", "4", "--adapter", str(tmp_path / "adapter")])
+    assert adapted.exit_code == 0, adapted.output
+    assert "h.*.attn.c_attn" in adapted.output
     wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2
 
