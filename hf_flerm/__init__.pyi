@@ -1,6 +1,7 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
 
 from .alignment import log_alignments as log_alignments
+from .arguments import FLeRMArguments as FLeRMArguments
 from .callback import FLeRMCallback as FLeRMCallback
 from .config import FLeRMConfig as FLeRMConfig
 from .mapping import map_profile as map_profile
@@ -12,4 +13,6 @@ from .probes import measure_rates as measure_rates
 from .rate_profile import RateProfile as RateProfile
 from .rate_profile import RateProfileError as RateProfileError
 from .rules import mup_param_groups as mup_param_groups
+from .run import FLeRMRun as FLeRMRun
+from .trainer import FLeRMMixin as FLeRMMixin
 from .trainer import FLeRMTrainer as FLeRMTrainer
