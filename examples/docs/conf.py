@@ -61,9 +61,10 @@ def visit_math_block(self: Any, node: nodes.math_block) -> None:
 def plain_google(
     app: Any, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Tell napoleon what our docstrings mean: code is in single backticks, and a colon after `Returns:` is no type."""
+    """Tell napoleon what our docstrings mean: code is in single backticks or indented, a colon in `Returns` is no type."""
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", "\n".join(lines))
     text = re.sub(r"^(Returns|Yields):\n( +)", r"\1:\n\2: ", text, flags=re.MULTILINE)
+    text = re.sub(r":\n\n(?= {4}\S)", "::\n\n", text)
     lines[:] = ((": " if what == "property" else "") + text).split("\n")
 
 
