@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tomllib
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from hub_server import Hub
 from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
@@ -142,6 +143,15 @@ def readme_names(task: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model, "updates": updates, "batches": batches}
 
 
+@pytest.fixture
+def _own_accelerator() -> Iterator[None]:
+    """Accelerate keeps its state for the whole process."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.usefixtures("_own_accelerator")
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_code_blocks_run(
     page: Path,
