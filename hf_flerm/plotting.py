@@ -25,6 +25,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 STEP = "optimizer step + 1"
 RATE = "rate (output units per unit learning rate)"
+OUTSIDE = "outside"  # of all layers
 
 
 def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
@@ -96,11 +97,12 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     scales, quotients = matched_scales(profile), matched_quotients(profile)
     if not scales:
         raise RateProfileError("the profile holds no multipliers: its run recorded. Take that of a matched run.")
-    styles = _styles()
-    for kind, units in units_by_kind(scales).items():
-        style = next(styles)
-        axes.plot([scales[unit] for unit in units], style["linestyle"], label=kind, color=style["color"])
-        rows = [(index, *quotients[unit]) for index, unit in enumerate(units) if unit in quotients]
+    layers = sorted({layer_of(unit) for unit in scales}, key=_indices)
+    for (kind, units), style in zip(units_by_kind(scales).items(), _styles(), strict=False):
+        places = [layers.index(layer_of(unit)) for unit in units]
+        line = {"marker": "_", "markersize": 16} if len(units) == 1 else {"linestyle": style["linestyle"]}
+        axes.plot(places, [scales[unit] for unit in units], label=kind, color=style["color"], **line)
+        rows = [(place, *quotients[unit]) for place, unit in zip(places, units, strict=True) if unit in quotients]
         if rows:
             x, levels, errors = zip(*rows, strict=True)
             factors = [math.exp(error) for error in errors]
@@ -109,7 +111,7 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
             axes.errorbar(x, levels, (low, high), fmt=style["marker"], color=style["color"], markersize=5, capsize=2)
     axes.axhline(1, color="#999999", linestyle=":", linewidth=1)
     axes.set(yscale="log", xlabel="layer", ylabel="learning-rate multiplier (base rate / own rate)")
-    axes.set_xticks(range(max(map(len, units_by_kind(scales).values()))))
+    axes.set_xticks(range(len(layers)), layers)
     _legend(axes)
     return figure
 
@@ -239,6 +241,18 @@ def units_by_kind(units: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
+def layer_of(unit: str) -> str:
+    """Say in which layer a unit of a matched run lies.
+
+    Args:
+        unit: Its name.
+
+    Returns:
+        The indices in it, joined by dots, outermost stack first; `OUTSIDE` if there are none.
+    """
+    return ".".join(part for part in unit.split(".") if part.isdigit()) or OUTSIDE
+
+
 def close(figure: Figure) -> None:
     """Let go of a figure.
 
@@ -246,6 +260,10 @@ def close(figure: Figure) -> None:
         figure: What one of the functions here has drawn.
     """
     _pyplot().close(figure)
+
+
+def _indices(layer: str) -> list[int]:
+    return [] if layer == OUTSIDE else [int(part) for part in layer.split(".")]
 
 
 def _axes(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Any]:

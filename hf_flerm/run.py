@@ -115,7 +115,7 @@ class FLeRMRun:
         """The rates so far, with what a resumed run needs to know of its scales."""
         if self.evidence is None or not self.evidence.steps:
             return self._profile
-        metadata = {**self._profile.metadata, _EVIDENCE: {"base": self._base_digest, **self.evidence.record()}}
+        metadata = {**self._profile.metadata, _EVIDENCE: {**self._base, **self.evidence.record()}}
         return RateProfile(self._profile.steps, self._profile.rates, metadata, self._profile.joint_rates)
 
     def before_step(self, step: int) -> None:
@@ -222,8 +222,9 @@ class FLeRMRun:
             depth=self._config.depth,
             unmatched=self._config.unmatched,
         )
-        self._base_digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
-        if record is not None and record.get("base") != self._base_digest:
+        digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
+        self._base = {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})
+        if record is not None and record.get("base") != digest:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
         self.evidence = Evidence.recorded(record, self._mapped)

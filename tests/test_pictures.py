@@ -55,9 +55,24 @@ def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: 
     scales = matched_scales(trainer.rate_profile)
     assert scales == pytest.approx({name: trainer.flerm_callback.scales[name] for name in scales})
     figure = plot_multipliers(trainer.rate_profile)
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     name = "transformer.h.{}.attn.c_attn.weight"
-    assert lines[name.format("*")] == pytest.approx([scales[name.format(layer)] for layer in range(2)])
+    drawn = lines[name.format("*")]
+    assert list(drawn.get_ydata()) == pytest.approx([scales[name.format(layer)] for layer in range(2)])
+    layers = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert [layers[place] for place in drawn.get_xdata()] == ["0", "1"]
+    assert [layers[place] for place in lines["transformer.wte.weight"].get_xdata()] == ["outside"]
+    close(figure)
+
+
+def test_multipliers_stand_at_the_layers_that_names_say() -> None:
+    scales = dict.fromkeys(["h.2.w", "h.10.w", "h.3.w", "h.10.experts.0.w", "wte"], 0.1)
+    matched = RateProfile([0], {"wte": [1.0]}, {"matching": {"scales": scales}})
+    figure = plot_multipliers(matched)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["outside", "2", "3", "10", "10.0"]
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    assert lines["h.*.w"] == [1, 2, 3]
+    assert lines["wte"] == [0]
     close(figure)
 
 
@@ -95,6 +110,15 @@ def test_a_card_is_the_same_twice_and_its_texts_are_only_text() -> None:
     card = ModelCard(text)
     assert card.data.library_name == "hf_flerm"
     assert 'profile="org/repo"' in card.text
+
+
+def test_a_card_tells_the_sweep_and_ignores_one_of_another_form() -> None:
+    def row(sweep: object) -> str:
+        card = updated_card(RateProfile([0], {"w": [1.0]}, {"sweep": sweep}), "org/repo")
+        return next((line for line in card.text.splitlines() if line.startswith("| sweep")), "")
+
+    assert row([[0.01, 2.5], [0.1, None]]) == "| sweep | 0.01: loss 2.5, 0.1: loss nan |"
+    assert all(row(other) == "" for other in ("text", [1], [[1, 2, 3]], {"0.1": 2}, [["0.1", "2"]], [[[], {}]]))
 
 
 def test_a_card_names_the_base_model_and_refuses_a_broken_section() -> None:
