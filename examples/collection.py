@@ -39,7 +39,7 @@ from workload import in_parallel, processes, quiet, trained
 from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.card import profile_files
 from hf_flerm.names import tensor_places
-from hf_flerm.summary import rates_by_kind
+from hf_flerm.summary import rates_by_kind, sweep
 
 FOLDER = Path(__file__).parents[1] / "profiles"
 MANIFEST = "manifest.json"
@@ -218,8 +218,8 @@ def sweeps(names: list[str], base_rates: dict[str, float]) -> dict[str, dict[flo
                 ranges[name] = (first - (best == grid_rate(first)), last + (best == grid_rate(last - 1)))
 
 
-def best_rate(sweep: dict[float, float]) -> float:
-    return min((rate for rate, loss in sweep.items() if math.isfinite(loss)), key=sweep.__getitem__)
+def best_rate(losses: dict[float, float]) -> float:
+    return min((rate for rate, loss in losses.items() if math.isfinite(loss)), key=losses.__getitem__)
 
 
 def record(entry: Entry, learning_rate: float, base_rate: float | None) -> tuple[float, RateProfile]:
@@ -228,27 +228,32 @@ def record(entry: Entry, learning_rate: float, base_rate: float | None) -> tuple
     return round(loss, 4), trainer.rate_profile
 
 
-def write(entry: Entry, sweep: dict[float, float], base_rate: float | None, output: Path) -> dict[str, Any]:
+def write(entry: Entry, losses: dict[float, float], base_rate: float | None, output: Path) -> dict[str, Any]:
     """The folder of an entry; what the manifest says of it."""
-    rate = best_rate(sweep)
+    rate = best_rate(losses)
     loss, found = record(entry, rate, base_rate)
-    if loss != sweep[rate]:
-        raise RuntimeError(f"{entry.name} came to {loss} when it was recorded and to {sweep[rate]} in its sweep.")
+    if loss != losses[rate]:
+        raise RuntimeError(f"{entry.name} came to {loss} when it was recorded and to {losses[rate]} in its sweep.")
     metadata = {
         **found.metadata,
-        "sweep": [[rate, loss if math.isfinite(loss) else None] for rate, loss in sweep.items()],
+        "sweep": [[rate, loss if math.isfinite(loss) else None] for rate, loss in losses.items()],
     }
-    profile = RateProfile(found.steps, found.rates, metadata, found.joint_rates)
+    return describe(entry, RateProfile(found.steps, found.rates, metadata, found.joint_rates), base_rate, output)
+
+
+def describe(entry: Entry, profile: RateProfile, base_rate: float | None, output: Path) -> dict[str, Any]:
+    """Write profile, card and picture; what the manifest says of them."""
     folder = output / entry.name
     folder.mkdir(parents=True, exist_ok=True)
     files = profile_files(profile, f"profiles/{entry.name}")
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    rate = profile.metadata["training_arguments"]["learning_rate"]
     return {
         "command": entry.command,
         "base_learning_rate": base_rate,
         "learning_rate": rate,
-        "loss": loss,
+        "loss": sweep(profile)[rate],
         "versions": {"python": platform.python_version(), **profile.metadata["packages"]},
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "rates": {

@@ -61,7 +61,7 @@ def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: 
     assert list(drawn.get_ydata()) == pytest.approx([scales[name.format(layer)] for layer in range(2)])
     layers = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     assert [layers[place] for place in drawn.get_xdata()] == ["0", "1"]
-    assert [layers[place] for place in lines["transformer.wte.weight"].get_xdata()] == ["outside"]
+    assert [layers[round(place)] for place in lines["transformer.wte.weight"].get_xdata()] == ["outside"]
     close(figure)
 
 
@@ -72,7 +72,7 @@ def test_multipliers_stand_at_the_layers_that_names_say() -> None:
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["outside", "2", "3", "10", "10.0"]
     lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
     assert lines["h.*.w"] == [1, 2, 3]
-    assert lines["wte"] == [0]
+    assert list(map(round, lines["wte"])) == [0]
     close(figure)
 
 
@@ -83,6 +83,17 @@ def test_interactions_are_drawn_as_correlations() -> None:
     close(figure)
     with pytest.raises(ValueError, match="1 names"):
         plot_interactions(["a"], torch.eye(2))
+
+
+def test_labels_are_as_many_as_fit() -> None:
+    steps = list(range(0, 2500, 100))
+    figure = plot_layers(RateProfile(steps, {"h.0.w": [1.0] * 25}, None, {"block": {"h.0": [1.0] * 25}}))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(step + 1) for step in steps[::2]]
+    close(figure)
+    figure = plot_interactions([f"h.{layer}.w" for layer in range(200)], torch.eye(200))
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [f"h.{i}.w" for i in range(0, 200, 3)]
+    assert max(figure.get_size_inches()) < 25
+    close(figure)
 
 
 def test_losses_have_a_star_at_the_optimum_and_a_line_at_the_edge() -> None:
