@@ -172,8 +172,6 @@ def run(
     entry: Entry, learning_rate: float, base_rate: float | None = None, flerm: FLeRMConfig | None = None
 ) -> tuple[float, Trainer]:
     """Train an entry once; its validation loss and its trainer."""
-    quiet()
-    torch.set_num_threads(1)
     model = build(entry, base_rate if entry.method != "pretrain" else None)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return trained(
@@ -189,6 +187,8 @@ def run(
 
 
 def loss_of(name: str, learning_rate: float, base_rate: float | None) -> tuple[str, float, float]:
+    quiet()
+    torch.set_num_threads(1)
     return name, learning_rate, round(run(ENTRIES[name], learning_rate, base_rate)[0], 4)
 
 
@@ -270,6 +270,8 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def make(names: list[str], output: Path) -> None:
     """Write these entries; those that start from a pretrained model need its entry in the manifest."""
+    quiet()
+    torch.set_num_threads(1)
     bases = {f"{ENTRIES[name].model}-pretrain-adamw" for name in names} - manifest(output).keys()
     wanted = [name for name in ENTRIES if name in {*names, *bases}]
     for pretrain in (True, False):

@@ -110,6 +110,7 @@ def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
             "",
             "```python",
             "from hf_flerm import FLeRMConfig, FLeRMTrainer",
+            "",
             f'flerm = FLeRMConfig(mode="match", profile="{_plain(address)}")',
             "FLeRMTrainer(model=model, args=args, train_dataset=data, flerm=flerm).train()",
             "```",
