@@ -238,7 +238,8 @@ def write(entry: Entry, losses: dict[float, float], base_rate: float | None, out
         **found.metadata,
         "sweep": [[rate, loss if math.isfinite(loss) else None] for rate, loss in losses.items()],
     }
-    return describe(entry, RateProfile(found.steps, found.rates, metadata, found.joint_rates), base_rate, output)
+    file = RateProfile(found.steps, found.rates, metadata, found.joint_rates).save_pretrained(output / entry.name)
+    return describe(entry, RateProfile.from_pretrained(file), base_rate, output)  # in the file's order of tensors
 
 
 def describe(entry: Entry, profile: RateProfile, base_rate: float | None, output: Path) -> dict[str, Any]:
