@@ -25,7 +25,6 @@ TAGS = ("hf_flerm", "rate-profile", "function-space-learning-rates")
 _BEGIN, _END = "<!-- hf_flerm: rate profile -->", "<!-- hf_flerm: end -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _PAPER = "https://arxiv.org/abs/2502.17405"
-_PICTURE_COLORS = 64
 _MOST_CHARACTERS = 200  # of a text from a file
 
 
@@ -134,7 +133,7 @@ def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
 
 
 def _picture(profile: RateProfile) -> bytes:
-    """The picture of rates as a PNG of few colors, which is a quarter as large."""
+    """The picture of rates as a PNG of 256 colors, which is a quarter as large."""
     from PIL import Image  # matplotlib has it
 
     from .plotting import close, plot_profile
@@ -143,9 +142,8 @@ def _picture(profile: RateProfile) -> bytes:
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     close(figure)
-    Image.open(drawn).convert("RGB").quantize(_PICTURE_COLORS, dither=Image.Dither.NONE).save(
-        small, format="png", optimize=True
-    )
+    few = Image.open(drawn).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(small, format="png", optimize=True)
     return small.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 
 from .config import FLeRMConfig
 from .probe_data import ProbeData
+from .profile_file import serialize
 from .rate_profile import RateProfile, RateProfileError
 from .sharding import own_type
 
@@ -89,6 +91,19 @@ def measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, 
         "probe_batch_size": probe_data.batch_size,
         "seed": config.seed,
     }
+
+
+def base_identity(base: RateProfile) -> dict[str, str]:
+    """Say which profile a run is matched to.
+
+    Args:
+        base: The profile.
+
+    Returns:
+        `base`, the SHA-256 of its rates; and, if it was read from a repository, `base_commit`, the commit.
+    """
+    digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
+    return {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})
 
 
 def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:

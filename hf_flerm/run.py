@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -25,8 +24,7 @@ from .optimizer_table import check_optimizer, weight_decays
 from .outputs import Outputs
 from .probe_data import ProbeData
 from .probes import RateProbe
-from .profile_file import serialize
-from .provenance import check_units, measuring_settings
+from .provenance import base_identity, check_units, measuring_settings
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
 from .updates import Snapshot
 from .zero import stepping
@@ -222,9 +220,8 @@ class FLeRMRun:
             depth=self._config.depth,
             unmatched=self._config.unmatched,
         )
-        digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
-        self._base = {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})
-        if record is not None and record.get("base") != digest:
+        self._base = base_identity(base)
+        if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
         self.evidence = Evidence.recorded(record, self._mapped)

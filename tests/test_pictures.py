@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_hub import profile
 from training import gpt2, make_trainer, recorded
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
 from hf_flerm.card import profile_files, updated_card
-from hf_flerm.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
+from hf_flerm.plotting import COLORS, close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
 from hf_flerm.summary import matched_scales, rates_by_kind
 
 
@@ -38,6 +40,17 @@ def test_the_lines_are_the_means_by_kind() -> None:
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert "per unit learning rate" in axes.get_ylabel()
     close(figure)
+
+
+def test_a_cards_picture_is_small_and_keeps_the_colors_of_the_lines() -> None:
+    found = RateProfile([0, 1], {f"{name}.w": [1.0, index + 2.0] for index, name in enumerate("abcdefg")})
+    content = profile_files(found, "org/repo")["rate_profile.png"]
+    assert len(content) < 50_000
+    pixels = torch.frombuffer(bytearray(Image.open(BytesIO(content)).convert("RGB").tobytes()), dtype=torch.uint8)
+    colors = pixels.view(-1, 3).unique(dim=0).int()
+    for color in COLORS:
+        wanted = torch.tensor([int(color[start : start + 2], 16) for start in (1, 3, 5)])
+        assert (colors - wanted).abs().amax(1).min() <= 3, color
 
 
 def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: Path) -> None:
