@@ -8,16 +8,20 @@ from typing import Annotated, Any
 
 import typer
 from datasets import Dataset, load_dataset, load_from_disk
+from huggingface_hub.utils import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 
-from .cli_profiles import adapted, commands
+from .cli_profiles import AsJson, adapted, commands, explained, show
 from .mapping import GRANULARITIES
 from .planning import plan as make_plan
 
@@ -50,6 +54,7 @@ def plan(
     steps: Annotated[int, typer.Option(min=1, help="Steps to train a copy for.")] = 32,
     granularity: Annotated[str | None, typer.Option(help=f"One of {', '.join(GRANULARITIES)}.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 42,
+    as_json: AsJson = False,
 ) -> None:
     """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
     target = _model(model)
@@ -66,13 +71,28 @@ def plan(
             lr_scheduler_type=scheduler,
             seed=seed,
         )
-        try:
+        with explained(), tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:
             found = make_plan(
-                target, args, examples, profile, steps=steps, granularity=granularity, data_collator=collator
+                target,
+                args,
+                examples,
+                profile,
+                steps=steps,
+                granularity=granularity,
+                data_collator=collator,
+                callbacks=[_Progress(bar)],
             )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-    typer.echo(str(found))
+    show(found.to_dict(), [str(found)], as_json)
+
+
+class _Progress(TrainerCallback):
+    """Moves a bar on standard error, where that is a terminal."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update()
 
 
 def _model(source: str) -> Any:

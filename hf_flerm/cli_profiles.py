@@ -59,7 +59,7 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
         ends = rates.mean[[0, -1]].tolist() if len(rates.mean) else [0.0, 0.0]
         first, last = (f"{_finite(rate) or 0:.3g}" for rate in ends)
         lines.append(f"{first:>11} {last:>11}  {len(rates.names):7}  {_text(kind)}")
-    _show(content, lines, as_json)
+    show(content, lines, as_json)
 
 
 @commands.command()
@@ -68,7 +68,7 @@ def validate(profile: Source, as_json: AsJson = False) -> None:
     with explained():
         found = RateProfile.from_pretrained(profile)
     content = {"valid": True, "tensors": len(found.names), "steps": len(found.steps), "commit": found.commit_hash}
-    _show(content, [f"valid: {len(found.names)} tensors, {len(found.steps)} steps"], as_json)
+    show(content, [f"valid: {len(found.names)} tensors, {len(found.steps)} steps"], as_json)
 
 
 @commands.command()
@@ -118,7 +118,7 @@ def diff(
         for kind, ratios in (content["kinds"].items() if differs else ())
     ]
     lines.append("different" if differs else "alike")
-    _show(content, lines, as_json)
+    show(content, lines, as_json)
     raise typer.Exit(DIFFERENT if differs else 0)
 
 
@@ -133,7 +133,7 @@ def average(
         if len(profiles) < 2:
             raise RateProfileError("there is one profile: give two or more.")
         file = RateProfile.average([RateProfile.from_pretrained(source) for source in profiles]).save_pretrained(output)
-    _show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
+    show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
 
 @commands.command("map")
@@ -162,7 +162,7 @@ def map_(
         "unmatched": list(found.unmatched),
         "unused": list(found.unused),
     }
-    _show(content, [_text(line) for line in str(found).splitlines()], as_json)
+    show(content, [_text(line) for line in str(found).splitlines()], as_json)
 
 
 @commands.command()
@@ -176,7 +176,7 @@ def plot(
     with explained():
         figure = PICTURES[what](RateProfile.from_pretrained(profile))
         figure.savefig(output, dpi=150)
-    _show({"file": str(output)}, [str(output)], as_json)
+    show({"file": str(output)}, [str(output)], as_json)
 
 
 @commands.command("report")
@@ -188,7 +188,7 @@ def report_(
     """Show a profile in one HTML file that opens offline and can be zoomed."""
     with explained():
         output.write_text(report(RateProfile.from_pretrained(profile)), encoding="utf-8")
-    _show({"file": str(output)}, [str(output)], as_json)
+    show({"file": str(output)}, [str(output)], as_json)
 
 
 @commands.command()
@@ -213,7 +213,7 @@ def push(
             commit_message=message,
         )
     address = commit.pr_url or commit.commit_url
-    _show({"url": address, "commit": commit.oid}, [str(address)], as_json)
+    show({"url": address, "commit": commit.oid}, [str(address)], as_json)
 
 
 @commands.command()
@@ -226,7 +226,7 @@ def pull(
     with explained():
         found = RateProfile.from_pretrained(profile)
         file = found.save_pretrained(output)
-    _show({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
+    show({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
 
 
 def adapted(model: Any, source: str) -> Any:
@@ -253,7 +253,8 @@ def explained() -> Iterator[None]:
         raise typer.BadParameter(_text(error)) from error
 
 
-def _show(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
+def show(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    """Print what a command found, as JSON or as lines."""
     typer.echo(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) if as_json else "\n".join(lines))
 
 

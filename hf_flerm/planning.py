@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -99,6 +99,27 @@ class Plan:
         found = [rule for rule in RULES if rule.applies(self.change)]
         return [(rule, self.base_learning_rate * rule.factor(self.change)) for rule in found]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Lay out all of it for programs.
+
+        Returns:
+            What JSON can hold; errors are standard errors, of logarithms where they are of multipliers.
+        """
+        return {
+            "base_learning_rate": self.base_learning_rate,
+            "learning_rate": self.learning_rate,
+            "keeps": self.keeps,
+            "overall": asdict(self.overall),
+            "multipliers": {kind: asdict(multiplier) for kind, multiplier in self.multipliers.items()},
+            "regimes": {
+                name: {"exponent": exponent, "error": error} for name, (exponent, error) in self.regimes.items()
+            },
+            "rules": [{"learning_rate": rate, "text": rule.text, "source": rule.source} for rule, rate in self.rules],
+            "unmatched": list(self.mapped.unmatched),
+            "unused": list(self.mapped.unused),
+            "steps": self.steps,
+        }
+
     def __str__(self) -> str:
         lines = [f"Learning rate for all tensors: {self.learning_rate:.3g}, the base's times {self.overall}."]
         if self.overall.is_one:
@@ -131,6 +152,7 @@ def plan(
     data_collator: Any = None,
     probe_dataset: Dataset[Any] | None = None,
     config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Plan:
     """Find the learning rate that a model wants, before it is trained.
 
@@ -149,6 +171,7 @@ def plan(
         data_collator: As for `Trainer`.
         probe_dataset: As for `FLeRMTrainer`.
         config: Estimator, probes and what is measured, if not the defaults.
+        callbacks: As for `Trainer`, of the copy's training.
 
     Returns:
         The plan.
@@ -181,7 +204,7 @@ def plan(
             train_dataset=train_dataset,
             data_collator=data_collator,
             optimizers=(optimizer(replica) if optimizer else None, None),
-            callbacks=[follower],
+            callbacks=[follower, *callbacks],
             probe_dataset=probe_dataset,
             flerm=settings,
         )

@@ -25,6 +25,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 _MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 STEP = "optimizer step + 1"
 RATE = "rate (output units per unit learning rate)"
+OUTSIDE = "outside"  # of all layers
+_SPREAD = 0.6  # of the room between two layers
+_MOST_STEPS, _MOST_NAMES = 16, 80  # labels that fit beside each other
 
 
 def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
@@ -45,8 +48,9 @@ def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
     for (kind, rates), style in zip(rates_by_kind(profile).items(), _styles(), strict=False):
         axes.plot(x, rates.mean.tolist(), label=kind, **style)
         low, high = (bound.tolist() for bound in rates.band)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel=STEP, ylabel=RATE)
+    axes.xaxis.set_major_formatter("{x:g}")
     _legend(axes)
     return figure
 
@@ -70,7 +74,8 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     positive = table[table > 0]
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
     image = axes.imshow(table.where(table > 0, torch.nan).numpy(), aspect="auto", cmap="viridis", norm=scale)
-    axes.set_xticks(range(len(steps)), [str(step + 1) for step in steps])
+    shown = _shown(len(steps), _MOST_STEPS)
+    axes.set_xticks(shown, [str(steps[index] + 1) for index in shown])
     axes.set_yticks(range(len(blocks)), blocks)
     axes.set(xlabel=STEP, ylabel="layer")
     figure.colorbar(image, ax=axes, label="joint rate (output units\nper unit learning rate)")
@@ -96,11 +101,17 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     scales, quotients = matched_scales(profile), matched_quotients(profile)
     if not scales:
         raise RateProfileError("the profile holds no multipliers: its run recorded. Take that of a matched run.")
-    styles = _styles()
-    for kind, units in units_by_kind(scales).items():
-        style = next(styles)
-        axes.plot([scales[unit] for unit in units], style["linestyle"], label=kind, color=style["color"])
-        rows = [(index, *quotients[unit]) for index, unit in enumerate(units) if unit in quotients]
+    layers = sorted({layer_of(unit) for unit in scales}, key=_indices)
+    kinds = units_by_kind(scales)
+    for index, ((kind, units), style) in enumerate(zip(kinds.items(), _styles(), strict=False)):
+        places = [layers.index(layer_of(unit)) for unit in units]
+        aside = _SPREAD * ((index + 0.5) / len(kinds) - 0.5)  # of the place, so that error bars stand side by side
+        line = {"marker": "_", "markersize": 16} if len(units) == 1 else {"linestyle": style["linestyle"]}
+        drawn = [place + aside for place in places] if len(units) == 1 else places
+        axes.plot(drawn, [scales[unit] for unit in units], label=kind, color=style["color"], **line)
+        rows = [
+            (place + aside, *quotients[unit]) for place, unit in zip(places, units, strict=True) if unit in quotients
+        ]
         if rows:
             x, levels, errors = zip(*rows, strict=True)
             factors = [math.exp(error) for error in errors]
@@ -109,7 +120,9 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
             axes.errorbar(x, levels, (low, high), fmt=style["marker"], color=style["color"], markersize=5, capsize=2)
     axes.axhline(1, color="#999999", linestyle=":", linewidth=1)
     axes.set(yscale="log", xlabel="layer", ylabel="learning-rate multiplier (base rate / own rate)")
-    axes.set_xticks(range(max(map(len, units_by_kind(scales).values()))))
+    axes.yaxis.set_major_formatter("{x:g}")
+    shown = _shown(len(layers), _MOST_STEPS)
+    axes.set_xticks(shown, [layers[index] for index in shown])
     _legend(axes)
     return figure
 
@@ -134,13 +147,15 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
             f"there are {len(names)} names and a matrix of shape {tuple(inner_products.shape)}. Pass what "
             "Measurement.interactions() gives."
         )
-    figure, axes = _axes(axes, (3 + 0.25 * len(names), 1.5 + 0.25 * len(names)))
+    side = 0.25 * min(len(names), _MOST_NAMES)
+    figure, axes = _axes(axes, (3 + side, 1.5 + side))
     sizes = inner_products.diagonal().clamp(min=0).sqrt()
     correlations = inner_products / (sizes[:, None] * sizes)  # [L, L]
     image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    labels = [without_prefix(name) for name in names]
-    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize="x-small")
-    axes.set_yticks(range(len(names)), labels, fontsize="x-small")
+    shown = _shown(len(names), _MOST_NAMES)
+    labels = [without_prefix(names[index]) for index in shown]
+    axes.set_xticks(shown, labels, rotation=90, fontsize="x-small")
+    axes.set_yticks(shown, labels, fontsize="x-small")
     figure.colorbar(image, ax=axes, label="correlation of output changes")
     return figure
 
@@ -239,6 +254,18 @@ def units_by_kind(units: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
+def layer_of(unit: str) -> str:
+    """Say in which layer a unit of a matched run lies.
+
+    Args:
+        unit: Its name.
+
+    Returns:
+        The indices in it, joined by dots, outermost stack first; `OUTSIDE` if there are none.
+    """
+    return ".".join(part for part in unit.split(".") if part.isdigit()) or OUTSIDE
+
+
 def close(figure: Figure) -> None:
     """Let go of a figure.
 
@@ -246,6 +273,15 @@ def close(figure: Figure) -> None:
         figure: What one of the functions here has drawn.
     """
     _pyplot().close(figure)
+
+
+def _indices(layer: str) -> list[int]:
+    return [] if layer == OUTSIDE else [int(part) for part in layer.split(".")]
+
+
+def _shown(count: int, most: int) -> list[int]:
+    """Which of so many ticks have a label: all, or every second, third, ... of them."""
+    return list(range(0, count, math.ceil(count / most) or 1))
 
 
 def _axes(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Any]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from .names import without_prefix
-from .plotting import COLORS, RATE, STEP, layer_table, units_by_kind
+from .plotting import COLORS, OUTSIDE, RATE, STEP, layer_of, layer_table, units_by_kind
 from .rate_profile import RateProfile
 from .summary import KindRates, described, matched_quotients, matched_scales, rates_by_kind
 
@@ -26,7 +26,6 @@ _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond")
 _ROW = 18  # pixels of a heat map's row
 _TALLEST = 4000  # pixels
-_OUTSIDE = "outside"
 
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html>
@@ -200,14 +199,14 @@ def _multipliers(profile: RateProfile) -> Figure:
     graph, figure = _figure(height=520)
     scales, quotients = matched_scales(profile), matched_quotients(profile)
     for (kind, units), style in zip(units_by_kind(scales).items(), _styles(), strict=False):
-        layers = [_layer(unit) for unit in units]
+        layers = [layer_of(unit) for unit in units]
         group = {"legendgroup": kind, "name": escape(kind)}
         figure.add_trace(
             graph.Scatter(
                 x=layers,
                 y=[scales[unit] for unit in units],
                 hovertemplate="layer %{x}<br>multiplier %{y:.3g}",
-                mode="lines+markers" if layers == [_OUTSIDE] else "lines",
+                mode="lines+markers" if layers == [OUTSIDE] else "lines",
                 **group,
                 **style,
             )
@@ -234,11 +233,6 @@ def _multipliers(profile: RateProfile) -> Figure:
     figure.update_xaxes(type="category", title="layer")
     figure.update_yaxes(type="log", title="learning-rate multiplier", exponentformat="power")
     return figure
-
-
-def _layer(unit: str) -> str:
-    """The indices in a unit's name, which say where in the model it is."""
-    return ".".join(part for part in unit.split(".") if part.isdigit()) or _OUTSIDE
 
 
 def _figure(height: int) -> tuple[ModuleType, Figure]:

@@ -58,7 +58,7 @@ class Scaling:
         self._mapped = map_profile(
             base, model, granularity=config.granularity, depth=config.depth, unmatched=config.unmatched
         )
-        self._digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
+        self._base = _identity(base)
         self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
         self.evidence = Evidence.recorded(None, self._mapped)
         self._step_scales = StepScales(optimizer, held)
@@ -74,7 +74,7 @@ class Scaling:
             RateProfileError: If its record of the matching is not whole.
         """
         record = profile.metadata.get(_EVIDENCE)
-        if record is not None and record.get("base") != self._digest:
+        if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
         self.evidence = Evidence.recorded(record, self._mapped)
@@ -109,7 +109,7 @@ class Scaling:
         """
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, _EVIDENCE: {"base": self._digest, **self.evidence.record()}}
+        metadata = {**profile.metadata, _EVIDENCE: {**self._base, **self.evidence.record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def held(self) -> str:
@@ -145,3 +145,9 @@ class Scaling:
     def _set_scales(self) -> None:
         logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
         self.scales = self._step_scales.scales = self._mapped.tensor_scales(logs)
+
+
+def _identity(base: RateProfile) -> dict[str, str]:
+    """The SHA-256 of a profile's rates and, if it was read from a repository, the commit."""
+    digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
+    return {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})

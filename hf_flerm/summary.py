@@ -98,6 +98,23 @@ def matched_quotients(profile: RateProfile) -> dict[str, tuple[float, float]]:
     return found
 
 
+def sweep(profile: RateProfile) -> dict[float, float]:
+    """Read the learning rates that were tried before the run was recorded at the best of them.
+
+    Args:
+        profile: The profile.
+
+    Returns:
+        `{learning rate: validation loss}`, nan for a run that diverged; empty if the metadata have no `sweep`, a list
+        of such pairs.
+    """
+    pairs = profile.metadata.get("sweep")
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        return {}
+    numbers = [(rate, torch.nan if loss is None else loss) for rate, loss in pairs]
+    return {rate: loss for rate, loss in numbers if isinstance(rate, (int, float)) and isinstance(loss, (int, float))}
+
+
 def described(profile: RateProfile) -> dict[str, str]:
     """Say where a profile comes from.
 
@@ -128,6 +145,7 @@ def described(profile: RateProfile) -> dict[str, str]:
             arguments.get("lr_scheduler_type"),
             *_fields(arguments, ("warmup_steps", "max_steps")),
         ),
+        "sweep": ", ".join(f"{rate:g}: loss {loss:g}" for rate, loss in sweep(profile).items()),
         "optimizer": _listed(optimizer.get("class"), *_fields(arguments, ("weight_decay",))),
         "batch": batch and f"{batch} x {accumulated} per device",
         "seed": arguments.get("seed"),
@@ -135,7 +153,8 @@ def described(profile: RateProfile) -> dict[str, str]:
         "estimator": _listed(settings.get("estimator"), *_fields(settings, ("probes", "probes_per_batch"))),
         "output": _listed(*(settings.get(key) for key in ("output", "positions", "metric"))),
         "averaged over": metadata.get("averaged_over") and f"{metadata['averaged_over']} profiles",
-        "matched": metadata.get("matching") and f"{len(matched_scales(profile))} scales",
+        "matched": metadata.get("matching")
+        and _listed(f"{len(matched_scales(profile))} scales", *_fields(part(metadata, "matching"), ("base_commit",))),
         "packages": _listed(*(f"{package} {version}" for package, version in packages.items())),
     }
     return {what: str(text) for what, text in told.items() if text not in (None, "")}

@@ -13,19 +13,20 @@ import torch
 from test_hub import REPO, hub, profile, server  # noqa: F401
 from training import gpt2, lora, recorded
 
-from hf_flerm import RateProfile
+from hf_flerm import FLeRMConfig, RateProfile
 
 COMMANDS = ("plan", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders: a recorded profile, another one, one of LoRA, and models' configs."""
+    """Folders: a recorded profile, another one, one of a matched run, one of LoRA, and models' configs."""
     folder = tmp_path_factory.mktemp("profiles")
     found = recorded(folder / "run", gpt2())
     found.save_pretrained(folder / "one")
     twice = {name: 2 * rates for name, rates in found.rates.items()}
     RateProfile(found.steps, twice, found.metadata, found.joint_rates).save_pretrained(folder / "two")
+    recorded(folder / "run", gpt2(width=32), flerm=FLeRMConfig("match", found)).save_pretrained(folder / "matched")
     recorded(folder / "run", lora()).save_pretrained(folder / "lora")
     gpt2(layers=4).config.save_pretrained(folder / "deep")
     lora().save_pretrained(folder / "adapter")
@@ -148,12 +149,12 @@ def test_map(shell, base: Path) -> None:
     assert shell("map", base / "lora", base / "deep", "--adapter", base / "adapter")[0] == 0
 
 
-@pytest.mark.parametrize("what", ["rates", "layers"])
-def test_plot(shell, base: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(("what", "source"), [("rates", "one"), ("layers", "one"), ("multipliers", "matched")])
+def test_plot(shell, base: Path, tmp_path: Path, what: str, source: str) -> None:
     file = tmp_path / f"{what}.png"
-    assert shell("plot", base / "one", "--what", what, "-o", file)[:2] == (0, f"{file}\n")
+    assert shell("plot", base / source, "--what", what, "-o", file)[:2] == (0, f"{file}\n")
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert json.loads(shell("plot", base / "one", "--what", what, "-o", file, "--json")[1]) == {"file": str(file)}
+    assert json.loads(shell("plot", base / source, "--what", what, "-o", file, "--json")[1]) == {"file": str(file)}
 
 
 def test_report(shell, base: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import transformers
 from hub_server import READ, WRITE, Fault, Hub, running_hub
 from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import PeftModel
-from training import gpt2, lora, make_trainer
+from training import flerm_callback, gpt2, lora, make_trainer, recorded
 from transformers import GPT2LMHeadModel
 
 import hf_flerm.hub
@@ -304,6 +304,38 @@ def test_every_strategy_takes_the_profile_along(hub: Hub, tmp_path: Path, kind: 
         matched = make_trainer(tmp_path / "target", {"full": gpt2, "lora": lora}[kind](), FLeRMConfig("match", REPO))
         assert matched.flerm_callback.base == trainer.rate_profile
         assert matched.flerm_callback.base.commit_hash == repo.branches["main"]
+
+
+def test_the_callback_alone_takes_the_profile_along(hub: Hub, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path / "run",
+        gpt2(),
+        FLeRMConfig(),
+        alone=True,
+        push_to_hub=True,
+        hub_model_id=REPO,
+        hub_token=WRITE,
+        hub_strategy="all_checkpoints",
+        hub_always_push=True,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.repos[REPO].files()
+    assert files[PROFILE_NAME] == flerm_callback(trainer).rate_profile.to_bytes()
+    assert f"checkpoint-3/{PROFILE_NAME}" in files
+    assert "## Function-space learning rates" not in files["README.md"].decode()
+    assert RateProfile.from_pretrained(REPO) == flerm_callback(trainer).rate_profile
+
+
+def test_a_matched_run_says_which_commit_its_base_came_from(hub: Hub, tmp_path: Path) -> None:
+    base = recorded(tmp_path / "base", gpt2())
+    commit = base.push_to_hub(REPO).oid
+    pulled = recorded(tmp_path / "one", gpt2(width=32), flerm=FLeRMConfig("match", REPO))
+    local = recorded(tmp_path / "two", gpt2(width=32), flerm=FLeRMConfig("match", base))
+    assert pulled.metadata["matching"].pop("base_commit") == commit
+    assert pulled == local
 
 
 def test_a_snapshot_holds_the_profile(hub: Hub) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_hub import profile
 from training import gpt2, make_trainer, recorded
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
 from hf_flerm.card import profile_files, updated_card
-from hf_flerm.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
+from hf_flerm.plotting import COLORS, close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
 from hf_flerm.summary import matched_scales, rates_by_kind
 
 
@@ -40,6 +42,17 @@ def test_the_lines_are_the_means_by_kind() -> None:
     close(figure)
 
 
+def test_a_cards_picture_is_small_and_keeps_the_colors_of_the_lines() -> None:
+    found = RateProfile([0, 1], {f"{name}.w": [1.0, index + 2.0] for index, name in enumerate("abcdefg")})
+    content = profile_files(found, "org/repo")["rate_profile.png"]
+    assert len(content) < 50_000
+    pixels = torch.frombuffer(bytearray(Image.open(BytesIO(content)).convert("RGB").tobytes()), dtype=torch.uint8)
+    colors = pixels.view(-1, 3).unique(dim=0).int()
+    for color in COLORS:
+        wanted = torch.tensor([int(color[start : start + 2], 16) for start in (1, 3, 5)])
+        assert (colors - wanted).abs().amax(1).min() <= 3, color
+
+
 def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: Path) -> None:
     base = recorded(tmp_path, gpt2())
     figure = plot_layers(base)
@@ -55,9 +68,24 @@ def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: 
     scales = matched_scales(trainer.rate_profile)
     assert scales == pytest.approx({name: trainer.flerm_callback.scales[name] for name in scales})
     figure = plot_multipliers(trainer.rate_profile)
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     name = "transformer.h.{}.attn.c_attn.weight"
-    assert lines[name.format("*")] == pytest.approx([scales[name.format(layer)] for layer in range(2)])
+    drawn = lines[name.format("*")]
+    assert list(drawn.get_ydata()) == pytest.approx([scales[name.format(layer)] for layer in range(2)])
+    layers = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert [layers[place] for place in drawn.get_xdata()] == ["0", "1"]
+    assert [layers[round(place)] for place in lines["transformer.wte.weight"].get_xdata()] == ["outside"]
+    close(figure)
+
+
+def test_multipliers_stand_at_the_layers_that_names_say() -> None:
+    scales = dict.fromkeys(["h.2.w", "h.10.w", "h.3.w", "h.10.experts.0.w", "wte"], 0.1)
+    matched = RateProfile([0], {"wte": [1.0]}, {"matching": {"scales": scales}})
+    figure = plot_multipliers(matched)
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["outside", "2", "3", "10", "10.0"]
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].get_lines()}
+    assert lines["h.*.w"] == [1, 2, 3]
+    assert list(map(round, lines["wte"])) == [0]
     close(figure)
 
 
@@ -68,6 +96,17 @@ def test_interactions_are_drawn_as_correlations() -> None:
     close(figure)
     with pytest.raises(ValueError, match="1 names"):
         plot_interactions(["a"], torch.eye(2))
+
+
+def test_labels_are_as_many_as_fit() -> None:
+    steps = list(range(0, 2500, 100))
+    figure = plot_layers(RateProfile(steps, {"h.0.w": [1.0] * 25}, None, {"block": {"h.0": [1.0] * 25}}))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(step + 1) for step in steps[::2]]
+    close(figure)
+    figure = plot_interactions([f"h.{layer}.w" for layer in range(200)], torch.eye(200))
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [f"h.{i}.w" for i in range(0, 200, 3)]
+    assert max(figure.get_size_inches()) < 25
+    close(figure)
 
 
 def test_losses_have_a_star_at_the_optimum_and_a_line_at_the_edge() -> None:
@@ -95,6 +134,15 @@ def test_a_card_is_the_same_twice_and_its_texts_are_only_text() -> None:
     card = ModelCard(text)
     assert card.data.library_name == "hf_flerm"
     assert 'profile="org/repo"' in card.text
+
+
+def test_a_card_tells_the_sweep_and_ignores_one_of_another_form() -> None:
+    def row(sweep: object) -> str:
+        card = updated_card(RateProfile([0], {"w": [1.0]}, {"sweep": sweep}), "org/repo")
+        return next((line for line in card.text.splitlines() if line.startswith("| sweep")), "")
+
+    assert row([[0.01, 2.5], [0.1, None]]) == "| sweep | 0.01: loss 2.5, 0.1: loss nan |"
+    assert all(row(other) == "" for other in ("text", [1], [[1, 2, 3]], {"0.1": 2}, [["0.1", "2"]], [[[], {}]]))
 
 
 def test_a_card_names_the_base_model_and_refuses_a_broken_section() -> None:

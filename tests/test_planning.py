@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -177,7 +178,11 @@ def test_metadata_of_another_form_tell_no_change(tmp_path: Path) -> None:
     assert change_between(RateProfile(base.steps, base.rates, hostile), gpt2(width=32)) == Change()
 
 
-def test_the_command_line_plans(tmp_path: Path) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_command_line_plans(
+    tmp_path: Path, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """As words, and as the same numbers in JSON; nothing else on standard output, and a bar where a terminal is."""
     base = recorded(tmp_path / "runs", gpt2())
     base.save_pretrained(tmp_path / "base")
     gpt2().save_pretrained(tmp_path / "model")
@@ -186,11 +191,30 @@ def test_the_command_line_plans(tmp_path: Path) -> None:
         tmp_path / "data"
     )
     words = ["plan", str(tmp_path / "model"), str(tmp_path / "data"), str(tmp_path / "base"), "--steps", "3"]
-    result = CliRunner().invoke(app, [*words, "--batch-size", "4", "--max-steps", "8"])
-    assert result.exit_code == 0, result.output
-    assert "earning rate" in result.output
+    words += ["--batch-size", "4", "--max-steps", "8", "--scheduler", "linear"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    capsys.readouterr()
+    app(words, standalone_mode=False)
+    text, bar = capsys.readouterr()
+    assert ("3/3" in bar) == terminal
+    app([*words, "--json"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    advice = plan(
+        gpt2(),
+        arguments(tmp_path / "other", lr_scheduler_type="linear"),
+        Dataset.load_from_disk(tmp_path / "data"),
+        base,
+        steps=3,
+    )
+    assert text.strip() == str(advice).strip()
+    assert found.keys() == advice.to_dict().keys()
+    assert found["learning_rate"] == pytest.approx(advice.learning_rate, rel=1e-4)
+    assert found["multipliers"] == {
+        kind: {"value": pytest.approx(multiplier.value, rel=1e-4), "error": pytest.approx(multiplier.error, rel=1e-4)}
+        for kind, multiplier in advice.multipliers.items()
+    }
     lora().save_pretrained(tmp_path / "adapter")
-    adapted = CliRunner().invoke(app, [*words, "--batch-size", "4", "--adapter", str(tmp_path / "adapter")])
+    adapted = CliRunner().invoke(app, [*words, "--adapter", str(tmp_path / "adapter")])
     assert adapted.exit_code == 0, adapted.output
     assert "h.*.attn.c_attn" in adapted.output
     wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path / "nowhere")])
