@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from datasets import Dataset, load_dataset, load_from_disk
-from huggingface_hub.utils import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-)
 
-from .cli_profiles import AsJson, adapted, commands, explained, show
-from .mapping import GRANULARITIES
-from .planning import plan as make_plan
+import hf_flerm
+
+from .cli_profiles import AsJson, Granularity, adapted, commands, explained, show
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(commands)
@@ -52,11 +43,14 @@ def plan(
     warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
     scheduler: Annotated[str, typer.Option(help="The schedule, as TrainingArguments names it.")] = "linear",
     steps: Annotated[int, typer.Option(min=1, help="Steps to train a copy for.")] = 32,
-    granularity: Annotated[str | None, typer.Option(help=f"One of {', '.join(GRANULARITIES)}.")] = None,
+    granularity: Annotated[Granularity | None, typer.Option(help="What is matched.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 42,
     as_json: AsJson = False,
 ) -> None:
     """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
+    from huggingface_hub.utils import tqdm
+    from transformers import TrainingArguments
+
     target = _model(model)
     if adapter is not None:
         target = adapted(target, adapter)
@@ -72,7 +66,7 @@ def plan(
             seed=seed,
         )
         with explained(), tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:
-            found = make_plan(
+            found = hf_flerm.plan(
                 target,
                 args,
                 examples,
@@ -80,22 +74,26 @@ def plan(
                 steps=steps,
                 granularity=granularity,
                 data_collator=collator,
-                callbacks=[_Progress(bar)],
+                callbacks=[_progress(bar)],
             )
     show(found.to_dict(), [str(found)], as_json)
 
 
-class _Progress(TrainerCallback):
-    """Moves a bar on standard error, where that is a terminal."""
+def _progress(bar: Any) -> TrainerCallback:
+    from transformers import TrainerCallback
 
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
+    class Progress(TrainerCallback):
+        """Moves a bar on standard error, where that is a terminal."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._bar.update()
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            bar.update()
+
+    return Progress()
 
 
 def _model(source: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     has_weights = not Path(source).is_dir() or any(Path(source).glob("*.safetensors*"))
     if has_weights:
         return AutoModelForCausalLM.from_pretrained(source)
@@ -104,6 +102,9 @@ def _model(source: str) -> Any:
 
 def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
     """Training examples and their collator; a data set with `input_ids` is taken as it is."""
+    from datasets import Dataset, load_dataset, load_from_disk
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
+
     path = Path(source)
     if path.is_file():
         examples = load_dataset("text", data_files=str(path), split="train")

@@ -7,18 +7,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
-from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from .mapping import map_profile
-from .plotting import PICTURES
-from .rate_profile import RateProfile, RateProfileError
-from .report import report
-from .summary import described, matched_scales, rates_by_kind
+import hf_flerm
+
+if TYPE_CHECKING:
+    import torch
 
 DIFFERENT = 1
 HERE, PICTURE, PAGE = Path(), Path("rate_profile.png"), Path("rate_profile.html")
@@ -39,8 +35,10 @@ commands = typer.Typer()
 @commands.command()
 def inspect(profile: Source, as_json: AsJson = False) -> None:
     """Say where a profile comes from, and its rates by kind of tensor (geometric means, output units per unit lr)."""
+    from .summary import described, matched_scales, rates_by_kind
+
     with explained():
-        found = RateProfile.from_pretrained(profile)
+        found = hf_flerm.RateProfile.from_pretrained(profile)
     kinds = {
         kind: {"tensors": len(rates.names), "rates": [_finite(rate) for rate in rates.mean.tolist()]}
         for kind, rates in rates_by_kind(found).items()
@@ -66,7 +64,7 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
 def validate(profile: Source, as_json: AsJson = False) -> None:
     """Check that a file is a whole and valid profile. Exit code 2 if not."""
     with explained():
-        found = RateProfile.from_pretrained(profile)
+        found = hf_flerm.RateProfile.from_pretrained(profile)
     content = {"valid": True, "tensors": len(found.names), "steps": len(found.steps), "commit": found.commit_hash}
     show(content, [f"valid: {len(found.names)} tensors, {len(found.steps)} steps"], as_json)
 
@@ -79,8 +77,12 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare the rates of two profiles. Exit code 0: alike; 1: different; 2: one cannot be read."""
+    import torch
+
+    from .summary import rates_by_kind
+
     with explained():
-        one, other = RateProfile.from_pretrained(first), RateProfile.from_pretrained(second)
+        one, other = hf_flerm.RateProfile.from_pretrained(first), hf_flerm.RateProfile.from_pretrained(second)
     content: dict[str, Any] = {
         "steps": [one.steps.tolist(), other.steps.tolist()],
         "only_in_first": sorted(one.rates.keys() - other.rates.keys()),
@@ -131,8 +133,10 @@ def average(
     """Average profiles of the same model and steps geometrically, for instance over seeds."""
     with explained():
         if len(profiles) < 2:
-            raise RateProfileError("there is one profile: give two or more.")
-        file = RateProfile.average([RateProfile.from_pretrained(source) for source in profiles]).save_pretrained(output)
+            raise hf_flerm.RateProfileError("there is one profile: give two or more.")
+        file = hf_flerm.RateProfile.average(
+            [hf_flerm.RateProfile.from_pretrained(source) for source in profiles]
+        ).save_pretrained(output)
     show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
 
@@ -147,13 +151,16 @@ def map_(
     as_json: AsJson = False,
 ) -> None:
     """Say which rates of a profile stand for which tensors of a model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     with explained():
-        base = RateProfile.from_pretrained(profile)
+        base = hf_flerm.RateProfile.from_pretrained(profile)
         with torch.device("meta"):
             target: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
             if adapter is not None:
                 target = adapted(target, adapter)
-        found = map_profile(base, target, granularity=granularity, depth=depth, unmatched=unmatched)
+        found = hf_flerm.map_profile(base, target, granularity=granularity, depth=depth, unmatched=unmatched)
     content = {
         "units": {
             name: {"sources": list(unit.sources), "shares": dict(unit.shares), "rates": unit.rates.tolist()}
@@ -173,8 +180,10 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Draw a profile into a file."""
+    from .plotting import PICTURES
+
     with explained():
-        figure = PICTURES[what](RateProfile.from_pretrained(profile))
+        figure = PICTURES[what](hf_flerm.RateProfile.from_pretrained(profile))
         figure.savefig(output, dpi=150)
     show({"file": str(output)}, [str(output)], as_json)
 
@@ -186,8 +195,10 @@ def report_(
     as_json: AsJson = False,
 ) -> None:
     """Show a profile in one HTML file that opens offline and can be zoomed."""
+    from .report import report
+
     with explained():
-        output.write_text(report(RateProfile.from_pretrained(profile)), encoding="utf-8")
+        output.write_text(report(hf_flerm.RateProfile.from_pretrained(profile)), encoding="utf-8")
     show({"file": str(output)}, [str(output)], as_json)
 
 
@@ -204,7 +215,7 @@ def push(
 ) -> None:
     """Upload a profile with its card and picture; the token is that of `hf auth login` or HF_TOKEN."""
     with explained():
-        commit = RateProfile.from_pretrained(profile).push_to_hub(
+        commit = hf_flerm.RateProfile.from_pretrained(profile).push_to_hub(
             repo,
             subfolder=subfolder,
             revision=revision,
@@ -224,7 +235,7 @@ def pull(
 ) -> None:
     """Download a profile into a folder."""
     with explained():
-        found = RateProfile.from_pretrained(profile)
+        found = hf_flerm.RateProfile.from_pretrained(profile)
         file = found.save_pretrained(output)
     show({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
 
@@ -239,6 +250,8 @@ def adapted(model: Any, source: str) -> Any:
     Returns:
         The model with the adapter.
     """
+    from peft import PeftConfig, get_peft_model
+
     config = PeftConfig.from_pretrained(source)
     config.inference_mode = False
     return get_peft_model(model, config)
@@ -259,7 +272,7 @@ def show(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    size = torch.maximum(one, other)
+    size = one.maximum(other)
     return float(((one - other).abs() / size.where(size > 0, 1.0)).max())
 
 
