@@ -12,4 +12,6 @@ from .probes import measure_rates as measure_rates
 from .rate_profile import RateProfile as RateProfile
 from .rate_profile import RateProfileError as RateProfileError
 from .rules import mup_param_groups as mup_param_groups
+from .run import FLeRMRun as FLeRMRun
+from .trainer import FLeRMMixin as FLeRMMixin
 from .trainer import FLeRMTrainer as FLeRMTrainer

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import FLeRMConfig
+from .distributed import check_same
 from .matching import Evidence
 from .measurement import Measurement
-from .names import trainable_parameters
-from .optimizer import raw_optimizer
-from .probe_data import ProbeData
-from .provenance import provenance
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from .run import FLeRMRun
+from .trl_tasks import trl_task
 
 logger = logging.get_logger(__name__)
 
@@ -132,20 +130,28 @@ class FLeRMCallback(TrainerCallback):
     ) -> None:
         """Check everything that can be wrong, before the first step."""
         self.close()
-        model: nn.Module = kwargs["model"]
-        data = ProbeData(self.config, args, kwargs.get("train_dataloader"), self.probe_dataset)
-        self._run = FLeRMRun(
+        resumed = self._resumed(args, state)
+        model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
+        task = trl_task(args, model, dataloader, kwargs.get("processing_class"))
+        positions = self.config.positions or (None if callable(self.config.output) else task.positions)
+        run = FLeRMRun(
             model,
             kwargs["optimizer"],
-            self.config,
-            data,
-            provenance={
-                **provenance(model, trainable_parameters(model), raw_optimizer(kwargs["optimizer"]), args),
-                "dataset_fingerprint": data.fingerprint,
-            },
-            base=self.base,
-            resumed=self._resumed(args, state),
+            replace(self.config, profile=self.base, positions=positions),
+            dataloader,
+            probe_dataset=self.probe_dataset,
+            collate_fn=task.collate_fn,
+            batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            arguments=args.to_dict(),
         )
+        if resumed is not None:
+            try:
+                run.resume(resumed, state.global_step)
+            except RateProfileError:
+                run.close()
+                raise
+        self._run = run
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -204,15 +210,10 @@ class FLeRMCallback(TrainerCallback):
         self._resume_from = None
         if state.global_step == 0:
             return None
-        if not (folder / PROFILE_NAME).is_file():
+        profile = RateProfile.from_pretrained(folder) if (folder / PROFILE_NAME).is_file() else None
+        check_same("the checkpoint's profile", profile)
+        if profile is None:
             logger.warning(f"there is no {PROFILE_NAME} in {folder}: rates are measured from step {state.global_step}.")
-            return None
-        profile = RateProfile.from_pretrained(folder)
-        if len(profile.steps) and profile.steps[-1] >= state.global_step:
-            raise RateProfileError(
-                f"the profile in {folder} holds step {int(profile.steps[-1])}, but training goes on from step "
-                f"{state.global_step}: it belongs to another checkpoint."
-            )
         return profile
 
 

@@ -72,7 +72,8 @@ class FLeRMConfig:
         unmatched: What becomes of tensors that the profile has no rate for: `error`, the scale of everything together
             (`global`), the `nominal` learning rate, or none at all (`freeze`).
         output: What "the function" is; see `measure_rates`. A callable is not kept in JSON.
-        positions: Which positions count; see `measure_rates`.
+        positions: Which positions count; see `measure_rates`. None: `attention_mask`, but `labels` in TRL's trainers of
+            policies.
         metric: Size of an output change; see `measure_rates`.
         snapshot_device: Where the weights from before a measured update are kept, for instance `cpu` where a second
             copy of the trainable weights does not fit. None: beside the weights.
@@ -101,7 +102,7 @@ class FLeRMConfig:
     probe_batch_size: int | None = None
     unmatched: str = "error"
     output: str | OutputFunction | None = None
-    positions: str = "attention_mask"
+    positions: str | None = None
     metric: str = "euclidean"
     snapshot_device: str | None = None
     seed: int = 0
@@ -133,7 +134,7 @@ class FLeRMConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a number of at least 1.")
         if not _is_number(self.target_error) or not 0 < self.target_error < math.inf:
             raise ValueError(f"target_error is {self.target_error!r}; it must be positive, 0.05 for 5 %.")
-        Outputs(self.output, self.positions, self.metric)
+        Outputs(self.output, self.positions or "attention_mask", self.metric)
         if self.snapshot_device is not None:
             try:
                 torch.device(self.snapshot_device)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset as HubDataset
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainingArguments
 
 from .config import FLeRMConfig
+from .modes import kept_random_state
 from .outputs import Batch
 
 
@@ -26,19 +26,29 @@ class ProbeData:
         target_error: What relative error a process may stop at: that of P together is smaller by sqrt(P). None: it
             takes all batches.
         fingerprint: Of the data set, if it has one.
+        training_batch: Examples in a training batch of one process.
+        accumulation_steps: Batches per optimizer step.
 
     Args:
         config: How many batches of what size.
-        args: The Trainer's arguments.
         dataloader: The training set's.
         dataset: Examples to probe with; None: the training set's.
+        collate_fn: Makes model inputs of examples; None: the data loader's own.
+        batch_size: Examples in a training batch of one process; None: the data loader's.
+        accumulation_steps: Batches per optimizer step.
 
     Raises:
-        ValueError: If the data set is a stream or too small.
+        ValueError: If the data set is a stream or too small, or nothing tells the size of a batch.
     """
 
     def __init__(
-        self, config: FLeRMConfig, args: TrainingArguments, dataloader: Any, dataset: Dataset[Any] | None
+        self,
+        config: FLeRMConfig,
+        dataloader: Any,
+        dataset: Dataset[Any] | None = None,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        batch_size: int | None = None,
+        accumulation_steps: int = 1,
     ) -> None:
         training: Any = getattr(dataloader, "dataset", None)
         examples: Any = training if dataset is None else dataset
@@ -49,8 +59,9 @@ class ProbeData:
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
                 "(a few hundred examples will do)."
             )
-        training_batch = args.per_device_train_batch_size
-        draws = min(8, math.ceil(training_batch * args.gradient_accumulation_steps / 2))
+        self.training_batch = training_batch = batch_size or _batch_size(dataloader)
+        self.accumulation_steps = accumulation_steps
+        draws = min(8, math.ceil(training_batch * accumulation_steps / 2))
         wanted = math.ceil(draws / config.probes_per_batch)
         least = config.probe_batch_size or training_batch
         if len(examples) < least:
@@ -67,7 +78,9 @@ class ProbeData:
         self.fingerprint = getattr(examples, "_fingerprint", None)
         self._seed = config.seed
         self._examples = examples
-        self._collate = dataloader.collate_fn
+        self._collate = collate_fn or dataloader.collate_fn
+        if collate_fn is None:
+            self._check_inputs()
 
     def halve(self) -> bool:
         """Take half as many examples at a time, and twice as many batches.
@@ -97,7 +110,26 @@ class ProbeData:
         generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
         return self._batches(random_numbers), generator
 
+    def _check_inputs(self) -> None:
+        with kept_random_state(torch.device("cpu")):
+            batch = self._collate([self._examples[index] for index in range(self.batch_size)])
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"the data loader makes {type(batch).__name__} of examples, model inputs are a dict: pass collate_fn, "
+                "which makes one of a list of examples, and FLeRMConfig(output=(model, batch) -> tensor) if the model "
+                "does not take it as keywords."
+            )
+
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
             yield self._collate([self._examples[index] for index in chosen])
+
+
+def _batch_size(dataloader: Any) -> int:
+    """Examples in a training batch of one process."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None) or getattr(dataloader, "batch_size", None)
+    if not isinstance(size, int):
+        raise ValueError(f"{type(dataloader).__name__} does not tell the size of its batches: pass batch_size.")
+    return size // PartialState().num_processes if getattr(sampler, "split_batches", False) else size

@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainingArguments
+from transformers.utils import logging
 
 from .config import FLeRMConfig
+from .names import tensor_kinds
 from .probe_data import ProbeData
-from .rate_profile import RateProfile, RateProfileError
+from .rate_profile import RateProfile, RateProfileError, check_names
 from .sharding import own_type
 
+logger = logging.get_logger(__name__)
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
 _RECORDED_ARGUMENTS = (
     "learning_rate",
@@ -40,7 +42,12 @@ _RECORDED_ARGUMENTS = (
 
 
 def provenance(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, args: TrainingArguments
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    config: FLeRMConfig,
+    probe_data: ProbeData,
+    arguments: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Describe a run by what determines its rates; nothing that differs between two equal runs.
 
@@ -48,38 +55,79 @@ def provenance(
         model: What is trained.
         parameters: `{canonical name: parameter}` of what is trained of it.
         optimizer: The optimizer that steps.
-        args: The Trainer's arguments.
+        config: What is measured.
+        probe_data: With what it probes.
+        arguments: The training's settings; None: those that can be seen here.
 
     Returns:
         What JSON can hold.
     """
-    config: Any = getattr(model, "config", None)
+    model_config: Any = getattr(model, "config", None)
     adapters = getattr(model, "peft_config", None) or {}
-    arguments = args.to_dict()
+    if arguments is None:
+        arguments = {
+            "learning_rate": max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
+            "per_device_train_batch_size": probe_data.training_batch,
+            "gradient_accumulation_steps": probe_data.accumulation_steps,
+        }
     description: dict[str, Any] = _plain(
         {
             "packages": {name: version(name) for name in _PACKAGES},
             "model": own_type(model).__name__,
-            "model_config": config.to_diff_dict() if hasattr(config, "to_diff_dict") else None,
+            "model_config": model_config.to_diff_dict() if hasattr(model_config, "to_diff_dict") else None,
             "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
             "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
             "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
             "shapes": {name: list(parameter.shape) for name, parameter in parameters.items()},
+            "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
+            "dataset_fingerprint": probe_data.fingerprint,
+            "flerm": _measuring_settings(config, probe_data),
         }
     )
     return description
 
 
-def measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
-    """Describe how rates are measured.
+def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
+    """Make the profile of a run that has measured nothing yet.
 
     Args:
-        config: A run's.
-        probe_data: What it probes with.
+        metadata: Its `provenance`.
+        groups: Which joint rates it will have: `{granularity: {path: {name: share}}}`.
 
     Returns:
-        What JSON can hold.
+        A profile of no steps.
     """
+    joint: dict[str, dict[str, list[float]]] = {
+        granularity: {path: [] for path in of} for granularity, of in groups.items()
+    }
+    return RateProfile([], {name: [] for name in metadata["shapes"]}, metadata, joint)
+
+
+def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMConfig) -> RateProfile:
+    """Put a checkpoint's rates under the provenance of the run that goes on from it.
+
+    Args:
+        resumed: The checkpoint's profile.
+        begun: The run's, with the same tensors.
+        config: The run's.
+
+    Returns:
+        The profile to go on with.
+
+    Raises:
+        RateProfileError: If tensors or units differ.
+    """
+    check_names(resumed.rates, begun.rates, "the checkpoint's profile", "the model")
+    check_units(resumed, config, "the checkpoint's profile")
+    recorded, settings = (profile.metadata.get("flerm", {}) for profile in (resumed, begun))
+    changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
+    if changed:
+        was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
+        logger.warning(f"the profile was measured with {was} up to the checkpoint, and is with {now} from here on.")
+    return RateProfile(resumed.steps, resumed.rates, begun.metadata, resumed.joint_rates)
+
+
+def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
     return {
         "mode": config.mode,
         "estimator": config.estimator,
@@ -113,7 +161,7 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
 
 def _units(config: FLeRMConfig) -> dict[str, str]:
     output = "callable" if callable(config.output) else config.output or "logits"
-    return {"output": output, "positions": config.positions, "metric": config.metric}
+    return {"output": output, "positions": config.positions or "attention_mask", "metric": config.metric}
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,39 +1,41 @@
-"""`FLeRMRun`: one training that is recorded or matched, step by step; it knows of no Trainer."""
+"""`FLeRMRun`: one training that is recorded or matched, step by step, whoever wrote its loop."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .config import FLeRMConfig
 from .distributed import Pool, check_engine, check_same
-from .mapping import joint_groups, map_profile
+from .failures import Failures
+from .mapping import joint_groups
 from .matching import Evidence
 from .measurement import UNUSED, Measurement
 from .names import means_by_kind, preview, tensor_kinds, trainable_parameters
-from .optimizer import StepScales, learning_rates, raw_optimizer
+from .optimizer import learning_rates, raw_optimizer
 from .optimizer_table import check_optimizer, weight_decays
-from .outputs import Outputs
+from .outputs import Batch, Outputs
 from .probe_data import ProbeData
 from .probes import RateProbe
-from .profile_file import serialize
-from .provenance import check_units, measuring_settings
-from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError, check_names
+from .provenance import begun_profile, continued_profile, provenance
+from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
+from .scaling import Scaling
 from .updates import Snapshot
-from .zero import stepping
+from .zero import is_deepspeed, stepping
 
 logger = logging.get_logger(__name__)
-_EVIDENCE = "matching"
-_FAILURES_IN_A_ROW = 3
 
 
 class FLeRMRun:
@@ -43,25 +45,40 @@ class FLeRMRun:
     learning rate was 0, the step was skipped, a probe failed) is made up for at the next step, and a training that goes
     on from a checkpoint asks for no more than that. A probe that runs out of memory is tried again with half the
     examples at a time. Whatever fails leaves the training as it would have been without it.
+    `FLeRMCallback` drives one of these. So does a loop of one's own, of plain PyTorch or with what Accelerate has
+    prepared:
+
+        run = FLeRMRun(model, optimizer, FLeRMConfig(), dataloader)
+        for batch in dataloader:
+            loss = model(**batch).loss
+            loss.backward()
+            with run.step():
+                optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        run.save("base")
+
+    Probes run where the `with` block ends: a loop that enters `torch.autocast` itself does so around it as well.
 
     Attributes:
-        scales: `{canonical name: factor on the learning rate}`, all 1 when recording.
-        evidence: What was measured of the scales so far; None when recording.
+        steps: Optimizer steps so far, counted by `step`; those that a gradient scaler skips count, as in a `Trainer`.
         last_measurement: The latest measurement, in this session.
         seconds: Wall time that measuring has taken in this session.
 
     Args:
-        model: What is trained.
-        optimizer: What steps, as Accelerate has prepared it.
+        model: What is trained, as it is or wrapped by Accelerate, DDP or `torch.compile`.
+        optimizer: What steps, as it is or wrapped by Accelerate.
         config: What to measure, when, and what to do with it.
-        probe_data: The examples to probe with.
-        provenance: Where the rates come from, for the profile's metadata.
-        base: The profile to match, in `match` mode.
-        resumed: The profile of the checkpoint that training goes on from.
+        dataloader: The training set's: probes take their examples, collation and batch size from it.
+        probe_dataset: Examples to probe with. None: the training set's.
+        collate_fn: Makes model inputs, a dict, of a list of examples. None: the data loader's own.
+        batch_size: Examples in a training batch on one process. None: the data loader's.
+        gradient_accumulation_steps: Batches per optimizer step. None: what Accelerate was told, else 1.
+        arguments: The training's settings, for the profile's metadata. None: learning rate, batch and accumulation.
 
     Raises:
-        RateProfileError: If base, checkpoint and model do not belong together.
-        ValueError: If the optimizer cannot be followed.
+        RateProfileError: If the profile to match cannot be loaded, or does not belong to the model.
+        ValueError: If the optimizer cannot be followed, or there is nothing to probe with.
     """
 
     def __init__(
@@ -69,54 +86,138 @@ class FLeRMRun:
         model: nn.Module,
         optimizer: Any,
         config: FLeRMConfig,
-        probe_data: ProbeData,
+        dataloader: Any,
         *,
-        provenance: Mapping[str, Any],
-        base: RateProfile | None = None,
-        resumed: RateProfile | None = None,
+        probe_dataset: Dataset[Any] | None = None,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        batch_size: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         check_engine(model, config.estimator)
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self.steps = 0
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
-        self._config = config
+        self._config = config = replace(config, positions=config.positions or "attention_mask")
         self._optimizer = raw_optimizer(optimizer)
-        self._probe_data = probe_data
+        self._accumulation = getattr(optimizer, "gradient_state", None)
         self._parameters = trainable_parameters(model)
-        self._kinds = tensor_kinds(model)
-        self._logged_as = self._kinds if config.log_by == "kind" else {name: name for name in self._kinds}
+        self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in self._parameters}
         self._stepping = stepping(model, optimizer, self._parameters)
         learning_rates(self._optimizer, self._stepping.held)
         check_optimizer(self._optimizer, config.mode)
-        outputs = Outputs(config.output, config.positions, config.metric)
+        accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
+        self._probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
+        outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
         self._probe = RateProbe(
             model, estimator=config.estimator, probes_per_batch=config.probes_per_batch, outputs=outputs
         )
         self._groups = joint_groups(model, self._parameters)
-        self._profile = self._begun(provenance, resumed)
+        described = provenance(model, self._parameters, self._optimizer, config, self._probe_data, arguments)
+        self._profile = begun_profile(described, self._groups)
         self._before: Snapshot | Exception | None = None
         self._step = 0
         self._logs: dict[str, float] = {}
-        self._failures = 0
-        self._off = False
-        self._reported: set[str] = set()
+        self._failures = Failures()
         self._saved: tuple[Path, RateProfile] | None = None
-        self._step_scales: StepScales | None = None
-        self.scales = dict.fromkeys(self._parameters, 1.0)
-        self.evidence: Evidence | None = None
         asked: list[Mapping[str, float]] = [group for groups in self._groups.values() for group in groups.values()]
+        base = None if config.profile is None else RateProfile.from_pretrained(config.profile)
+        check_same("the profile", base)
+        self._scaling: Scaling | None = None
         if base is not None:
-            self._match(base, model, resumed.metadata.get(_EVIDENCE) if resumed is not None else None)
-            asked += [unit.shares for unit in self._mapped.measured_units.values()]
-        check_same("the profile", self.profile, base)
+            self._stepping.check_apart()
+            self._scaling = Scaling(base, model, self._optimizer, self._stepping.held, config)
+            asked += self._scaling.shares
         self._pool = Pool(self._parameters, config.estimator, asked)
 
     @property
     def profile(self) -> RateProfile:
         """The rates so far, with what a resumed run needs to know of its scales."""
-        if self.evidence is None or not self.evidence.steps:
-            return self._profile
-        metadata = {**self._profile.metadata, _EVIDENCE: {"base": self._base_digest, **self.evidence.record()}}
-        return RateProfile(self._profile.steps, self._profile.rates, metadata, self._profile.joint_rates)
+        return self._profile if self._scaling is None else self._scaling.recorded(self._profile)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """`{canonical name: factor on the learning rate}`, all 1 when recording."""
+        return dict.fromkeys(self._parameters, 1.0) if self._scaling is None else self._scaling.scales
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What was measured of the scales so far; None when recording."""
+        return None if self._scaling is None else self._scaling.evidence
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Follow the optimizer step of a block, if there is one: Accelerate makes none while gradients accumulate.
+
+        Schedulers step after the block, not in it.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ValueError: If the block has changed learning rates, or DeepSpeed steps.
+        """
+        if is_deepspeed():
+            raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
+        if self._accumulation is not None and not self._accumulation.sync_gradients:
+            yield
+            return
+        self.before_step(self.steps)
+        rates = self._rates()
+        yield
+        if self._before is not None and rates != self._rates():
+            raise ValueError(
+                "learning rates changed inside `with run.step()`, so that of the update is not known: "
+                "call scheduler.step() after the block."
+            )
+        self.after_step()
+        self.steps += 1
+
+    def resume(self, profile: RateProfile, steps: int) -> None:
+        """Go on with a checkpoint's profile and scales, from the next step.
+
+        Args:
+            profile: The checkpoint's.
+            steps: Optimizer steps that were made up to it.
+
+        Raises:
+            RateProfileError: If checkpoint and model do not belong together.
+        """
+        if len(profile.steps) and profile.steps[-1] >= steps:
+            raise RateProfileError(
+                f"the checkpoint's profile holds step {int(profile.steps[-1])}, but training goes on from step "
+                f"{steps}: it belongs to another checkpoint."
+            )
+        self._profile = continued_profile(profile, self._profile, self._config)
+        self.steps = steps
+        if self._scaling is not None:
+            self._scaling.resume(profile)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tell what a training that goes on later needs: `accelerator.register_for_checkpointing(run)` asks for it.
+
+        Returns:
+            Numbers, text and tensors.
+        """
+        profile = self.profile
+        return {
+            "steps": self.steps,
+            "profile": {name: getattr(profile, name) for name in ("steps", "rates", "metadata", "joint_rates")},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` told; see `resume`. A collective call.
+
+        Args:
+            state: That.
+
+        Raises:
+            RateProfileError: If checkpoint and model do not belong together.
+        """
+        profile = RateProfile(**state["profile"])
+        check_same("the checkpoint's profile", profile)
+        self.resume(profile, state["steps"])
 
     def before_step(self, step: int) -> None:
         """Keep the weights from before an update, if a measurement is due.
@@ -126,7 +227,7 @@ class FLeRMRun:
         """
         self._before = None  # a step that was cut short has left its own
         self._step = step
-        if not self._off and self._due(step):
+        if not self._failures.given_up and self._due(step):
             try:
                 self._before = self._stepping.snapshot(self._config.snapshot_device)
             except Exception as error:  # which all processes hear of when they put together what they measured
@@ -141,7 +242,7 @@ class FLeRMRun:
         try:
             self._measure(before)
         except Exception as error:
-            self._failed(error)
+            self._failures.add(self._step, error)
         finally:
             self.seconds += time.perf_counter() - start
             self._logs["flerm/seconds"] = self.seconds
@@ -162,74 +263,30 @@ class FLeRMRun:
             directory: The folder; made if it is not there.
         """
         file = Path(directory, PROFILE_NAME)
-        if self._saved is not None and self._saved[0] == file and self._saved[1] is self._profile and file.is_file():
+        if self._saved == (file, self._profile) and file.is_file():
             return
         try:
             self.profile.save_pretrained(directory)
             self._saved = file, self._profile
         except (OSError, RateProfileError) as error:
-            self._warn_once("save", f"the profile so far could not be written and will be tried at every save: {error}")
+            self._failures.warn_once(
+                "save", f"the profile so far could not be written and will be tried at every save: {error}"
+            )
 
     def close(self) -> None:
-        """Let go of the optimizer and of all weights; the profile stays."""
+        """Let go of the optimizer and of all weights, and measure no more; the profile stays."""
         self._before = None
-        if self._step_scales is not None:
-            self._step_scales.remove()
-            self._step_scales = None
+        self._failures.given_up = True
+        if self._scaling is not None:
+            self._scaling.remove()
 
     def report_unmatched(self) -> None:
         """Warn of what kept its learning rate because base and target never both had a positive rate."""
-        if self.evidence is None:
-            return
-        seen = self.evidence.logs.isfinite().any(0).tolist()
-        left = [unit for unit, known in zip(self.evidence.units, seen, strict=True) if not known]
-        if self._config.unmatched == "nominal":
-            left += self._mapped.unmatched
-        if left:
-            logger.warning(
-                f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "
-                "or in this run."
-            )
+        if self._scaling is not None:
+            self._scaling.report_unmatched()
 
-    def _begun(self, provenance: Mapping[str, Any], resumed: RateProfile | None) -> RateProfile:
-        """An empty profile, or the checkpoint's under this run's provenance."""
-        settings = measuring_settings(self._config, self._probe_data)
-        metadata = {**provenance, "flerm": settings, "kinds": {name: self._kinds[name] for name in self._parameters}}
-        if resumed is None:
-            return RateProfile(
-                [],
-                {name: [] for name in self._parameters},
-                metadata,
-                {granularity: {path: [] for path in groups} for granularity, groups in self._groups.items()},
-            )
-        check_names(resumed.rates, self._parameters, "the checkpoint's profile", "the model")
-        check_units(resumed, self._config, "the checkpoint's profile")
-        recorded = resumed.metadata.get("flerm", {})
-        changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
-        if changed:
-            was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
-            logger.warning(f"the profile was measured with {was} up to the checkpoint, and is with {now} from here on.")
-        return RateProfile(resumed.steps, resumed.rates, metadata, resumed.joint_rates)
-
-    def _match(self, base: RateProfile, model: nn.Module, record: Mapping[str, Any] | None) -> None:
-        check_units(base, self._config, "the profile")
-        if not len(base.steps):
-            raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
-        self._mapped = map_profile(
-            base,
-            model,
-            granularity=self._config.granularity,
-            depth=self._config.depth,
-            unmatched=self._config.unmatched,
-        )
-        self._base_digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
-        if record is not None and record.get("base") != self._base_digest:
-            logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
-            record = None
-        self.evidence = Evidence.recorded(record, self._mapped)
-        self._stepping.check_apart()
-        self._step_scales = StepScales(self._optimizer, self._stepping.held)
-        self._set_scales(self.evidence, self._step_scales)
+    def _rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
 
     def _due(self, step: int) -> bool:
         asked = self._config.last_asked(step)
@@ -238,7 +295,7 @@ class FLeRMRun:
 
     def _measure(self, before: Snapshot | Exception) -> None:
         nominal = learning_rates(self._optimizer, self._stepping.held)
-        used = {name: rate * self.scales[name] for name, rate in nominal.items()}
+        used = {name: nominal[name] * scale for name, scale in self.scales.items()}
         if not any(used.values()):
             return  # warm-up: the next step will do
         decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
@@ -248,28 +305,21 @@ class FLeRMRun:
         broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
         if broken:
             raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
-        self._report_unused(measurement)
-        self._failures = 0
+        unused = [name for name, estimator in measurement.estimators.items() if estimator == UNUSED]
+        if unused and self.last_measurement is None:
+            logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
+        self._failures.clear()
         self.last_measurement = measurement
-        self._profile = self._profile.appended(self._step, measurement.rates, self._joint_rates(measurement))
+        joint = {granularity: measurement.joint_rates(groups) for granularity, groups in self._groups.items()}
+        joint_rates = {granularity: {path: rate for path, (rate, _) in of.items()} for granularity, of in joint.items()}
+        self._profile = self._profile.appended(self._step, measurement.rates, joint_rates)
         self._log("rate", measurement.rates)
         self._log("relative_error", measurement.relative_errors)
         self._logs["flerm/rate/total"] = measurement.total
-        if self.evidence is not None and self._step_scales is not None:
-            old = self.scales
-            self.evidence = self.evidence.appended(
-                self._step, self._mapped, measurement, max(nominal.values())
-            ).estimated(
-                self._mapped,
-                pool=self._config.pool,
-                beta=self._config.beta,
-                max_scale=self._config.max_scale,
-                max_change=self._config.max_change,
-            )
-            self._report_held(self.evidence)
-            self._set_scales(self.evidence, self._step_scales)
+        if self._scaling is not None:
+            ratios = self._scaling.update(self._step, measurement, max(nominal.values()))
+            self._failures.warn_once("held", self._scaling.held())
             self._log("scale", self.scales)
-            ratios = {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
             before.rescale(ratios, decays)
 
     def _probed(
@@ -293,58 +343,5 @@ class FLeRMRun:
                         raise
                 clear_device_cache(garbage_collection=True)
 
-    def _failed(self, error: Exception) -> None:
-        if should_reduce_batch_size(error):
-            self._off = True
-            logger.warning(
-                f"memory does not suffice for a measurement at step {self._step}, with one example at a time either: "
-                f"nothing more is measured, training goes on. snapshot_device='cpu' needs less. {error}"
-            )
-            return
-        self._failures += 1
-        self._off = self._failures >= _FAILURES_IN_A_ROW
-        if self._off:
-            logger.warning(f"{self._failures} measurements failed in a row: nothing more is measured. {error!r}")
-        elif "failure" not in self._reported:
-            self._reported.add("failure")
-            logger.warning(
-                f"a measurement failed at step {self._step}; training goes on as it would have without it, "
-                f"and it is tried again at the next step: {error!r}",
-                exc_info=error,
-            )
-
-    def _report_unused(self, measurement: Measurement) -> None:
-        """Warn once of tensors that take no part in the outputs, so that a rate of 0 is no riddle."""
-        unused = [name for name, estimator in measurement.estimators.items() if estimator == UNUSED]
-        if unused and self.last_measurement is None:
-            logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
-
-    def _report_held(self, evidence: Evidence) -> None:
-        """Warn once of scales that would have gone further than they may."""
-        held = evidence.held(self._config.max_scale)
-        if held:
-            self._warn_once(
-                "held",
-                f"the learning-rate scales of {preview(held)} are held at max_scale = {self._config.max_scale:g}: "
-                "base and target may not be comparable, or the learning rate is far off.",
-            )
-
     def _log(self, what: str, values: Mapping[str, float]) -> None:
         self._logs.update(means_by_kind(f"flerm/{what}", values, self._logged_as))
-
-    def _warn_once(self, about: str, message: str) -> None:
-        if about not in self._reported:
-            self._reported.add(about)
-            logger.warning(message)
-
-    def _joint_rates(self, measurement: Measurement) -> dict[str, dict[str, float]]:
-        """Joint rates by module, by block and of everything."""
-        found = {}
-        for granularity, groups in self._groups.items():
-            joint = measurement.joint_rates(groups)
-            found[granularity] = {path: rate for path, (rate, _) in joint.items()}
-        return found
-
-    def _set_scales(self, evidence: Evidence, step_scales: StepScales) -> None:
-        logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
-        self.scales = step_scales.scales = self._mapped.tensor_scales(logs)

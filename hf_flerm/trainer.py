@@ -1,9 +1,9 @@
-"""`FLeRMTrainer`: `Trainer` that records or matches function-space learning rates."""
+"""`FLeRMTrainer`: `Trainer` that records or matches function-space learning rates; a mixin for other trainers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.constants import REPOCARD_NAME
@@ -18,15 +18,17 @@ from .optimizer import joined_scheduler, raw_optimizer, split_param_groups
 from .rate_profile import PROFILE_NAME, RateProfile
 from .zero import check_deepspeed
 
+_Base: Any = Trainer if TYPE_CHECKING else object
 
-class FLeRMTrainer(Trainer):
-    """`Trainer` with function-space learning rates.
+
+class FLeRMMixin(_Base):
+    """Adds function-space learning rates to a trainer's class: `class MyTrainer(FLeRMMixin, SFTTrainer)`.
 
     Args:
-        *args: As for `transformers.Trainer`.
+        *args: As for the trainer's class.
         flerm: What to measure, when, and what to do with it.
-        probe_dataset: Examples to probe with. None: drawn from the training set.
-        **kwargs: As for `transformers.Trainer`.
+        probe_dataset: Examples to probe with, prepared as the training set is. None: drawn from the training set.
+        **kwargs: As for the trainer's class.
 
     Raises:
         RateProfileError: If the profile to match cannot be loaded.
@@ -99,3 +101,17 @@ class FLeRMTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with joined_scheduler(self.lr_scheduler, self._group_sizes):
             super()._save_optimizer_and_scheduler(output_dir)
+
+
+class FLeRMTrainer(FLeRMMixin, Trainer):
+    """`Trainer` with function-space learning rates.
+
+    Args:
+        *args: As for `transformers.Trainer`.
+        flerm: What to measure, when, and what to do with it.
+        probe_dataset: Examples to probe with. None: drawn from the training set.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        RateProfileError: If the profile to match cannot be loaded.
+    """
