@@ -1,6 +1,7 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
 
 from .alignment import log_alignments as log_alignments
+from .arguments import FLeRMArguments as FLeRMArguments
 from .callback import FLeRMCallback as FLeRMCallback
 from .config import FLeRMConfig as FLeRMConfig
 from .mapping import map_profile as map_profile

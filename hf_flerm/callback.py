@@ -141,7 +141,7 @@ class FLeRMCallback(TrainerCallback):
             dataloader,
             probe_dataset=self.probe_dataset,
             collate_fn=task.collate_fn,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=(args.auto_find_batch_size and state.train_batch_size) or args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             arguments=args.to_dict(),
         )
@@ -166,8 +166,11 @@ class FLeRMCallback(TrainerCallback):
         self.run.after_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the profile before the rest of a checkpoint, so that one with a trainer state has it."""
-        if control.should_save and args.should_save:
+        """Write the profile before the rest of a checkpoint, so that one with a trainer state has it.
+
+        Trials of a search have folders of their own, which only `FLeRMTrainer` is told.
+        """
+        if control.should_save and args.should_save and not state.is_hyper_param_search:
             self.save(_checkpoint(args, state))
 
     on_epoch_end = on_step_end
