@@ -156,7 +156,7 @@ class FLeRMRun:
             Nothing.
 
         Raises:
-            ValueError: If the block has changed learning rates, or DeepSpeed steps.
+            ValueError: If learning rates change in the block, gradients do not outlive it, or DeepSpeed steps.
         """
         if is_deepspeed():
             raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
@@ -166,6 +166,8 @@ class FLeRMRun:
         self.before_step(self.steps)
         rates = self._rates()
         yield
+        if self._before is not None and not self._stepping.stepped():
+            raise ValueError("there is no gradient after `with run.step()`: call zero_grad() after the block.")
         if self._before is not None and rates != self._rates():
             raise ValueError(
                 "learning rates changed inside `with run.step()`, so that of the update is not known: "

@@ -202,8 +202,17 @@ def test_a_closed_run_leaves_the_optimizer_alone() -> None:
 def test_a_schedule_that_steps_inside_is_refused() -> None:
     loop = Loop(gpt2())
     run = loop.follow()
+    loop.model(**next(iter(loop.loader))).loss.backward()
     with pytest.raises(ValueError, match=r"changed inside `with run.step\(\)`.*after the block"):
         _step_both(loop, run)
+
+
+def test_gradients_that_are_gone_are_missed() -> None:
+    """Without them nothing tells which tensors have decayed."""
+    loop = Loop(gpt2())
+    run = loop.follow()
+    with pytest.raises(ValueError, match=r"no gradient after .*zero_grad\(\) after the block"), run.step():
+        loop.optimizer.step()
 
 
 def _step_both(loop: Loop, run: FLeRMRun) -> None:

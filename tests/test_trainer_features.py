@@ -172,6 +172,7 @@ def test_a_search_at_the_base_leaves_a_profile_with_every_trial(
 ) -> None:
     monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, _Trials)
     monkeypatch.setattr(Trainer, "_report_to_hp_search", lambda *_: None)  # prunes trials
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
     extra = {"model": None, "model_init": lambda: gpt2(), "eval_dataset": Rows(seed=1)}
     trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig(), extra=extra, save_strategy="steps", save_steps=STEPS)
     losses = trainer.hyperparameter_search(n_trials=2, backend="optuna")
