@@ -46,7 +46,7 @@ class FLeRMRun:
     on from a checkpoint asks for no more than that. A probe that runs out of memory is tried again with half the
     examples at a time. Whatever fails leaves the training as it would have been without it.
     `FLeRMCallback` drives one of these. So does a loop of one's own, of plain PyTorch or with what Accelerate has
-    prepared:
+    prepared::
 
         run = FLeRMRun(model, optimizer, FLeRMConfig(), dataloader)
         for batch in dataloader:
