@@ -53,7 +53,8 @@ class ProbeData:
         training: Any = getattr(dataloader, "dataset", None)
         examples: Any = training if dataset is None else dataset
         if isinstance(examples, HubDataset) and isinstance(training, HubDataset):
-            examples = examples.select_columns([c for c in training.column_names if c in examples.column_names])
+            common = [column for column in training.column_names if column in examples.column_names]
+            examples = examples.select_columns(common) if common else examples
         if examples is None or isinstance(examples, IterableDataset) or not hasattr(examples, "__getitem__"):
             raise ValueError(
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "

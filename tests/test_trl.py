@@ -304,7 +304,7 @@ def test_grpo_looks_at_completions_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_grpo_takes_completions_that_are_given(tmp_path: Path) -> None:
     rows = [{"input_ids": [3, 4, 5 + index], "labels": [-100, 4, 5 + index]} for index in range(8)]
-    trainer = made(grpo(tmp_path), CONFIG, rows)
+    trainer = made(grpo(tmp_path), CONFIG, Dataset.from_list(rows))
     trainer.train()
     assert flerm_callback(trainer).rate_profile.steps.tolist() == list(range(STEPS))
 
