@@ -158,6 +158,7 @@ def map_(
         base = hf_flerm.RateProfile.from_pretrained(profile)
         with torch.device("meta"):
             target: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+            target.tie_weights()  # which transformers 5.0 leaves undone without memory
             if adapter is not None:
                 target = adapted(target, adapter)
         found = hf_flerm.map_profile(base, target, granularity=granularity, depth=depth, unmatched=unmatched)
