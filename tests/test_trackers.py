@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,22 +12,44 @@ from training import gpt2, make_trainer, recorded
 
 from hf_flerm import FLeRMConfig
 
+Seen = dict[str, dict[int, float]]
 
-def test_tensorboard_has_rates_errors_scales_and_the_nominal_learning_rate(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+
+def by_tensorboard(folder: Path) -> Seen:
+    events = EventAccumulator(str(folder)).Reload()
+    return {key: {event.step: event.value for event in events.Scalars(key)} for key in events.Tags()["scalars"]}
+
+
+def by_trackio(folder: Path) -> Seen:
+    (file,) = folder.glob("*.db")
+    seen: Seen = {}
+    for (text,) in sqlite3.connect(file).execute("SELECT metrics FROM metrics"):
+        row = json.loads(text)
+        for key, value in row.items():
+            seen.setdefault(key, {})[row["train/global_step"]] = value
+    return seen
+
+
+READERS = {"tensorboard": by_tensorboard, "trackio": by_trackio}
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_a_tracker_has_rates_errors_scales_and_the_nominal_learning_rate(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tracked"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+    monkeypatch.setenv("TRACKIO_DIR", str(folder))
     config = FLeRMConfig("match", recorded(tmp_path, gpt2()), measure_steps=(0, 2))
-    trainer = make_trainer(tmp_path, gpt2(width=32), config, report_to=["tensorboard"])
+    trainer = make_trainer(tmp_path, gpt2(width=32), config, report_to=[tracker])
     trainer.train()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
     logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     wanted = {key for entry in logs.values() for key in entry if key.startswith("flerm/")}
     kind = "transformer.h.*.attn.c_attn.weight"
     assert {f"flerm/rate/{kind}", f"flerm/relative_error/{kind}", f"flerm/scale/{kind}", "flerm/seconds"} <= wanted
-    assert {f"train/{key}" for key in wanted} <= set(events.Tags()["scalars"])
-    for key in wanted:
-        seen = {event.step: event.value for event in events.Scalars(f"train/{key}")}
-        assert seen == pytest.approx({step: entry[key] for step, entry in logs.items() if key in entry}, rel=1e-6)
-        assert seen.keys() == {1, 3}
-    rates = [event.value for event in events.Scalars("train/learning_rate")]
-    assert rates == pytest.approx([entry["learning_rate"] for entry in logs.values()])
-    assert rates[0] == pytest.approx(trainer.args.learning_rate)
+    seen = READERS[tracker](folder)
+    for key in wanted | {"learning_rate"}:
+        told = {step: entry[key] for step, entry in logs.items() if key in entry}
+        assert seen[f"train/{key}"] == pytest.approx(told, rel=1e-6)
+    assert seen[f"train/flerm/rate/{kind}"].keys() == {1, 3}
+    assert seen["train/learning_rate"][1] == pytest.approx(trainer.args.learning_rate)
