@@ -33,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import Muon
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from workload import in_parallel, processes, quiet, trained
 
 from hf_flerm import FLeRMConfig, RateProfile
@@ -111,7 +111,7 @@ def _examples(rows: list[list[int]]) -> Dataset:
 def untrained(model: str) -> nn.Module:
     set_seed(0)
     if model == "llama":
-        config = LlamaConfig(
+        llama = LlamaConfig(
             hidden_size=WIDTH,
             intermediate_size=3 * WIDTH,
             num_hidden_layers=LAYERS,
@@ -122,7 +122,7 @@ def untrained(model: str) -> nn.Module:
             bos_token_id=0,
             eos_token_id=0,
         )
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(llama)
     config = GPT2Config(
         n_embd=WIDTH,
         n_layer=LAYERS,
@@ -170,7 +170,7 @@ def build(entry: Entry, base_rate: float | None = None) -> nn.Module:
 
 def run(
     entry: Entry, learning_rate: float, base_rate: float | None = None, flerm: FLeRMConfig | None = None
-) -> tuple[float, Trainer]:
+) -> tuple[float, Any]:
     """Train an entry once; its validation loss and its trainer."""
     model = build(entry, base_rate if entry.method != "pretrain" else None)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

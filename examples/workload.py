@@ -183,7 +183,7 @@ def trained(
     callbacks: Sequence[TrainerCallback] = (),
     optimizer: torch.optim.Optimizer | None = None,
     **options: object,
-) -> tuple[float, Trainer]:
+) -> tuple[float, Any]:
     """Train with these arguments, silently; validation loss and trainer."""
     train, validation = data
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
@@ -202,7 +202,7 @@ def trained(
 
 def fine_tune(
     run: Run, flerm: FLeRMConfig | None = None, callbacks: Sequence[TrainerCallback] = ()
-) -> tuple[float, Trainer]:
+) -> tuple[float, Any]:
     """Train one run; its validation loss and its trainer."""
     return trained(
         adapted(run),

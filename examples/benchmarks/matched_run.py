@@ -16,12 +16,13 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from cases import gpt2, lora
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from workload import VOCABULARY, Run, adapted, python_data, quiet, trained
@@ -62,7 +63,7 @@ def timed(
     steps: int,
     rank: int,
     config: FLeRMConfig | None,
-) -> tuple[float, Trainer]:
+) -> tuple[float, Any]:
     timer = ProcessorTime()
     model, data = make(rank)
     _, trainer = trained(
@@ -71,7 +72,7 @@ def timed(
     return timer.seconds, trainer
 
 
-def compare(title: str, run: Callable[[int, FLeRMConfig | None], tuple[float, Trainer]], pairs: int) -> str:
+def compare(title: str, run: Callable[[int, FLeRMConfig | None], tuple[float, Any]], pairs: int) -> str:
     ratios, plain, shares = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         run(BASE, FLeRMConfig(mode="record"))[1].rate_profile.save_pretrained(folder)

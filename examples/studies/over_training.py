@@ -111,8 +111,8 @@ def recorded(seed: int) -> RateProfile:
 def curves(profiles: list[RateProfile]) -> Curves:
     average = RateProfile.average(profiles)
     logs: dict[str, list[Tensor]] = {}
-    for name, rates in average.rates.items():
-        logs.setdefault(average.metadata["kinds"][name], []).append(rates.clamp(min=1e-30).log())
+    for name, measured in average.rates.items():
+        logs.setdefault(average.metadata["kinds"][name], []).append(measured.clamp(min=1e-30).log())
     rates = {kind: torch.stack(blocks).mean(0).exp().tolist() for kind, blocks in logs.items()}
     largest = []
     for block in range(MODEL["depth"]):

@@ -11,6 +11,7 @@ import argparse
 import pydoc_data.topics
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -82,7 +83,7 @@ def fine_tuned(
     data: Dataset,
     held_out: Dataset,
     flerm: FLeRMConfig | None,
-) -> tuple[float, Trainer]:
+) -> tuple[float, Any]:
     """Validation loss after fine-tuning, and the trainer."""
     common = {
         "model": with_adapter(folder, rank),
