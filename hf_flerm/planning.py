@@ -27,6 +27,7 @@ from .trainer import FLeRMTrainer
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 _DENSE_UNTIL = 8
 _NOISE = 2.0  # standard errors within which a multiplier may be 1
+_FACTOR = 1.7  # up to which rates miss what sweeps want however well they are measured (examples/results/studies.md)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Multiplier:
 
     @property
     def is_one(self) -> bool:
-        """Whether it is 1 within its noise."""
-        return abs(math.log(self.value)) <= _NOISE * self.error
+        """Whether it is 1 within its noise, or within what the method itself cannot tell from 1."""
+        return abs(math.log(self.value)) <= max(_NOISE * self.error, math.log(_FACTOR))
 
     def __str__(self) -> str:
         return f"{self.value:.3g} (x/÷ {math.exp(self.error):.2f})"
@@ -125,12 +126,12 @@ class Plan:
         if self.overall.is_one:
             lines = [
                 f"Learning rate for all tensors: the base's, {self.learning_rate:.3g}; the factor that was measured, "
-                f"{self.overall}, is 1 within its noise."
+                f"{self.overall}, is 1 within its noise or the method's."
             ]
         if self.keeps:
             lines = [f"Keep your learning rate, {self.base_learning_rate:.3g}: no multiplier is beyond its noise."]
         for name, (exponent, error) in self.regimes.items():
-            regime = f"{name}-invariant" if abs(exponent) <= max(_NOISE * error, 0.05) else f"{name}^{exponent:.2f}"
+            regime = f"{name}-invariant" if self.overall.is_one else f"{name}^{exponent:.2f}"
             lines.append(f"It goes as {regime} (exponent {exponent:.2f} ± {error:.2f}).")
         lines += ["", "Multipliers, if each kind of tensor has its own:"]
         lines += [f"  {multiplier!s:>20}  {kind}" for kind, multiplier in sorted(self.multipliers.items())]

@@ -118,9 +118,12 @@ def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "is_one"), [(1.2, 0.1, True), (1.3, 0.1, False), (0.9, 0.05, False), (1.0, 0.0, True)]
+    ("value", "error", "is_one"),
+    [(2.0, 0.4, True), (2.0, 0.3, False), (0.5, 0.4, True), (1.6, 0.0, True), (1.8, 0.0, False), (0.5, 0.0, False)],
 )
-def test_a_multiplier_is_one_within_two_standard_errors(value: float, error: float, is_one: bool) -> None:
+def test_a_multiplier_is_one_within_two_standard_errors_or_what_the_method_misses_by(
+    value: float, error: float, is_one: bool
+) -> None:
     assert Multiplier(value, error).is_one == is_one
 
 
