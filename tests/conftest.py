@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -13,3 +15,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """The warnings of the package so far."""
     caplog.set_level(logging.WARNING, "hf_flerm")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_flerm")]
+
+
+# Trackio reads this where it is imported first, which TRL does.
+_tracked = tempfile.TemporaryDirectory(prefix="trackio-")
+os.environ["TRACKIO_DIR"] = _tracked.name

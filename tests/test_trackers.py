@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from hf_flerm import FLeRMConfig
 Seen = dict[str, dict[int, float]]
 
 
-def by_tensorboard(folder: Path) -> Seen:
-    events = EventAccumulator(str(folder)).Reload()
+def by_tensorboard(project: str) -> Seen:
+    events = EventAccumulator(os.environ["TENSORBOARD_LOGGING_DIR"]).Reload()
     return {key: {event.step: event.value for event in events.Scalars(key)} for key in events.Tags()["scalars"]}
 
 
-def by_trackio(folder: Path) -> Seen:
-    (file,) = folder.glob("*.db")
+def by_trackio(project: str) -> Seen:
+    file = Path(os.environ["TRACKIO_DIR"], f"{project}.db")
     seen: Seen = {}
     for (text,) in sqlite3.connect(file).execute("SELECT metrics FROM metrics"):
         row = json.loads(text)
@@ -37,17 +38,15 @@ READERS = {"tensorboard": by_tensorboard, "trackio": by_trackio}
 def test_a_tracker_has_rates_errors_scales_and_the_nominal_learning_rate(
     tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "tracked"
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
-    monkeypatch.setenv("TRACKIO_DIR", str(folder))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     config = FLeRMConfig("match", recorded(tmp_path, gpt2()), measure_steps=(0, 2))
-    trainer = make_trainer(tmp_path, gpt2(width=32), config, report_to=[tracker])
+    trainer = make_trainer(tmp_path, gpt2(width=32), config, report_to=[tracker], project="rates")
     trainer.train()
     logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     wanted = {key for entry in logs.values() for key in entry if key.startswith("flerm/")}
     kind = "transformer.h.*.attn.c_attn.weight"
     assert {f"flerm/rate/{kind}", f"flerm/relative_error/{kind}", f"flerm/scale/{kind}", "flerm/seconds"} <= wanted
-    seen = READERS[tracker](folder)
+    seen = READERS[tracker]("rates")
     for key in wanted | {"learning_rate"}:
         told = {step: entry[key] for step, entry in logs.items() if key in entry}
         assert seen[f"train/{key}"] == pytest.approx(told, rel=1e-6)
