@@ -14,7 +14,8 @@ test: $(VENV)/installed
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt torch
-	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt --editable ".[dev]"
+	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt --editable ".[plot,report]" \
+		pytest pytest-xdist hypothesis tqdm
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -W default $(LOWEST)
 
 docs: $(VENV)/installed
