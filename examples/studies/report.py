@@ -11,6 +11,8 @@ from statistics import mean
 
 from workload import spread, standard_error
 
+from hf_flerm.planning import Multiplier
+
 STABLE = 1.0  # nats per token above the best of a sweep
 WORTH = 0.05  # a regret, in nats per token, that is worth something
 NEAR = 1.5  # a factor on a learning rate that costs little
@@ -40,8 +42,12 @@ class Study:
 
     @property
     def planned(self) -> float:
-        """What `plan` multiplies the learning rate by, a geometric mean over seeds."""
-        return math.exp(mean(map(math.log, self.plans))) / self.base_rate
+        """What `plan` multiplies the learning rate by, a geometric mean over seeds.
+
+        Studies of before `plan` kept a learning rate that it cannot tell from the wanted one are read by that rule.
+        """
+        factors = [Multiplier(rate / self.base_rate, error=0.0) for rate in self.plans]
+        return math.exp(mean(0.0 if factor.is_one else math.log(factor.value) for factor in factors))
 
     @property
     def base_rate(self) -> float:
