@@ -1,9 +1,9 @@
-"""What matching costs: matched runs beside plain ones, in turn, LoRA of rank 64 with default settings.
+"""What matching costs: matched runs beside plain ones, LoRA of rank 64 with default settings.
 
 python examples/benchmarks/matched_run.py [--steps 1000] [--pairs 3]
 
-Processor time is compared: on a shared machine it says more than the clock. What measuring takes is read off the
-matched run's own clock, so that both sides of the quotient meet the same machine.
+The two runs of a pair take turns of a few steps in one process, and the processor time of each is compared: so both
+meet the same machine. On a shared one, runs one after the other differ by a tenth without a cause.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from statistics import median
+from threading import Barrier, Semaphore
 from typing import Any
 
 import torch
 from cases import gpt2, lora
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from workload import VOCABULARY, Run, adapted, python_data, quiet, trained
@@ -30,17 +34,37 @@ from workload import VOCABULARY, Run, adapted, python_data, quiet, trained
 from hf_flerm import FLeRMConfig
 
 BASE, TARGET = 4, 64
+TURN = 10  # steps
 WIDTH, LAYERS, LENGTH = 128, 4, 128
 
 
-class ProcessorTime(TrainerCallback):
-    """Processor time from the end of the trainer's making to the end of its training."""
+class Turns(TrainerCallback):
+    """One of two trainings in threads that take turns; its processor time from the trainer's making to its end.
+
+    Args:
+        ready: Where both wait until they can begin.
+        mine: What this one waits for; whoever goes first has it from the start.
+        theirs: What the other one waits for.
+    """
+
+    def __init__(self, ready: Barrier, mine: Semaphore, theirs: Semaphore) -> None:
+        self.ready, self.mine, self.theirs = ready, mine, theirs
 
     def on_init_end(self, *args: object, **kwargs: object) -> None:
-        self.start = time.process_time()
+        self.start = time.thread_time()
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        self.ready.wait()
+        self.mine.acquire()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *rest: object, **kwargs: object) -> None:
+        if state.global_step % TURN == 0:
+            self.theirs.release()
+            self.mine.acquire()
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
-        self.seconds = time.process_time() - self.start
+        self.seconds = time.thread_time() - self.start
+        self.theirs.release()
 
 
 @cache
@@ -58,33 +82,35 @@ def wider(rank: int) -> tuple[torch.nn.Module, tuple[Dataset, Dataset]]:
     return lora(gpt2(WIDTH, LAYERS, VOCABULARY), rank), (random_tokens(), random_tokens().select(range(8)))
 
 
-def timed(
-    make: Callable[[int], tuple[torch.nn.Module, tuple[Dataset, Dataset]]],
-    steps: int,
-    rank: int,
-    config: FLeRMConfig | None,
-) -> tuple[float, Any]:
-    timer = ProcessorTime()
-    model, data = make(rank)
-    _, trainer = trained(
-        model, data, config, [timer], learning_rate=1.8e-3, max_steps=steps, per_device_train_batch_size=8
-    )
-    return timer.seconds, trainer
+Case = tuple[torch.nn.Module, tuple[Dataset, Dataset]]
 
 
-def compare(title: str, run: Callable[[int, FLeRMConfig | None], tuple[float, Any]], pairs: int) -> str:
-    ratios, plain, shares = [], [], []
+def run(case: Case, steps: int, config: FLeRMConfig | None, callbacks: Sequence[TrainerCallback] = ()) -> Any:
+    options = {"learning_rate": 1.8e-3, "max_steps": steps, "per_device_train_batch_size": 8}
+    return trained(*case, config, callbacks, **options)[1]
+
+
+def pair(make: Callable[[int], Case], steps: int, profile: str) -> tuple[float, float, float]:
+    """Seconds of a plain run, of a matched one, and what measuring took of these."""
+    ready, first, second = Barrier(2), Semaphore(1), Semaphore(0)
+    plain, matched = Turns(ready, first, second), Turns(ready, second, first)
+    with redirect_stdout(StringIO()), ThreadPoolExecutor(2) as pool:
+        cases = make(TARGET), make(TARGET)  # not in the threads: transformers loads one model at a time
+        other = pool.submit(run, cases[0], steps, None, [plain])
+        trainer = pool.submit(run, cases[1], steps, FLeRMConfig(mode="match", profile=profile), [matched]).result()
+        other.result()
+    return plain.seconds, matched.seconds, trainer.flerm_callback.run.seconds
+
+
+def compare(title: str, make: Callable[[int], Case], steps: int, pairs: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        run(BASE, FLeRMConfig(mode="record"))[1].rate_profile.save_pretrained(folder)
-        for _ in tqdm(range(pairs), title, unit="pair"):
-            without, _ = run(TARGET, None)
-            matched, trainer = run(TARGET, FLeRMConfig(mode="match", profile=folder))
-            log = trainer.state.log_history[0]
-            plain.append(without)
-            ratios.append(matched / without)
-            shares.append(log["flerm/seconds"] / (log["train_runtime"] - log["flerm/seconds"]))
+        run(make(BASE), steps, FLeRMConfig(mode="record")).rate_profile.save_pretrained(folder)
+        found = [pair(make, steps, folder) for _ in tqdm(range(pairs), title, unit="pair")]
+    ratios = [matched / plain for plain, matched, _ in found]
+    share = median(measuring / plain for plain, _, measuring in found)
     spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
-    return f"| {title} | {median(plain):.0f} | {100 * median(shares):.1f} % | {median(ratios):.3f} | {spread} |"
+    plain = median(seconds for seconds, _, _ in found)
+    return f"| {title} | {plain:.0f} | {100 * share:.1f} % | {median(ratios):.3f} | {spread} |"
 
 
 def main() -> None:
@@ -97,10 +123,9 @@ def main() -> None:
         "the demo's, 4 layers, d = 96, 8 x 48 tokens": demo,
         f"GPT-2, {LAYERS} layers, d = {WIDTH}, 8 x {LENGTH} tokens": wider,
     }
-    rows = [compare(title, partial(timed, make, options.steps), options.pairs) for title, make in models.items()]
-    print(
-        f"| {options.steps} steps, {options.pairs} pairs | plain, s | measuring / the rest | matched / plain | range |"
-    )
+    torch.set_num_threads(1)
+    rows = [compare(title, make, options.steps, options.pairs) for title, make in models.items()]
+    print(f"| {options.steps} steps, {options.pairs} pairs | plain, s | measuring / plain | matched / plain | range |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))
 
