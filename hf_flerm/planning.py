@@ -20,6 +20,7 @@ from .config import FLeRMConfig
 from .mapping import ProfileMap, map_profile
 from .matching import Evidence
 from .modes import kept_random_state
+from .provenance import recorded_units
 from .rate_profile import RateProfile, RateProfileError
 from .rules import RULES, Change, Rule, change_between
 from .trainer import FLeRMTrainer
@@ -171,7 +172,8 @@ def plan(
         optimizer: Makes the optimizer for a model, where `args.optim` does not say it.
         data_collator: As for `Trainer`.
         probe_dataset: As for `FLeRMTrainer`.
-        config: Estimator, probes and what is measured, if not the defaults.
+        config: Estimator, probes and what is measured; None: the defaults, and output, positions and metric as the
+            profile has them.
         callbacks: As for `Trainer`, of the copy's training.
 
     Returns:
@@ -189,7 +191,7 @@ def plan(
     recorded_rate = base.metadata.get("training_arguments", {}).get("learning_rate")
     base_rate = recorded_rate if isinstance(recorded_rate, float) and recorded_rate > 0 else args.learning_rate
     settings = replace(
-        config or FLeRMConfig(),
+        config or FLeRMConfig(**recorded_units(base)),
         mode="match",
         profile=base,
         granularity="global",

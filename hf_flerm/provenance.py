@@ -159,6 +159,19 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
             )
 
 
+def recorded_units(profile: RateProfile) -> dict[str, Any]:
+    """Read what a profile's rates are rates of.
+
+    Args:
+        profile: A profile.
+
+    Returns:
+        Fields of `FLeRMConfig`; without what the profile does not tell, as a callable.
+    """
+    recorded = profile.metadata.get("flerm", {})
+    return {name: recorded[name] for name in _units(FLeRMConfig()) if recorded.get(name, "callable") != "callable"}
+
+
 def _units(config: FLeRMConfig) -> dict[str, str]:
     output = "callable" if callable(config.output) else config.output or "logits"
     return {"output": output, "positions": config.positions or "attention_mask", "metric": config.metric}

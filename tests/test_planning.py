@@ -46,8 +46,8 @@ def sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=LEARNING_RATE)
 
 
-def recorded(folder: Path, model: nn.Module, **extra: Any) -> RateProfile:
-    config = FLeRMConfig(probes=4, measure_steps=range(8))
+def recorded(folder: Path, model: nn.Module, metric: str = "euclidean", **extra: Any) -> RateProfile:
+    config = FLeRMConfig(probes=4, measure_steps=range(8), metric=metric)
     trainer = FLeRMTrainer(model=model, args=arguments(folder), train_dataset=Rows(), flerm=config, **extra)
     trainer.train()
     return trainer.rate_profile
@@ -101,6 +101,16 @@ def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not folder.exists() or not any(folder.iterdir())
     assert (args.output_dir, args.learning_rate) == (str(folder), LEARNING_RATE)
+
+
+def test_what_is_measured_is_what_the_profile_has(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora(), metric="fisher")
+    args = arguments(tmp_path)
+    advice = plan(lora(rank=4), args, Rows(), base, steps=3)
+    same = plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig(metric="fisher"))
+    assert advice.to_dict() == same.to_dict()
+    with pytest.raises(RateProfileError, match="recorded with metric='fisher', this run has 'euclidean'"):
+        plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig())
 
 
 def test_another_adapter_is_matched_by_module(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from threading import Barrier, Semaphore
+from threading import Semaphore
 from typing import Any
 
 import torch
@@ -39,32 +39,32 @@ WIDTH, LAYERS, LENGTH = 128, 4, 128
 
 
 class Turns(TrainerCallback):
-    """One of two trainings in threads that take turns; its processor time from the trainer's making to its end.
+    """One of two trainings in threads of which one runs at a time; its processor time from the trainer's making on.
 
     Args:
-        ready: Where both wait until they can begin.
         mine: What this one waits for; whoever goes first has it from the start.
         theirs: What the other one waits for.
     """
 
-    def __init__(self, ready: Barrier, mine: Semaphore, theirs: Semaphore) -> None:
-        self.ready, self.mine, self.theirs = ready, mine, theirs
+    def __init__(self, mine: Semaphore, theirs: Semaphore) -> None:
+        self.mine, self.theirs = mine, theirs
 
     def on_init_end(self, *args: object, **kwargs: object) -> None:
         self.start = time.thread_time()
 
     def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        self.ready.wait()
-        self.mine.acquire()
+        self.change()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *rest: object, **kwargs: object) -> None:
         if state.global_step % TURN == 0:
-            self.theirs.release()
-            self.mine.acquire()
+            self.change()
 
     def on_train_end(self, *args: object, **kwargs: object) -> None:
         self.seconds = time.thread_time() - self.start
+
+    def change(self) -> None:
         self.theirs.release()
+        self.mine.acquire()
 
 
 @cache
@@ -90,14 +90,22 @@ def run(case: Case, steps: int, config: FLeRMConfig | None, callbacks: Sequence[
     return trained(*case, config, callbacks, **options)[1]
 
 
+def in_turn(turns: Turns, case: Case, steps: int, config: FLeRMConfig | None) -> Any:
+    turns.mine.acquire()
+    try:
+        return run(case, steps, config, [turns])
+    finally:
+        turns.theirs.release(steps)  # the other one need wait no more
+
+
 def pair(make: Callable[[int], Case], steps: int, profile: str) -> tuple[float, float, float]:
     """Seconds of a plain run, of a matched one, and what measuring took of these."""
-    ready, first, second = Barrier(2), Semaphore(1), Semaphore(0)
-    plain, matched = Turns(ready, first, second), Turns(ready, second, first)
+    first, second = Semaphore(1), Semaphore(0)
+    plain, matched = Turns(first, second), Turns(second, first)
     with redirect_stdout(StringIO()), ThreadPoolExecutor(2) as pool:
-        cases = make(TARGET), make(TARGET)  # not in the threads: transformers loads one model at a time
-        other = pool.submit(run, cases[0], steps, None, [plain])
-        trainer = pool.submit(run, cases[1], steps, FLeRMConfig(mode="match", profile=profile), [matched]).result()
+        cases = make(TARGET), make(TARGET)
+        other = pool.submit(in_turn, plain, cases[0], steps, None)
+        trainer = pool.submit(in_turn, matched, cases[1], steps, FLeRMConfig(mode="match", profile=profile)).result()
         other.result()
     return plain.seconds, matched.seconds, trainer.flerm_callback.run.seconds
 

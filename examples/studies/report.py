@@ -33,20 +33,19 @@ class Study:
     scales: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    plans: list[float] = field(default_factory=list)  # learning rates, by seed
+    plans: dict[str, list[float]] = field(default_factory=dict)  # learning rates by metric, then by seed
 
     @property
     def wanted(self) -> float:
         """What to multiply the learning rate by: the target's best over the base's, each between its sweep's points."""
         return optimum(self.plain) / optimum(self.base)
 
-    @property
-    def planned(self) -> float:
+    def planned(self, metric: str) -> float:
         """What `plan` multiplies the learning rate by, a geometric mean over seeds.
 
         Studies of before `plan` kept a learning rate that it cannot tell from the wanted one are read by that rule.
         """
-        factors = [Multiplier(rate / self.base_rate, error=0.0) for rate in self.plans]
+        factors = [Multiplier(rate / self.base_rate, error=0.0) for rate in self.plans[metric]]
         return math.exp(mean(0.0 if factor.is_one else math.log(factor.value) for factor in factors))
 
     @property
@@ -161,7 +160,7 @@ def table(study: Study) -> str:
         lines.append(f"| {method} | {outcome} | {seconds} |")
     lines += [
         f"| target's own best | {written(study.best_losses)} | | |",
-        f"| base at its best | {written(study.base[study.base_rate])} | | {study.seconds['base']:.1f} |",
+        f"| base at its best | {written(study.base[study.base_rate])} | | {study.seconds['record']:.1f} |",
         "",
         f"Mean ± standard error over seeds {', '.join(map(str, study.seeds))}.",
         "",
@@ -189,22 +188,33 @@ def combined(studies: Sequence[Study]) -> str:
         "`plan`: what it multiplies the learning rate by, and what the sweeps want (the target's best over the base's, "
         "each between the points of its sweep).",
         "",
-        "| axis | base's best lr | target's best lr | wanted | planned | planned / wanted |",
-        "|---|---|---|---|---|---|",
-    ]
-    planned = [study for study in studies if study.plans]
-    for study in planned:
-        rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g}"
-        ratio = study.planned / study.wanted
-        lines.append(f"| {study.axis} | {rates} | {study.wanted:.3g} | {study.planned:.3g} | {ratio:.2f} |")
-    near = [study for study in planned if _near(study.planned / study.wanted)]
-    rough = [study for study in planned if _near(study.planned * study.base_rate / optimum(study.plain))]
-    lines += [
-        "",
-        f"Within a factor of {NEAR} on {len(near)} of {len(planned)} axes; from the best point of the base's sweep "
-        f"as it is, a quarter of a decade from the next, on {len(rough)}.",
+        *_plans(studies),
     ]
     return "\n".join([*lines, ""])
+
+
+def _plans(studies: Sequence[Study]) -> list[str]:
+    metrics = list(dict.fromkeys(metric for study in studies for metric in study.plans))
+    heads = " | ".join(f"planned, {metric} | / wanted" for metric in metrics)
+    lines = [
+        f"| axis | base's best lr | target's best lr | wanted | {heads} |",
+        "|---|---|---|---|" + "---|---|" * len(metrics),
+    ]
+    for study in studies:
+        rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g} | {study.wanted:.3g}"
+        factors = [study.planned(metric) if metric in study.plans else math.nan for metric in metrics]
+        cells = [f"{factor:.3g} | {factor / study.wanted:.2f}" for factor in factors]
+        lines.append(f"| {study.axis} | {rates} | {' | '.join(cells)} |")
+    for metric in metrics:
+        planned = [study for study in studies if metric in study.plans]
+        near = [study for study in planned if _near(study.planned(metric) / study.wanted)]
+        rough = [study for study in planned if _near(study.planned(metric) * study.base_rate / optimum(study.plain))]
+        lines += [
+            "",
+            f"By {metric} rates within a factor of {NEAR} on {len(near)} of {len(planned)} axes; from the best point "
+            f"of the base's sweep as it is, a quarter of a decade from the next, on {len(rough)}.",
+        ]
+    return lines
 
 
 def verdicts(studies: Sequence[Study], method: str = "flerm") -> list[str]:

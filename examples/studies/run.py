@@ -48,27 +48,32 @@ def equal_rates(folder: Path) -> RateProfile:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of matching: fields of `FLeRMConfig`, and how the base's profile is read."""
+    """A way of matching: fields of `FLeRMConfig`, how the base's profile is read, and how it was recorded."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Path], RateProfile] = RateProfile.from_pretrained
+    base: str = "record"
 
 
 METHODS: dict[str, Method] = {
     "flerm": Method(),
+    "fisher": Method({"metric": "fisher"}, base="record, fisher"),
     "joint over depth": Method({"depth": "joint"}),
     "one scale": Method({"granularity": "global"}),
     "the latest alone": Method({"beta": 0.0}),
     "equal rates": Method(read=equal_rates),
     "paper": Method({"pool": "unit", "probes": 20, "beta": 0.9, "measure_steps": (0, 100)}),
 }
-BASE = FLeRMConfig(mode="record", probes=8)
+BASES = {
+    "record": FLeRMConfig(mode="record", probes=8),
+    "record, fisher": FLeRMConfig(mode="record", probes=8, metric="fisher"),
+}
 MOST_EXTENSIONS = 6
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `base` records, `plain` and `rule` are without FLeRM, other methods are of `METHODS`."""
+    """One run: a method of `BASES` or `METHODS`, or without FLeRM `plain` or `rule`."""
 
     axis: str
     method: str
@@ -80,14 +85,15 @@ class Job:
         """All that the result depends on; axes that have a run in common share it."""
         axis = AXES[self.axis]
         common = {**axis.settings(), "steps": self.steps, "learning_rate": self.learning_rate, "seed": self.seed}
-        if self.method == "base":
-            return {"side": axis.base.settings(), **common, "method": "record"}
+        if self.method in BASES:
+            return {"side": axis.base.settings(), **common, "method": self.method}
         target = {"side": axis.target.settings(), **common}
         if self.method == "plain":
             return {**target, "method": "plain"}
         if self.method == "rule":
             return {**target, "method": axis.rule.text if axis.rule else None}
-        profile = {"base": replace(self, method="base").settings(), "read": METHODS[self.method].read.__name__}
+        method = METHODS[self.method]
+        profile = {"base": replace(self, method=method.base).settings(), "read": method.read.__name__}
         return {**target, "method": self.config(), **profile}
 
     def config(self) -> dict[str, Any]:
@@ -144,12 +150,11 @@ def train(job: Job, output: Path) -> tuple[Job, Result]:
 
 def _train(job: Job, output: Path) -> Result:
     axis = AXES[job.axis]
-    side = axis.base if job.method == "base" else axis.target
-    flerm = None
-    if job.method == "base":
-        flerm = BASE
-    elif job.method in METHODS:
-        profile = METHODS[job.method].read(replace(job, method="base").folder(output))
+    side = axis.base if job.method in BASES else axis.target
+    flerm = BASES.get(job.method)
+    if job.method in METHODS:
+        method = METHODS[job.method]
+        profile = method.read(replace(job, method=method.base).folder(output))
         flerm = FLeRMConfig(mode="match", profile=profile, **job.config())
     model = side.build(job.seed)
     rule = axis.rule if job.method == "rule" else None
@@ -160,7 +165,7 @@ def _train(job: Job, output: Path) -> Result:
         optimizer=side.make_optimizer(model, job.learning_rate, rule),
         **job.trainer_options(),
     )
-    if job.method == "base":
+    if job.method in BASES:
         trainer.rate_profile.save_pretrained(job.folder(output))
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
     return Result(
@@ -172,8 +177,8 @@ def _train(job: Job, output: Path) -> Result:
 
 
 def planned(job: Job, output: Path) -> tuple[Job, float]:
-    """What `plan` recommends for the target from the base's profile of this job; kept as runs are."""
-    file = replace(job, method="base").folder(output) / f"plan-{job.axis}.json"
+    """What `plan` recommends for the target from the profile that this job recorded; kept as runs are."""
+    file = job.folder(output) / f"plan-{job.axis}.json"
     if not file.exists():
         quiet()
         torch.set_num_threads(1)
@@ -234,9 +239,12 @@ class Runner:
 
     def study(self, methods: list[str]) -> Study:
         study = Study(self.axis.name, self.axis.claim, self.axis.rule.text if self.axis.rule else None, self.seeds)
-        study.base = self.sweep("base", list(self.axis.base.rates))
+        study.base = self.sweep("record", list(self.axis.base.rates))
         rate = study.base_rate
         study.plain = self.sweep("plain", sorted({*self.axis.target.rates, rate}))
+        bases = list(dict.fromkeys(METHODS[method].base for method in methods))
+        for base in bases:
+            self.run(base, [rate], {})
         for method in (["rule"] if self.axis.rule else []) + methods:
             results: dict[Job, Result] = {}
             self.run(method, [rate], results)
@@ -247,10 +255,10 @@ class Runner:
             errors = [result.error for result in ordered if result.error]
             if errors:
                 study.errors[method] = errors[0]
-        advice = dict(
-            in_parallel(self.pool, planned, [(job, self.output) for job in self.jobs("base", [rate])], "plan")
-        )
-        study.plans = [advice[job] for job in self.jobs("base", [rate])]
+        for base in bases:
+            jobs = self.jobs(base, [rate])
+            advice = dict(in_parallel(self.pool, planned, [(job, self.output) for job in jobs], "plan"))
+            study.plans[BASES[base].metric] = [advice[job] for job in jobs]
         study.seconds = self.seconds
         return study
 
