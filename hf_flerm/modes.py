@@ -38,8 +38,7 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         Nothing.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    accelerator = torch.accelerator.current_accelerator()
-    is_accelerator = accelerator is not None and device.type == accelerator.type
+    is_accelerator = device.type not in ("cpu", "meta")
     try:
         with torch.random.fork_rng(
             [device] if is_accelerator else [], device_type=device.type if is_accelerator else "cuda"
