@@ -38,11 +38,9 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
         Nothing.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    is_accelerator = device.type not in ("cpu", "meta")
+    devices = [] if device.type in ("cpu", "meta") else [device]
     try:
-        with torch.random.fork_rng(
-            [device] if is_accelerator else [], device_type=device.type if is_accelerator else "cuda"
-        ):
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             yield
     finally:
         random.setstate(python_state)

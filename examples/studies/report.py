@@ -202,8 +202,7 @@ def _plans(studies: Sequence[Study]) -> list[str]:
     ]
     for study in studies:
         rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g} | {study.wanted:.3g}"
-        factors = [study.planned(metric) if metric in study.plans else math.nan for metric in metrics]
-        cells = [f"{factor:.3g} | {factor / study.wanted:.2f}" for factor in factors]
+        cells = [_plan_cells(study, metric) for metric in metrics]
         lines.append(f"| {study.axis} | {rates} | {' | '.join(cells)} |")
     for metric in metrics:
         planned = [study for study in studies if metric in study.plans]
@@ -215,6 +214,13 @@ def _plans(studies: Sequence[Study]) -> list[str]:
             f"of the base's sweep as it is, a quarter of a decade from the next, on {len(rough)}.",
         ]
     return lines
+
+
+def _plan_cells(study: Study, metric: str) -> str:
+    if metric not in study.plans:
+        return " | "
+    planned = study.planned(metric)
+    return f"{planned:.3g} | {planned / study.wanted:.2f}"
 
 
 def verdicts(studies: Sequence[Study], method: str = "flerm") -> list[str]:
