@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .config import FLeRMConfig
-from .distributed import Pool, check_engine, check_same
+from .distributed import Pool, check_engine, common_profile
 from .failures import Failures
 from .mapping import joint_groups
 from .matching import Evidence
@@ -122,8 +122,8 @@ class FLeRMRun:
         self._failures = Failures()
         self._saved: tuple[Path, RateProfile] | None = None
         asked: list[Mapping[str, float]] = [group for groups in self._groups.values() for group in groups.values()]
-        base = None if config.profile is None else RateProfile.from_pretrained(config.profile)
-        check_same("the profile", base)
+        source = config.profile
+        base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
         self._scaling: Scaling | None = None
         if base is not None:
             self._stepping.check_apart()
@@ -217,9 +217,9 @@ class FLeRMRun:
         Raises:
             RateProfileError: If checkpoint and model do not belong together.
         """
-        profile = RateProfile(**state["profile"])
-        check_same("the checkpoint's profile", profile)
-        self.resume(profile, state["steps"])
+        profile = common_profile("the checkpoint's profile", lambda: RateProfile(**state["profile"]))
+        if profile is not None:
+            self.resume(profile, state["steps"])
 
     def before_step(self, step: int) -> None:
         """Keep the weights from before an update, if a measurement is due.
