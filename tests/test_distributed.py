@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import runpy
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -57,6 +57,7 @@ from hf_flerm.updates import Snapshot
 BYTES_PER_TENSOR = 64
 PAIR = 2
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = ("many_processes", "raw_loop")
 MEASURED_TOGETHER = [("full", e) for e in ESTIMATORS if e != "exact"] + [("lora", "per_example"), ("lora", "exact")]
 UNEVEN = 22  # rows: the last global batch of 2 x 4 is short
 
@@ -422,13 +423,14 @@ FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_
 def as_on_gpus(patch: pytest.MonkeyPatch) -> None:
     """Accelerate shards on GPUs alone, and makes DDP of it elsewhere: let it take these processes for some."""
 
-    def prepared(self: Trainer, *args: Any, **kwargs: Any) -> None:
+    def prepared(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+        PartialState(cpu=True)
         AcceleratorState._reset_state()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        patch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
         original(self, *args, **kwargs)
 
-    original = Trainer.__init__
-    patch.setattr(Trainer, "__init__", prepared)
+    original = Accelerator.__init__
+    patch.setattr(Accelerator, "__init__", prepared)
 
 
 class Alive:
@@ -529,12 +531,26 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         torch.testing.assert_close(four[0]["own"]["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
 
+    # And two take up what four have saved.
+    two = launch(two_shards, PAIR, tmp_path / "c", tmp_path)
+    assert all(result["scales"] == four[0]["own"]["scales"] for result in two)
+    for name, weight in four[0]["own"]["weights"].items():
+        torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def two_shards(folder: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_gpus(patch)
+        resume = folder / "own" / "checkpoint-3"
+        return matched_run(folder / "two", "full", steps=EARLY, resume=resume, **TWO_EACH, **FSDP)
+
+
 def four_shards(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpus(patch)
         options: dict[str, Any] = {"steps": EARLY, "per_device_train_batch_size": 1, **FSDP}
         resumed = matched_run(folder / "four", "full", resume=folder / "early" / "checkpoint-3", **options)
-        own = matched_run(folder / "four", "full", **options)
+        own = matched_run(folder / "own", "full", save_strategy="steps", save_steps=3, **options)
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
             make_trainer(folder, gpt2(), FLeRMConfig(estimator="exact"), **FSDP).train()
     with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
@@ -542,23 +558,22 @@ def four_shards(folder: Path) -> dict[str, Any]:
     return {"resumed": resumed, "own": own}
 
 
-def example(folder: Path, environments: dict[str, dict[str, str]]) -> dict[str, str]:
-    """What the example prints in the environment of each engine."""
-    spec = importlib.util.spec_from_file_location("many_processes", EXAMPLES / "many_processes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def examples(folder: Path, environments: dict[str, dict[str, str]]) -> dict[tuple[str, str], str]:
+    """What the examples print in the environment of each engine."""
     printed = {}
     for engine, environment in environments.items():
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        with pytest.MonkeyPatch.context() as patch:
             if "ACCELERATE_USE_FSDP" in environment:
                 as_on_gpus(patch)
             for name, value in environment.items():
                 patch.setenv(name, value)
-            patch.setattr(sys, "argv", ["many_processes", "--output", str(folder / engine), "--steps", "3"])
-            module.main()
-        printed[engine] = out.getvalue()
+            patch.syspath_prepend(str(EXAMPLES))
+            for script in SCRIPTS:
+                place = folder / engine / script
+                patch.setattr(sys, "argv", [script, "--output", str(place), "--steps", "2"])
+                with redirect_stdout(StringIO()) as out:
+                    runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+                printed[engine, script] = out.getvalue()
     return printed
 
 
@@ -574,16 +589,19 @@ def test_every_engine_has_a_file() -> None:
     assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2"}
 
 
-def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
+def test_the_examples_run_with_every_config(tmp_path: Path) -> None:
     environments = {}
     for engine in ("ddp", "fsdp2"):
         made = prepare_multi_gpu_env(launched(engine))
         environments[engine] = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-    first, second = launch(example, PAIR, tmp_path, tmp_path, environments)
+    first, second = launch(examples, PAIR, tmp_path, tmp_path, environments)
     assert set(second.values()) == {""}
-    assert "2 processes, {'Parameter': 28}" in first["ddp"]
-    assert "2 processes, {'DTensor': 28}" in first["fsdp2"]
-    assert all("base: 3 measurements, target: 3" in printed for printed in first.values())
+    for engine, weights, name in (("ddp", "Parameter", "MULTI_CPU"), ("fsdp2", "DTensor", "FSDP")):
+        by_trainer, by_loop = (first[engine, script] for script in SCRIPTS)
+        assert f"2 processes, {{'{weights}': 28}}" in by_trainer
+        assert "base: 2 measurements, target: 2" in by_trainer
+        assert f"2 processes ({name}), 2 measurements" in by_loop
+        assert "scales from" in by_loop
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, extract_model_from_parallel
+from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_parallel
 from processes import launch
-from test_distributed import drawn_by_all, whole
+from test_distributed import as_on_gpus, drawn_by_all, whole
 from test_loops import Loop
 from torch.distributed.tensor import DTensor
 from training import BATCH, MEASURED, MODELS, assert_identical, scaled, some_factors
@@ -25,13 +24,6 @@ DROPOUT = 0.1
 
 
 def loop(engine: str, kind: str, **options: Any) -> Loop:
-    """Accelerate shards on GPUs alone, and makes DDP of it elsewhere: let it take these processes for some."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
-    PartialState(cpu=True)
-    sharded = engine == "fsdp2"
-    taken_for = DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
-    PartialState._shared_state["distributed_type"] = taken_for
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -39,12 +31,8 @@ def loop(engine: str, kind: str, **options: Any) -> Loop:
         state_dict_type="FULL_STATE_DICT",
         cpu_ram_efficient_loading=False,
     )
-    return Loop(
-        MODELS[kind](**options),
-        accelerated=True,
-        batch=BATCH // PAIR,
-        shards=plugin if sharded else None,
-    )
+    shards = plugin if engine == "fsdp2" else None
+    return Loop(MODELS[kind](**options), accelerated=True, batch=BATCH // PAIR, shards=shards)
 
 
 def lies_here(followed: Loop) -> list[Any]:
@@ -82,33 +70,38 @@ def outcome(followed: Loop, run: FLeRMRun) -> dict[str, Any]:
 
 
 def loops(engine: str, bases: dict[str, RateProfile], folder: Path) -> dict[str, Any]:
-    found = {}
-    for kind, base in bases.items():
-        plain = loop(engine, kind, dropout=DROPOUT)
-        losses = plain.train()
-        recorded = loop(engine, kind, dropout=DROPOUT)
-        run = recorded.follow()
-        assert all(isinstance(p, DTensor) for p in recorded.model.parameters()) == (engine == "fsdp2")
-        assert recorded.train(run) == losses
-        assert run.profile.steps.tolist() == MEASURED
-        assert_identical(lies_here(recorded), lies_here(plain))
+    with pytest.MonkeyPatch.context() as patch:
+        if engine == "fsdp2":
+            as_on_gpus(patch)
+        return {kind: loops_of(engine, kind, base, folder / kind) for kind, base in bases.items()}
 
-        def registered() -> tuple[Loop, FLeRMRun]:
-            made = loop(engine, kind, **starting(kind))
-            run = made.follow(matching(base))
-            made.accelerator.register_for_checkpointing(made.schedule, run)
-            return made, run
 
-        matched, run = registered()
-        matched.train(run, stop=3)
-        matched.accelerator.save_state(str(folder / kind))
-        matched.train(run, start=3)
-        found[kind] = outcome(matched, run)
-        resumed, run = registered()
-        resumed.accelerator.load_state(str(folder / kind))
-        assert run.steps == 3
-        resumed.train(run, start=3)
-        assert_identical(outcome(resumed, run), found[kind])
+def loops_of(engine: str, kind: str, base: RateProfile, folder: Path) -> dict[str, Any]:
+    plain = loop(engine, kind, dropout=DROPOUT)
+    losses = plain.train()
+    recorded = loop(engine, kind, dropout=DROPOUT)
+    run = recorded.follow()
+    assert all(isinstance(p, DTensor) for p in recorded.model.parameters()) == (engine == "fsdp2")
+    assert recorded.train(run) == losses
+    assert run.profile.steps.tolist() == MEASURED
+    assert_identical(lies_here(recorded), lies_here(plain))
+
+    def registered() -> tuple[Loop, FLeRMRun]:
+        made = loop(engine, kind, **starting(kind))
+        run = made.follow(matching(base))
+        made.accelerator.register_for_checkpointing(made.schedule, run)
+        return made, run
+
+    matched, run = registered()
+    matched.train(run, stop=3)
+    matched.accelerator.save_state(str(folder))
+    matched.train(run, start=3)
+    found = outcome(matched, run)
+    resumed, run = registered()
+    resumed.accelerator.load_state(str(folder))
+    assert run.steps == 3
+    resumed.train(run, start=3)
+    assert_identical(outcome(resumed, run), found)
     return found
 
 
