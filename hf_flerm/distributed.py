@@ -74,6 +74,24 @@ def check_engine(model: nn.Module, estimator: str) -> None:
         raise ValueError("estimator 'exact' needs whole weights, and these are sharded (FSDP2). Use 'per_example'.")
 
 
+def check_loop(model: nn.Module) -> None:
+    """Refuse a step of a loop of one's own that processes do not make and measure together.
+
+    Args:
+        model: What is trained, wrapped as it is.
+
+    Raises:
+        ValueError: If DeepSpeed steps, or processes may run out of batches one before the other.
+    """
+    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
+    if getattr(getattr(model, "_join_config", None), "enable", False):
+        raise ValueError(
+            "processes that have run out of batches take no part in measurements: train without join_uneven_inputs (or "
+            "torch's Join), and let Accelerate give all as many batches (even_batches=True)."
+        )
+
+
 def are_several() -> bool:
     """Tell whether this process was started as one of several, also before they have found each other.
 

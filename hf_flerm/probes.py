@@ -22,7 +22,7 @@ from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from .sharding import agreement, is_sharded, reshard
+from .sharding import agreement, is_sharded, reshard, runs_on
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
@@ -150,7 +150,7 @@ class RateProbe:
             self._raw, self._asked = resolve_names(self.model, updates), list(updates)
         parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
         moves = UnitUpdates(updates, dict(zip(self._raw, updates, strict=True)), parameters)
-        device = next(iter(parameters.values())).device
+        device = runs_on(next(iter(parameters.values())))
         samples = Samples(moves)
         if self._head is not None and not self._head.is_current():
             self._head = None

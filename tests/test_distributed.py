@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from processes import launch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from training import (
@@ -477,6 +478,11 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
         found["early"] = matched_run(
             folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **FSDP
         )
+        # No accelerator is there whose memory could be pinned.
+        patch.setattr(CPUOffloadPolicy.__init__, "__defaults__", (False,))
+        offloaded: dict[str, Any] = {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "cpu_offload": True}}
+        assert_identical(matched_run(folder / "off", "full", steps=EARLY, **TWO_EACH, **offloaded), found["early"])
+        assert isinstance(AcceleratorState().fsdp_plugin.cpu_offload, CPUOffloadPolicy)
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
         trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **FSDP)
         trainer.train()

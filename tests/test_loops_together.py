@@ -11,6 +11,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_
 from processes import launch
 from test_distributed import as_on_gpus, drawn_by_all, whole
 from test_loops import Loop
+from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor import DTensor
 from training import BATCH, MEASURED, MODELS, assert_identical, scaled, some_factors
 
@@ -128,3 +129,18 @@ def test_a_loop_is_that_of_one_process(tmp_path: Path, engine: str, monkeypatch:
         )
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(first["weights"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def uneven() -> str:
+    """Processes that may have no batches left."""
+    made = loop("ddp", "full")
+    run = made.follow()
+    with Join([made.model]), pytest.raises(ValueError, match="no part in measurements") as caught:
+        made.train(run)
+    return str(caught.value)
+
+
+def test_processes_that_run_out_of_batches_apart_are_refused(tmp_path: Path) -> None:
+    first, second = launch(uneven, PAIR, tmp_path)
+    assert first == second
+    assert "train without join_uneven_inputs" in first
