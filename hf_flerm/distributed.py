@@ -98,7 +98,8 @@ def are_several() -> bool:
     Returns:
         Whether it was.
     """
-    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) > 1
+    count: int = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    return count > 1
 
 
 def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RateProfile | None:
@@ -124,7 +125,9 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
     except RateProfileError as error:
         failure = error
     commit = (own is not None and own.commit_hash) or ""
-    content, told_commit, reason = (_broadcast(part) for part in (content, commit.encode(), str(failure or "").encode()))
+    content, told_commit, reason = (
+        _broadcast(part) for part in (content, commit.encode(), str(failure or "").encode())
+    )
     if reason:
         raise RateProfileError(f"{what} cannot be read on the first process: {reason.decode()}") from failure
     first = RateProfile(*parse_bytes(content, Path(PROFILE_NAME))) if content else None

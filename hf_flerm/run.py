@@ -158,7 +158,7 @@ class FLeRMRun:
             Nothing.
 
         Raises:
-            ValueError: If learning rates change in it, gradients do not outlive it, DeepSpeed steps, or Join is entered.
+            ValueError: If learning rates change in it, gradients do not outlive it, or DeepSpeed or Join takes part.
         """
         check_loop(self._wrapped)
         if self._accumulation is not None and not self._accumulation.sync_gradients:

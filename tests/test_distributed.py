@@ -42,7 +42,7 @@ from training import (
     train,
     weights_of,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, plan, updates
 from hf_flerm.distributed import Pool
@@ -484,7 +484,8 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
         assert_identical(matched_run(folder / "off", "full", steps=EARLY, **TWO_EACH, **offloaded), found["early"])
         assert isinstance(AcceleratorState().fsdp_plugin.cpu_offload, CPUOffloadPolicy)
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
-        trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **FSDP)
+        streamed = {**DATA["streamed and dispatched"], **FSDP}
+        trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **streamed)
         trainer.train()
         found["auto"] = trainer.flerm_callback.last_measurement.num_probes
     return found
@@ -535,7 +536,6 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
             assert result["own"]["rates"][name][0] == pytest.approx(rates[0], rel=1e-5), name
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(four[0]["own"]["weights"][name], weight, rtol=1e-3, atol=1e-4)
-
 
     # And two take up what four have saved.
     two = launch(two_shards, PAIR, tmp_path / "c", tmp_path)
