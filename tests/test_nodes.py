@@ -70,6 +70,24 @@ def runs_on_disks_of_their_own(folder: Path) -> dict[str, Any]:
     return found
 
 
+def runs_in_one_folder(folder: Path) -> dict[str, Any]:
+    written: list[str] = []
+    original = RateProfile.save_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RateProfile, "save_pretrained", lambda self, d: (written.append(str(d)), original(self, d))[1])
+        whole = matched(folder / "shared", base())
+        resumed = matched(folder / "resumed", base(), folder / "shared" / "checkpoint-2")
+    return {"written": [Path(place).name for place in written], "whole": whole, "resumed": resumed}
+
+
+def test_the_first_of_all_processes_writes_what_nodes_share(tmp_path: Path) -> None:
+    first, second = launch(runs_in_one_folder, NODES, tmp_path, tmp_path, nodes=NODES)
+    assert first.pop("written") == ["checkpoint-2", "checkpoint-3", "shared", "checkpoint-3", "resumed"]
+    assert second.pop("written") == []
+    assert first == second
+    assert first["whole"] == first["resumed"]
+
+
 def test_each_node_may_have_a_disk_of_its_own(tmp_path: Path) -> None:
     first, second = launch(runs_on_disks_of_their_own, NODES, tmp_path, tmp_path, nodes=NODES)
     places = [".", "checkpoint-2", "checkpoint-3"]
