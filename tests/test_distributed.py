@@ -544,6 +544,38 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
+def failing_shards(folder: Path) -> dict[str, Any]:
+    """The second process alone cannot make the batch of the second measurement."""
+    config = FLeRMConfig(measure_steps=(0, 1), probe_batch_size=2)
+    found = {}
+    original = ProbeData._batches
+    for name, error in (("examples", ValueError("no text")), ("memory", torch.OutOfMemoryError("CUDA out of memory."))):
+        calls = 0
+
+        def failing(self: ProbeData, *args: Any, error: Exception = error) -> Iterator[Any]:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and dist.get_rank() == 1:
+                raise error
+            yield from original(self, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            as_on_gpus(patch)
+            patch.setattr(ProbeData, "_batches", failing)
+            trainer = make_trainer(folder, gpt2(), config, max_steps=3, **FSDP)
+            trainer.train()
+        found[name] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes(), calls)
+    return found
+
+
+def test_a_batch_that_one_process_cannot_make_is_missing_on_all(tmp_path: Path) -> None:
+    """Shards are gathered by all or by none: the others would wait for ever."""
+    first, second = launch(failing_shards, PAIR, tmp_path, tmp_path)
+    assert first == second
+    steps = {name: (steps, calls) for name, (steps, _, calls) in first.items()}
+    assert steps == {"examples": ([0, 2], 3), "memory": ([0, 1], 3)}, "tried again at the next step, or by half"
+
+
 def two_shards(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpus(patch)
