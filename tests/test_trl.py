@@ -422,6 +422,14 @@ def test_grpo_needs_prompts_or_completions_to_probe_with(tmp_path: Path) -> None
         trainer.train()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_completions_are_not_sampled_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_flerm.trl_tasks.is_sharded", lambda model: True)
+    trainer = made(grpo(tmp_path), CONFIG)
+    with pytest.raises(ValueError, match=r"from a model in shards: pass probe_dataset, rows of input_ids and labels"):
+        trainer.train()
+
+
 def runs_together(folder: Path) -> dict[str, Any]:
     """Of a trainer whose probes sample completions, each process its own."""
     plain = run_once(made(grpo(folder)))
