@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset as HubDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from .config import FLeRMConfig
 from .modes import kept_random_state
@@ -132,7 +136,7 @@ class ProbeData:
         return self._batches(random_numbers), generator
 
     def _check_inputs(self, columns: list[str] | None) -> None:
-        collate = self._collate.first if isinstance(self._collate, Staged) else self._collate
+        collate = self._collate.first if isinstance(self._collate, Staged) else _apart(self._collate)
         try:
             with kept_random_state(torch.device("cpu")):
                 batch = collate([self._examples[index] for index in range(self.batch_size)])
@@ -157,9 +161,23 @@ class ProbeData:
         )
 
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
+        collate = _apart(self._collate)
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
-            yield self._collate([self._examples[index] for index in chosen])
+            yield collate([self._examples[index] for index in chosen])
+
+
+def _apart(collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
+    """A collator that leaves those random numbers alone that another one holds, as Transformers' with a seed does."""
+    if isinstance(collate, FunctionType | MethodType | Staged) or not getattr(collate, "__dict__", None):
+        return collate
+    twin = copy.copy(collate)
+    for name, value in list(vars(twin).items()):
+        if isinstance(value, torch.Generator | np.random.Generator | random.Random):
+            setattr(twin, name, copy.deepcopy(value))
+        elif isinstance(collate, RemoveColumnsCollator) and name == "data_collator":
+            setattr(twin, name, _apart(value))
+    return twin
 
 
 def _batch_size(dataloader: Any) -> int:

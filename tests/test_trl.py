@@ -352,6 +352,24 @@ def test_the_same_run_as_trainer_sft_and_loop(tmp_path: Path, monkeypatch: pytes
             torch.testing.assert_close(other.rates[name], rates, rtol=1e-3, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("kind", [Dataset.from_list, list], ids=["datasets", "list"])
+def test_random_numbers_that_a_collator_holds_are_left_alone(tmp_path: Path, kind: Callable[..., Any]) -> None:
+    """Transformers' collator for masked language models holds some, if it is given a seed."""
+    rows = [{"input_ids": list(range(3 + index % 4, 13 + index % 4))} for index in range(BATCH * STEPS)]
+    masking = tokenizer()
+    masking.add_special_tokens({"mask_token": WORDS[-1]})
+
+    def outcome(*callbacks: FLeRMCallback) -> Outcome:
+        collate = DataCollatorForLanguageModeling(masking, seed=42)
+        args = TrainingArguments(**options(tmp_path))
+        data = kind(rows)
+        return run_once(Trainer(policy(), args, train_dataset=data, data_collator=collate, callbacks=[*callbacks]))
+
+    plain, recorded = outcome(), outcome(FLeRMCallback(CONFIG))
+    assert_identical(recorded.weights, plain.weights)
+    assert_identical([log["loss"] for log in recorded.logs], [log["loss"] for log in plain.logs])
+
+
 class FLeRMSFTTrainer(FLeRMMixin, SFTTrainer):
     """The two in one name."""
 
