@@ -122,7 +122,7 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
     try:
         own = read()
         content = own.to_bytes() if own is not None else b""
-    except RateProfileError as error:
+    except Exception as error:  # which the others must not wait for
         failure = error
     commit = (own is not None and own.commit_hash) or ""
     content, told_commit, reason = (
