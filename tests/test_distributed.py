@@ -418,7 +418,10 @@ def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
 
 TWO_EACH = {"per_device_train_batch_size": 2}
 EARLY = (0, 1)  # steps that are measured, all of them before a checkpoint
-FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}}
+WRAPPED = {"transformer_layer_cls_to_wrap": ["GPT2Block"]}
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": WRAPPED}
+SAVED_IN_SHARDS: dict[str, Any] = {"fsdp": True, "fsdp_config": {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}}
+OFFLOADED: dict[str, Any] = {"fsdp": True, "fsdp_config": {**WRAPPED, "cpu_offload": True}}
 
 
 def as_on_gpus(patch: pytest.MonkeyPatch) -> None:
@@ -476,13 +479,8 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
             assert 0 < alive.most <= max(parameter.nbytes for parameter in model().parameters())
             assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
         found["early"] = matched_run(
-            folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **FSDP
+            folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **SAVED_IN_SHARDS
         )
-        # No accelerator is there whose memory could be pinned.
-        patch.setattr(CPUOffloadPolicy.__init__, "__defaults__", (False,))
-        offloaded: dict[str, Any] = {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "cpu_offload": True}}
-        assert_identical(matched_run(folder / "off", "full", steps=EARLY, **TWO_EACH, **offloaded), found["early"])
-        assert isinstance(AcceleratorState().fsdp_plugin.cpu_offload, CPUOffloadPolicy)
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
         streamed = {**DATA["streamed and dispatched"], **FSDP}
         trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **streamed)
@@ -544,6 +542,38 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
+def cast_and_offloaded(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_gpus(patch)
+        rates, weights = {}, {}
+        for name, config, bf16 in (
+            ("plain", None, True),
+            ("half", FLeRMConfig(), True),
+            ("single", FLeRMConfig(), False),
+        ):
+            trainer = make_trainer(folder, gpt2(DROPOUT), config, max_steps=2, bf16=bf16, **FSDP)
+            trainer.train()
+            weights[name] = whole(trainer.model)
+            policy = AcceleratorState().fsdp_plugin.mixed_precision_policy
+            assert getattr(policy, "param_dtype", None) == (torch.bfloat16 if bf16 else None)
+            if config is not None:
+                rates[name] = {name: float(values[0]) for name, values in trainer.rate_profile.rates.items()}
+        assert_identical(weights["half"], weights["plain"])
+        assert rates["half"] == pytest.approx(rates["single"], rel=0.2)
+
+        options: dict[str, Any] = {"steps": (0,), "max_steps": 2, **TWO_EACH}
+        here = matched_run(folder, "full", **options, **FSDP)
+        # No accelerator is there whose memory could be pinned.
+        patch.setattr(CPUOffloadPolicy.__init__, "__defaults__", (False,))
+        assert_identical(matched_run(folder, "full", **options, **OFFLOADED), here)
+        assert isinstance(AcceleratorState().fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+
+
+def test_shards_in_half_precision_or_offloaded_are_measured(tmp_path: Path) -> None:
+    """In bf16 recording leaves no trace either, and rates are those of float32 as far as bf16 goes."""
+    launch(cast_and_offloaded, PAIR, tmp_path, tmp_path)
+
+
 def failing_shards(folder: Path) -> dict[str, Any]:
     """The second process alone cannot make the batch of the second measurement."""
     config = FLeRMConfig(measure_steps=(0, 1), probe_batch_size=2)
@@ -586,9 +616,10 @@ def two_shards(folder: Path) -> dict[str, Any]:
 def four_shards(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpus(patch)
-        options: dict[str, Any] = {"steps": EARLY, "per_device_train_batch_size": 1, **FSDP}
-        resumed = matched_run(folder / "four", "full", resume=folder / "early" / "checkpoint-3", **options)
-        own = matched_run(folder / "own", "full", save_strategy="steps", save_steps=3, **options)
+        options: dict[str, Any] = {"steps": EARLY, "per_device_train_batch_size": 1}
+        resume = folder / "early" / "checkpoint-3"
+        resumed = matched_run(folder / "four", "full", resume=resume, **options, **SAVED_IN_SHARDS)
+        own = matched_run(folder / "own", "full", save_strategy="steps", save_steps=3, **options, **FSDP)
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
             make_trainer(folder, gpt2(), FLeRMConfig(estimator="exact"), **FSDP).train()
     with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
