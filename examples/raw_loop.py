@@ -2,6 +2,7 @@
 
     python examples/raw_loop.py
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/raw_loop.py
+    accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/raw_loop.py
 
 A GPT-2 of width 32 is recorded, one of width 64 is matched to it, on single bytes of Python's help pages.
 """
@@ -62,7 +63,8 @@ def main() -> None:
         accelerator, options.output / "target", 64, options.steps, FLeRMConfig(mode="match", profile=options.output)
     )
     scales = sorted(run.scales.values())
-    accelerator.print(f"{accelerator.num_processes} processes, {len(run.profile.steps)} measurements")
+    engine = accelerator.distributed_type.value
+    accelerator.print(f"{accelerator.num_processes} processes ({engine}), {len(run.profile.steps)} measurements")
     accelerator.print(f"scales from {scales[0]:.3g} to {scales[-1]:.3g}")
 
 

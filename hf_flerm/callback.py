@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import FLeRMConfig
-from .distributed import check_same
+from .distributed import are_several, common_profile
 from .matching import Evidence
 from .measurement import Measurement
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
@@ -44,13 +44,15 @@ class FLeRMCallback(TrainerCallback):
         probe_dataset: Examples to probe with. None: the training set's, drawn by the callback's own generator.
 
     Raises:
-        RateProfileError: If the profile to match cannot be loaded.
+        RateProfileError: If the profile to match cannot be loaded; on several processes when training begins, on all.
     """
 
     def __init__(self, config: FLeRMConfig, probe_dataset: Dataset[Any] | None = None) -> None:
         self.config = config
         self.probe_dataset = probe_dataset
-        self.base = RateProfile.from_pretrained(config.profile) if config.profile is not None else None
+        self.base: RateProfile | None = None
+        if config.profile is not None and not are_several():  # several read it together when training begins
+            self.base = RateProfile.from_pretrained(config.profile)
         self._resume_from: Path | None = None
         self._run: FLeRMRun | None = None
 
@@ -137,7 +139,7 @@ class FLeRMCallback(TrainerCallback):
         run = FLeRMRun(
             model,
             kwargs["optimizer"],
-            replace(self.config, profile=self.base, positions=positions),
+            replace(self.config, profile=self.base or self.config.profile, positions=positions),
             dataloader,
             probe_dataset=self.probe_dataset,
             collate_fn=task.collate_fn,
@@ -213,8 +215,10 @@ class FLeRMCallback(TrainerCallback):
         self._resume_from = None
         if state.global_step == 0:
             return None
-        profile = RateProfile.from_pretrained(folder) if (folder / PROFILE_NAME).is_file() else None
-        check_same("the checkpoint's profile", profile)
+        profile = common_profile(
+            "the checkpoint's profile",
+            lambda: RateProfile.from_pretrained(folder) if (folder / PROFILE_NAME).is_file() else None,
+        )
         if profile is None:
             logger.warning(f"there is no {PROFILE_NAME} in {folder}: rates are measured from step {state.global_step}.")
         return profile

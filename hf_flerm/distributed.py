@@ -6,21 +6,25 @@ processes makes many measurements one: P processes give P times the examples. Al
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, reduce
+from accelerate.utils import DistributedType, broadcast, get_int_from_env, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from .estimators import FALLBACK, num_factors, rates_from
 from .measurement import UNUSED, Measurement
-from .rate_profile import RateProfile, RateProfileError
+from .profile_file import parse_bytes
+from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from .totals import Group, Totals, group_key
+
+logger = logging.get_logger(__name__)
 
 _INSTEAD = "Train with DDP, or with FSDP2 where the model does not fit (fsdp_version: 2), or measure in one process."
 _REFUSED = {
@@ -70,25 +74,89 @@ def check_engine(model: nn.Module, estimator: str) -> None:
         raise ValueError("estimator 'exact' needs whole weights, and these are sharded (FSDP2). Use 'per_example'.")
 
 
-def check_same(what: str, *profiles: RateProfile | None) -> None:
-    """Refuse profiles that differ between processes: each node may have a disk of its own. A collective call.
+def check_loop(model: nn.Module) -> None:
+    """Refuse a step of a loop of one's own that processes do not make and measure together.
 
     Args:
-        what: What they are.
-        profiles: The profiles of this process, None for one that is not there.
+        model: What is trained, wrapped as it is.
 
     Raises:
-        RateProfileError: On every process, if they are not the same on all.
+        ValueError: If DeepSpeed steps, or processes may run out of batches one before the other.
     """
-    if PartialState().num_processes == 1:
-        return
-    content = b"|".join(profile.to_bytes() if profile is not None else b"" for profile in profiles)
-    number = int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
-    extremes: Tensor = reduce(torch.tensor([number, -number], device=PartialState().device), "max")
-    if extremes.sum():
-        raise RateProfileError(
-            f"{what} is not the same on all {PartialState().num_processes} processes: every node needs the same files."
+    if AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
+    if getattr(getattr(model, "_join_config", None), "enable", False):
+        raise ValueError(
+            "processes that have run out of batches take no part in measurements: train without join_uneven_inputs (or "
+            "torch's Join), and let Accelerate give all as many batches (even_batches=True)."
         )
+
+
+def are_several() -> bool:
+    """Tell whether this process was started as one of several, also before they have found each other.
+
+    Returns:
+        Whether it was.
+    """
+    count: int = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    return count > 1
+
+
+def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RateProfile | None:
+    """Read a profile that is one for all processes, though each node may have a disk of its own; a collective call.
+
+    Args:
+        what: What it is.
+        read: Reads it on this process; None if there is none.
+
+    Returns:
+        The first process's, also where it could not be read; None if it has none.
+
+    Raises:
+        RateProfileError: On every process: if the first cannot read it, or another has one with other rates.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return read()
+    own, content, failure = None, b"", None
+    try:
+        own = read()
+        content = own.to_bytes() if own is not None else b""
+    except Exception as error:  # which the others must not wait for
+        failure = error
+    commit = (own is not None and own.commit_hash) or ""
+    content, told_commit, reason = (
+        _broadcast(part) for part in (content, commit.encode(), str(failure or "").encode())
+    )
+    if reason:
+        raise RateProfileError(f"{what} cannot be read on the first process: {reason.decode()}") from failure
+    first = RateProfile(*parse_bytes(content, Path(PROFILE_NAME))) if content else None
+    (differs,) = anywhere([own is not None and (first is None or _rates(own) != _rates(first))])
+    if differs:
+        raise RateProfileError(
+            f"{what} is not the same on all {state.num_processes} processes: every node needs the same file, or the "
+            "first node alone has one."
+        )
+    if first is not None:
+        first.commit_hash = told_commit.decode() or None
+        if own is None:
+            because = f": {failure}" if failure else "."
+            logger.warning(f"{what} is not on this node, and that of the first process is used{because}")
+    return first
+
+
+def _rates(profile: RateProfile) -> bytes:
+    """A profile but for its metadata, in which nodes may differ: a data set's fingerprint may be random."""
+    return RateProfile(profile.steps, profile.rates, None, profile.joint_rates).to_bytes()
+
+
+def _broadcast(content: bytes) -> bytes:
+    """What the first process has."""
+    state = PartialState()
+    numbers = torch.frombuffer(bytearray(content + b"."), dtype=torch.uint8).to(state.device)
+    size = int(broadcast(torch.tensor([len(numbers)], device=state.device)))
+    told: Tensor = broadcast(numbers if state.is_main_process else numbers.new_zeros(size))
+    return told.cpu().numpy().tobytes()[:-1]
 
 
 class Pool:

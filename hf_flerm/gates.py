@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .readers import Kept, Reader, Readers
-from .sharding import Agree, gathered_leaves
+from .sharding import Agree, gathered_leaves, runs_on
 from .tangents import Affine
 
 _PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
@@ -138,7 +138,7 @@ class Gates(AbstractContextManager["Gates"]):
                 module = modules[site.module]
                 self._tensors.setdefault(module, []).append((name, site))
                 self._paths[module] = site.module
-        device = next(model.parameters()).device
+        device = runs_on(next(model.parameters()))
         self._rows = {name: row for row, name in enumerate(sites)}
         self._values = torch.zeros(len(self._rows), num_examples, dtype=torch.float64, device=device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset as HubDataset
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from .config import FLeRMConfig
 from .modes import kept_random_state
 from .outputs import Batch
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A collate function in two stages.
+
+    Attributes:
+        first: Takes a list of examples; it is quick, and tried before training.
+        rest: Makes model inputs of what the first stage made.
+    """
+
+    first: Callable[[list[Any]], Batch]
+    rest: Callable[[Batch], Batch]
+
+    def __call__(self, examples: list[Any]) -> Batch:
+        """Make model inputs of examples."""
+        return self.rest(self.first(examples))
 
 
 class ProbeData:
@@ -38,7 +61,8 @@ class ProbeData:
         accumulation_steps: Batches per optimizer step.
 
     Raises:
-        ValueError: If the data set is a stream or too small, or nothing tells the size of a batch.
+        ValueError: If the data set is a stream or too small, no batch can be made of it, or nothing tells the size of
+            one.
     """
 
     def __init__(
@@ -80,8 +104,8 @@ class ProbeData:
         self._seed = config.seed
         self._examples = examples
         self._collate = collate_fn or dataloader.collate_fn
-        if collate_fn is None:
-            self._check_inputs()
+        if collate_fn is None or dataset is not None or isinstance(collate_fn, Staged):
+            self._check_inputs(getattr(training, "column_names", None))
 
     def halve(self) -> bool:
         """Take half as many examples at a time, and twice as many batches.
@@ -111,20 +135,49 @@ class ProbeData:
         generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
         return self._batches(random_numbers), generator
 
-    def _check_inputs(self) -> None:
-        with kept_random_state(torch.device("cpu")):
-            batch = self._collate([self._examples[index] for index in range(self.batch_size)])
+    def _check_inputs(self, columns: list[str] | None) -> None:
+        collate = self._collate.first if isinstance(self._collate, Staged) else _apart(self._collate)
+        try:
+            with kept_random_state(torch.device("cpu")):
+                batch = collate([self._examples[index] for index in range(self.batch_size)])
+        except Exception as error:
+            raise ValueError(self._no_batch(columns, repr(error))) from error
         if not isinstance(batch, Mapping):
             raise ValueError(
                 f"the data loader makes {type(batch).__name__} of examples, model inputs are a dict: pass collate_fn, "
                 "which makes one of a list of examples, and FLeRMConfig(output=(model, batch) -> tensor) if the model "
                 "does not take it as keywords."
             )
+        if not any(isinstance(value, Tensor) for value in batch.values()):
+            raise ValueError(self._no_batch(columns, f"no tensor is in {dict(batch)!r:.100}"))
+
+    def _no_batch(self, columns: list[str] | None, reason: str) -> str:
+        known = ""
+        if columns and isinstance(self._examples, HubDataset):
+            known = f" It has the columns {self._examples.column_names}, the training set has {columns}."
+        return (
+            f"no batch can be made of the probe data set: {reason}.{known} Prepare it as the training set is: TRL's "
+            "trainers prepare what they are given as eval_dataset, and trainer.eval_dataset can be probed with."
+        )
 
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
+        collate = _apart(self._collate)
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
-            yield self._collate([self._examples[index] for index in chosen])
+            yield collate([self._examples[index] for index in chosen])
+
+
+def _apart(collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
+    """A collator that leaves those random numbers alone that another one holds, as Transformers' with a seed does."""
+    if isinstance(collate, FunctionType | MethodType | Staged) or not getattr(collate, "__dict__", None):
+        return collate
+    twin = copy.copy(collate)
+    for name, value in list(vars(twin).items()):
+        if isinstance(value, torch.Generator | np.random.Generator | random.Random):
+            setattr(twin, name, copy.deepcopy(value))
+        elif isinstance(collate, RemoveColumnsCollator) and name == "data_collator":
+            setattr(twin, name, _apart(value))
+    return twin
 
 
 def _batch_size(dataloader: Any) -> int:

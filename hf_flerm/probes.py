@@ -6,13 +6,14 @@ samples -> `Measurement`. The model is left exactly as it was: weights, gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
@@ -22,7 +23,7 @@ from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from .sharding import agreement, is_sharded, reshard
+from .sharding import agreement, is_sharded, reshard, runs_on
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
@@ -150,15 +151,14 @@ class RateProbe:
             self._raw, self._asked = resolve_names(self.model, updates), list(updates)
         parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
         moves = UnitUpdates(updates, dict(zip(self._raw, updates, strict=True)), parameters)
-        device = next(iter(parameters.values())).device
+        device = runs_on(next(iter(parameters.values())))
         samples = Samples(moves)
         if self._head is not None and not self._head.is_current():
             self._head = None
         with undisturbed(self.model, device):
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-            for batch in batches:
-                batch = send_to_device(dict(batch), device)
+            for batch in self._there(batches, device):
                 if self.estimator == "exact":
                     self._differentiate(moves, batch, samples)
                     continue
@@ -173,6 +173,27 @@ class RateProbe:
                         break
         self._sites.close_measurement(moves)
         return samples.measurement()
+
+    def _there(self, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+        """Batches on the device; one that a process cannot make is missing on all that run the model in step."""
+        source = iter(batches)
+        while True:
+            batch: Batch | None = None
+            failure: Exception | None = None
+            try:
+                batch = next(source, None)
+                batch = batch and send_to_device(dict(batch), device)
+            except Exception as error:
+                failure = error
+            out_of_memory = failure is not None and should_reduce_batch_size(failure)
+            failed, out_of_memory = self._agree([failure is not None, out_of_memory])
+            if out_of_memory:
+                raise torch.OutOfMemoryError(f"a process ran out of memory. {failure or ''}".rstrip()) from failure
+            if failed:
+                raise failure or RuntimeError("another process could not make a batch to probe with.")
+            if batch is None:
+                return
+            yield batch
 
     def _probe(
         self,

@@ -57,6 +57,9 @@ def check_name(name: str) -> None:
         )
 
 
+Content = tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]
+
+
 def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str, Any], joint_rates: Groups) -> bytes:
     """Make the content of a file: a tensor per parameter and the steps; everything else is one sorted JSON text.
 
@@ -116,8 +119,8 @@ def write_whole(folder: Path, content: bytes) -> Path:
     return folder / PROFILE_NAME
 
 
-def parse(path: Path) -> tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]:
-    """Read a file; nothing in it is executed or trusted, and time and memory are bounded.
+def parse(path: Path) -> Content:
+    """Read a file, as `parse_bytes` does.
 
     It is read at once, so that a file that is replaced or cut off meanwhile is the old one or no profile.
 
@@ -135,6 +138,22 @@ def parse(path: Path) -> tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[s
             content = file.read(_MOST["bytes"] + 1)
     except OSError as error:
         raise RateProfileError(f"{path} cannot be read: {error}") from error
+    return parse_bytes(content, path)
+
+
+def parse_bytes(content: bytes, path: Path) -> Content:
+    """Read what a file holds; nothing in it is executed or trusted, and time and memory are bounded.
+
+    Args:
+        content: Of the file.
+        path: Where it comes from, for messages.
+
+    Returns:
+        Steps, rates, metadata and joint rates, to be checked by `RateProfile`.
+
+    Raises:
+        RateProfileError: If it is no whole profile.
+    """
     _check_most(len(content), "bytes", path)
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     _check_most(length, "bytes of header", path)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .config import FLeRMConfig
-from .distributed import Pool, check_engine, check_same
+from .distributed import Pool, check_engine, check_loop, common_profile
 from .failures import Failures
 from .mapping import joint_groups
 from .matching import Evidence
@@ -32,8 +32,9 @@ from .probes import RateProbe
 from .provenance import begun_profile, continued_profile, provenance
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from .scaling import Scaling
+from .sharding import runs_on
 from .updates import Snapshot
-from .zero import is_deepspeed, stepping
+from .zero import stepping
 
 logger = logging.get_logger(__name__)
 
@@ -95,6 +96,7 @@ class FLeRMRun:
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         check_engine(model, config.estimator)
+        self._wrapped = model
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.steps = 0
         self.last_measurement: Measurement | None = None
@@ -122,8 +124,8 @@ class FLeRMRun:
         self._failures = Failures()
         self._saved: tuple[Path, RateProfile] | None = None
         asked: list[Mapping[str, float]] = [group for groups in self._groups.values() for group in groups.values()]
-        base = None if config.profile is None else RateProfile.from_pretrained(config.profile)
-        check_same("the profile", base)
+        source = config.profile
+        base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
         self._scaling: Scaling | None = None
         if base is not None:
             self._stepping.check_apart()
@@ -156,10 +158,9 @@ class FLeRMRun:
             Nothing.
 
         Raises:
-            ValueError: If learning rates change in the block, gradients do not outlive it, or DeepSpeed steps.
+            ValueError: If learning rates change in it, gradients do not outlive it, or DeepSpeed or Join takes part.
         """
-        if is_deepspeed():
-            raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
+        check_loop(self._wrapped)
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             yield
             return
@@ -217,9 +218,9 @@ class FLeRMRun:
         Raises:
             RateProfileError: If checkpoint and model do not belong together.
         """
-        profile = RateProfile(**state["profile"])
-        check_same("the checkpoint's profile", profile)
-        self.resume(profile, state["steps"])
+        profile = common_profile("the checkpoint's profile", lambda: RateProfile(**state["profile"]))
+        if profile is not None:
+            self.resume(profile, state["steps"])
 
     def before_step(self, step: int) -> None:
         """Keep the weights from before an update, if a measurement is due.
@@ -328,7 +329,7 @@ class FLeRMRun:
         self, before: Snapshot | Exception, used: Mapping[str, float], decays: Mapping[str, float]
     ) -> Measurement | None:
         """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
-        device = next(iter(self._parameters.values())).device
+        device = runs_on(next(iter(self._parameters.values())))
         moved = isinstance(before, Snapshot) and before.moved()
         failed, moved = self._stepping.agree([isinstance(before, Exception), moved])
         if isinstance(before, Exception):

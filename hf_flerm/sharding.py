@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -51,6 +52,20 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
         stride=like.stride(),
     )
     return whole.full_tensor()
+
+
+def runs_on(parameter: Tensor) -> torch.device:
+    """Where a tensor is when it is used: shards may lie on the CPU in the meantime.
+
+    Args:
+        parameter: Sharded or whole.
+
+    Returns:
+        The device.
+    """
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.device_type == parameter.device.type:
+        return parameter.device
+    return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainingArguments, default_data_collator
 
 from .outputs import Batch
+from .probe_data import Staged
 from .sharding import is_sharded
 
 Collate = Callable[[list[Any]], Batch]
@@ -106,25 +107,28 @@ def _reward(args: Any, model: nn.Module, dataloader: Any, processing_class: Any)
 def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task:
     """The policy's logits on completions that it samples itself for a probe, at the weights from before the update."""
 
-    def collate(rows: Sequence[Any]) -> Batch:
+    def prompts(rows: Sequence[Any]) -> Batch:
         if "input_ids" in rows[0]:
             return _given(rows, processing_class)
         if is_sharded(model):
             raise ValueError(
-                "completions are not sampled from a model in shards: pass probe_dataset, rows of input_ids and labels."
+                "completions are not sampled from a model in shards: pass probe_dataset, rows of input_ids and labels"
             )
-        prompts = [row["prompt"] for row in rows]
-        if isinstance(prompts[0], str):
-            ids = processing_class(text=prompts)["input_ids"]
+        texts = [row["prompt"] for row in rows]
+        if isinstance(texts[0], str):
+            ids = processing_class(text=texts)["input_ids"]
         else:
             ids = processing_class.apply_chat_template(
-                prompts,
+                texts,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 **(args.chat_template_kwargs or {}),
             )["input_ids"]
-        return _completed(model, _padded(ids, processing_class.pad_token_id, "left"), settings)
+        return _padded(ids, processing_class.pad_token_id, "left")
+
+    def completed(batch: Batch) -> Batch:
+        return batch if "labels" in batch else _completed(model, batch, settings)
 
     settings = GenerationConfig(
         **{
@@ -142,7 +146,7 @@ def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task
         },
         disable_compile=True,
     )
-    return Task("labels", collate)
+    return Task("labels", Staged(prompts, completed))
 
 
 def _given(rows: Sequence[Any], tokenizer: Any) -> Batch:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import agreement, gathered, shard
+from .sharding import agreement, gathered, runs_on, shard
 
 NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
@@ -33,7 +33,7 @@ class UnitUpdates(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         parameter = self._parameters[name]
-        return self._updates[self._keys[name]].detach().to(parameter.device, parameter.dtype)
+        return self._updates[self._keys[name]].detach().to(runs_on(parameter), parameter.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -17,10 +17,10 @@ import torch.distributed as dist
 TIMEOUT = 120.0
 
 
-def launch(body: Callable[..., Any], count: int, folder: Path, *args: Any) -> list[Any]:
+def launch(body: Callable[..., Any], count: int, folder: Path, *args: Any, nodes: int = 1) -> list[Any]:
     """What `body(*args)` returns in each of `count` processes of one gloo group; it must lie in an importable module.
 
-    A process is forked from a server that has imported the module already.
+    A process is forked from a server that has imported the module already. Of several nodes each has as many of them.
     """
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -29,7 +29,7 @@ def launch(body: Callable[..., Any], count: int, folder: Path, *args: Any) -> li
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     store = folder / "store"
     started = [
-        context.Process(target=_run, args=(sender, body, rank, count, str(store), args), daemon=True)
+        context.Process(target=_run, args=(sender, body, rank, count, nodes, str(store), args), daemon=True)
         for rank, (_, sender) in enumerate(pipes)
     ]
     for process, (_, sender) in zip(started, pipes, strict=True):
@@ -57,10 +57,11 @@ def _results(receivers: list[Connection]) -> list[Any]:
 
 
 def _run(
-    sender: Connection, body: Callable[..., Any], rank: int, count: int, store: str, args: tuple[Any, ...]
+    sender: Connection, body: Callable[..., Any], rank: int, count: int, nodes: int, store: str, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    of_node = count // nodes
+    names = {"RANK": rank, "LOCAL_RANK": rank % of_node, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": of_node}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)

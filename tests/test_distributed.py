@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import runpy
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from processes import launch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from training import (
@@ -41,7 +42,7 @@ from training import (
     train,
     weights_of,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, plan, updates
 from hf_flerm.distributed import Pool
@@ -57,6 +58,7 @@ from hf_flerm.updates import Snapshot
 BYTES_PER_TENSOR = 64
 PAIR = 2
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = ("many_processes", "raw_loop")
 MEASURED_TOGETHER = [("full", e) for e in ESTIMATORS if e != "exact"] + [("lora", "per_example"), ("lora", "exact")]
 UNEVEN = 22  # rows: the last global batch of 2 x 4 is short
 
@@ -416,19 +418,23 @@ def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
 
 TWO_EACH = {"per_device_train_batch_size": 2}
 EARLY = (0, 1)  # steps that are measured, all of them before a checkpoint
-FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}}
+WRAPPED = {"transformer_layer_cls_to_wrap": ["GPT2Block"]}
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": WRAPPED}
+SAVED_IN_SHARDS: dict[str, Any] = {"fsdp": True, "fsdp_config": {**WRAPPED, "state_dict_type": "SHARDED_STATE_DICT"}}
+OFFLOADED: dict[str, Any] = {"fsdp": True, "fsdp_config": {**WRAPPED, "cpu_offload": True}}
 
 
 def as_on_gpus(patch: pytest.MonkeyPatch) -> None:
     """Accelerate shards on GPUs alone, and makes DDP of it elsewhere: let it take these processes for some."""
 
-    def prepared(self: Trainer, *args: Any, **kwargs: Any) -> None:
+    def prepared(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+        PartialState(cpu=True)
         AcceleratorState._reset_state()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        patch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
         original(self, *args, **kwargs)
 
-    original = Trainer.__init__
-    patch.setattr(Trainer, "__init__", prepared)
+    original = Accelerator.__init__
+    patch.setattr(Accelerator, "__init__", prepared)
 
 
 class Alive:
@@ -473,10 +479,11 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
             assert 0 < alive.most <= max(parameter.nbytes for parameter in model().parameters())
             assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
         found["early"] = matched_run(
-            folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **FSDP
+            folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **SAVED_IN_SHARDS
         )
         auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
-        trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **FSDP)
+        streamed = {**DATA["streamed and dispatched"], **FSDP}
+        trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **streamed)
         trainer.train()
         found["auto"] = trainer.flerm_callback.last_measurement.num_probes
     return found
@@ -528,13 +535,91 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(four[0]["own"]["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
+    # And two take up what four have saved.
+    two = launch(two_shards, PAIR, tmp_path / "c", tmp_path)
+    assert all(result["scales"] == four[0]["own"]["scales"] for result in two)
+    for name, weight in four[0]["own"]["weights"].items():
+        torch.testing.assert_close(two[0]["weights"][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def cast_and_offloaded(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_gpus(patch)
+        rates, weights = {}, {}
+        for name, config, bf16 in (
+            ("plain", None, True),
+            ("half", FLeRMConfig(), True),
+            ("single", FLeRMConfig(), False),
+        ):
+            trainer = make_trainer(folder, gpt2(DROPOUT), config, max_steps=2, bf16=bf16, **FSDP)
+            trainer.train()
+            weights[name] = whole(trainer.model)
+            policy = AcceleratorState().fsdp_plugin.mixed_precision_policy
+            assert getattr(policy, "param_dtype", None) == (torch.bfloat16 if bf16 else None)
+            if config is not None:
+                rates[name] = {name: float(values[0]) for name, values in trainer.rate_profile.rates.items()}
+        assert_identical(weights["half"], weights["plain"])
+        assert rates["half"] == pytest.approx(rates["single"], rel=0.2)
+
+        options: dict[str, Any] = {"steps": (0,), "max_steps": 2, **TWO_EACH}
+        here = matched_run(folder, "full", **options, **FSDP)
+        # No accelerator is there whose memory could be pinned.
+        patch.setattr(CPUOffloadPolicy.__init__, "__defaults__", (False,))
+        assert_identical(matched_run(folder, "full", **options, **OFFLOADED), here)
+        assert isinstance(AcceleratorState().fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+
+
+def test_shards_in_half_precision_or_offloaded_are_measured(tmp_path: Path) -> None:
+    """In bf16 recording leaves no trace either, and rates are those of float32 as far as bf16 goes."""
+    launch(cast_and_offloaded, PAIR, tmp_path, tmp_path)
+
+
+def failing_shards(folder: Path) -> dict[str, Any]:
+    """The second process alone cannot make the batch of the second measurement."""
+    config = FLeRMConfig(measure_steps=(0, 1), probe_batch_size=2)
+    found = {}
+    original = ProbeData._batches
+    for name, error in (("examples", ValueError("no text")), ("memory", torch.OutOfMemoryError("CUDA out of memory."))):
+        calls = 0
+
+        def failing(self: ProbeData, *args: Any, error: Exception = error) -> Iterator[Any]:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and dist.get_rank() == 1:
+                raise error
+            yield from original(self, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            as_on_gpus(patch)
+            patch.setattr(ProbeData, "_batches", failing)
+            trainer = make_trainer(folder, gpt2(), config, max_steps=3, **FSDP)
+            trainer.train()
+        found[name] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes(), calls)
+    return found
+
+
+def test_a_batch_that_one_process_cannot_make_is_missing_on_all(tmp_path: Path) -> None:
+    """Shards are gathered by all or by none: the others would wait for ever."""
+    first, second = launch(failing_shards, PAIR, tmp_path, tmp_path)
+    assert first == second
+    steps = {name: (steps, calls) for name, (steps, _, calls) in first.items()}
+    assert steps == {"examples": ([0, 2], 3), "memory": ([0, 1], 3)}, "tried again at the next step, or by half"
+
+
+def two_shards(folder: Path) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        as_on_gpus(patch)
+        resume = folder / "own" / "checkpoint-3"
+        return matched_run(folder / "two", "full", steps=EARLY, resume=resume, **TWO_EACH, **FSDP)
+
 
 def four_shards(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         as_on_gpus(patch)
-        options: dict[str, Any] = {"steps": EARLY, "per_device_train_batch_size": 1, **FSDP}
-        resumed = matched_run(folder / "four", "full", resume=folder / "early" / "checkpoint-3", **options)
-        own = matched_run(folder / "four", "full", **options)
+        options: dict[str, Any] = {"steps": EARLY, "per_device_train_batch_size": 1}
+        resume = folder / "early" / "checkpoint-3"
+        resumed = matched_run(folder / "four", "full", resume=resume, **options, **SAVED_IN_SHARDS)
+        own = matched_run(folder / "own", "full", save_strategy="steps", save_steps=3, **options, **FSDP)
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
             make_trainer(folder, gpt2(), FLeRMConfig(estimator="exact"), **FSDP).train()
     with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
@@ -542,23 +627,22 @@ def four_shards(folder: Path) -> dict[str, Any]:
     return {"resumed": resumed, "own": own}
 
 
-def example(folder: Path, environments: dict[str, dict[str, str]]) -> dict[str, str]:
-    """What the example prints in the environment of each engine."""
-    spec = importlib.util.spec_from_file_location("many_processes", EXAMPLES / "many_processes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def examples(folder: Path, environments: dict[str, dict[str, str]]) -> dict[tuple[str, str], str]:
+    """What the examples print in the environment of each engine."""
     printed = {}
     for engine, environment in environments.items():
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        with pytest.MonkeyPatch.context() as patch:
             if "ACCELERATE_USE_FSDP" in environment:
                 as_on_gpus(patch)
             for name, value in environment.items():
                 patch.setenv(name, value)
-            patch.setattr(sys, "argv", ["many_processes", "--output", str(folder / engine), "--steps", "3"])
-            module.main()
-        printed[engine] = out.getvalue()
+            patch.syspath_prepend(str(EXAMPLES))
+            for script in SCRIPTS:
+                place = folder / engine / script
+                patch.setattr(sys, "argv", [script, "--output", str(place), "--steps", "2"])
+                with redirect_stdout(StringIO()) as out:
+                    runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+                printed[engine, script] = out.getvalue()
     return printed
 
 
@@ -574,16 +658,19 @@ def test_every_engine_has_a_file() -> None:
     assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2"}
 
 
-def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
+def test_the_examples_run_with_every_config(tmp_path: Path) -> None:
     environments = {}
     for engine in ("ddp", "fsdp2"):
         made = prepare_multi_gpu_env(launched(engine))
         environments[engine] = {k: v for k, v in made.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
-    first, second = launch(example, PAIR, tmp_path, tmp_path, environments)
+    first, second = launch(examples, PAIR, tmp_path, tmp_path, environments)
     assert set(second.values()) == {""}
-    assert "2 processes, {'Parameter': 28}" in first["ddp"]
-    assert "2 processes, {'DTensor': 28}" in first["fsdp2"]
-    assert all("base: 3 measurements, target: 3" in printed for printed in first.values())
+    for engine, weights, name in (("ddp", "Parameter", "MULTI_CPU"), ("fsdp2", "DTensor", "FSDP")):
+        by_trainer, by_loop = (first[engine, script] for script in SCRIPTS)
+        assert f"2 processes, {{'{weights}': 28}}" in by_trainer
+        assert "base: 2 measurements, target: 2" in by_trainer
+        assert f"2 processes ({name}), 2 measurements" in by_loop
+        assert "scales from" in by_loop
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sybil import Document, Example
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 from test_hub import hub, server  # noqa: F401
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile
@@ -71,12 +72,18 @@ def script_command(words: list[str]) -> None:
     assert all((ROOT / file).is_file() for file in files)
 
 
+def torchrun_command(words: list[str]) -> None:
+    get_args_parser().parse_args(words[1:])
+    script_command(words)
+
+
 COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
     "hf-flerm": flerm_command,
     "pip": pip_command,
     "make": make_command,
     "python": script_command,
     "accelerate": script_command,
+    "torchrun": torchrun_command,
     "pytest": script_command,
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,17 +36,24 @@ class Loop:
     """A training of `STEPS` steps at most, with a decaying learning rate; the order of the data is fixed."""
 
     def __init__(
-        self, model: nn.Module, *, accelerated: bool = False, accumulation: int = 1, weight_decay: float = 0.1
+        self,
+        model: nn.Module,
+        *,
+        accelerated: bool = False,
+        accumulation: int = 1,
+        weight_decay: float = 0.1,
+        batch: int = BATCH,
+        shards: FullyShardedDataParallelPlugin | None = None,
     ) -> None:
         self.model: Any = model
         self.optimizer: Any = AdamW(model.parameters(), LEARNING_RATE, eps=1e-4, weight_decay=weight_decay)
         self.schedule: Any = LambdaLR(self.optimizer, lambda step: 1 - step / STEPS)
-        self.loader: Any = DataLoader(Rows(BATCH * STEPS), BATCH)
+        self.loader: Any = DataLoader(Rows(BATCH * STEPS), batch)
         self.backward: Callable[[Tensor], None] = Tensor.backward
         self.block: Callable[[], Any] = contextlib.nullcontext
         self.accumulation = accumulation
         if accelerated:
-            self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+            self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, fsdp_plugin=shards)
             self.model, self.optimizer, self.loader = self.accelerator.prepare(model, self.optimizer, self.loader)
             self.backward = self.accelerator.backward
             self.block = lambda: self.accelerator.accumulate(self.model)

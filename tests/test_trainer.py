@@ -1181,6 +1181,10 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         },
         "stream .* pass probe_dataset",
     ),
+    "probe dataset of texts": (
+        lambda: {"flerm": FLeRMConfig(), "probe_dataset": datasets.Dataset.from_dict({"text": ["a"] * 8})},
+        r"no batch can be made of the probe data set: no tensor is in \{\}.*Prepare it as the training set is",
+    ),
     "stream to probe with": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": Stream()},
         "probe_dataset",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
+from processes import launch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from training import Outcome, assert_identical, flerm_callback, gpt2, scaled, train, weights_of
@@ -351,6 +352,24 @@ def test_the_same_run_as_trainer_sft_and_loop(tmp_path: Path, monkeypatch: pytes
             torch.testing.assert_close(other.rates[name], rates, rtol=1e-3, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("kind", [Dataset.from_list, list], ids=["datasets", "list"])
+def test_random_numbers_that_a_collator_holds_are_left_alone(tmp_path: Path, kind: Callable[..., Any]) -> None:
+    """Transformers' collator for masked language models holds some, if it is given a seed."""
+    rows = [{"input_ids": list(range(3 + index % 4, 13 + index % 4))} for index in range(BATCH * STEPS)]
+    masking = tokenizer()
+    masking.add_special_tokens({"mask_token": WORDS[-1]})
+
+    def outcome(*callbacks: FLeRMCallback) -> Outcome:
+        collate = DataCollatorForLanguageModeling(masking, seed=42)
+        args = TrainingArguments(**options(tmp_path))
+        data = kind(rows)
+        return run_once(Trainer(policy(), args, train_dataset=data, data_collator=collate, callbacks=[*callbacks]))
+
+    plain, recorded = outcome(), outcome(FLeRMCallback(CONFIG))
+    assert_identical(recorded.weights, plain.weights)
+    assert_identical([log["loss"] for log in recorded.logs], [log["loss"] for log in plain.logs])
+
+
 class FLeRMSFTTrainer(FLeRMMixin, SFTTrainer):
     """The two in one name."""
 
@@ -391,3 +410,65 @@ def test_what_the_user_says_of_positions_counts(tmp_path: Path) -> None:
     trainer = made(sft(tmp_path), FLeRMConfig(measure_steps=(0,), positions="attention_mask"))
     trainer.train()
     assert flerm_callback(trainer).rate_profile.metadata["flerm"]["positions"] == "attention_mask"
+
+
+RAW = {"sft": completions, "sft-packed": completions, "dpo": preferences, "reward": preferences}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", RAW)
+def test_probe_data_that_is_not_tokenized_is_refused_before_training(tmp_path: Path, case: str) -> None:
+    raw = RAW[case]()
+    trainer = made(CASES[case](tmp_path), CONFIG, raw)
+    before = weights_of(trainer.model)
+    with pytest.raises(ValueError, match=r"no batch can be made of the probe data set: KeyError") as caught:
+        trainer.train()
+    columns = trainer.get_train_dataloader().dataset.column_names
+    assert f"It has the columns {raw.column_names}, the training set has {columns}." in str(caught.value)
+    assert_identical(weights_of(trainer.model), before)
+    # What the message tells to do.
+    trainer = made({**CASES[case](tmp_path), "eval_dataset": raw})
+    trainer.add_callback(FLeRMCallback(CONFIG, trainer.eval_dataset))
+    trainer.train()
+    assert flerm_callback(trainer).rate_profile.steps.tolist() == list(range(STEPS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_grpo_needs_prompts_or_completions_to_probe_with(tmp_path: Path) -> None:
+    trainer = made(grpo(tmp_path), CONFIG, completions().rename_column("prompt", "question"))
+    with pytest.raises(ValueError, match=r"KeyError\('prompt'\).*the training set has \['prompt'\]"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_completions_are_not_sampled_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_flerm.trl_tasks.is_sharded", lambda model: True)
+    trainer = made(grpo(tmp_path), CONFIG)
+    with pytest.raises(ValueError, match=r"from a model in shards: pass probe_dataset, rows of input_ids and labels"):
+        trainer.train()
+
+
+def runs_together(folder: Path) -> dict[str, Any]:
+    """Of a trainer whose probes sample completions, each process its own."""
+    plain = run_once(made(grpo(folder)))
+    trainer = made(grpo(folder), CONFIG)
+    outcome = run_once(trainer)
+    for part in ("weights", "random_state", "witnessed"):
+        assert_identical(getattr(outcome, part), getattr(plain, part), part)
+    profile = flerm_callback(trainer).rate_profile
+    base = scaled(profile, dict.fromkeys(profile.names, 8.0))
+    matched = made(grpo(folder), FLeRMConfig(mode="match", profile=base, measure_steps=(0,)))
+    run_once(matched)
+    return {
+        "steps": profile.steps.tolist(),
+        "profile": profile.to_bytes(),
+        "scales": flerm_callback(matched).scales,
+        "weights": weights_of(matched.model),
+    }
+
+
+def test_grpo_on_two_processes(tmp_path: Path) -> None:
+    first, second = launch(runs_together, 2, tmp_path, tmp_path)
+    assert_identical(first, second)
+    assert first["steps"] == list(range(STEPS))
+    assert 1.5 < geometric_mean(first["scales"].values()) < 16
