@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from .distributed import agreement
 from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .gates import Gates, Site
 from .heads import LinearHead, bypassed, find_linear_head, is_cast
@@ -22,7 +23,7 @@ from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from .sharding import agreement, is_sharded, reshard
+from .sharding import is_sharded, reshard, whole_shape
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
@@ -75,9 +76,9 @@ def measure_rates(
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
         parameter = model.get_parameter(path)
-        if update.shape != parameter.shape:
+        if update.shape != whole_shape(parameter):
             raise ValueError(
-                f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}."
+                f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(whole_shape(parameter))}."
             )
     return probe.measure(updates, batches, generator, target_error=target_error)
 

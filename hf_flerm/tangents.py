@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from .sharding import own_type
+from .zero3 import whole
 
 Tangent = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -66,18 +67,19 @@ class Affine:
             The derivative of every output; 0 for what is no floating-point tensor.
         """
         key = (module, attribute)
-        if self._known.get(key):
-            return _difference(module, attribute, update, args, kwargs, outputs)
-        derivative = _derivative(module, attribute, update, args, kwargs)
-        if key not in self._known and any(bool(d.any()) for d in derivative):
-            self._known[key] = next(module.children(), None) is None and all(
-                torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
-                for sign in (1, -1)
-                for d, value in zip(
-                    derivative, _difference(module, attribute, sign * update, args, kwargs, outputs), strict=True
+        with whole(module):
+            if self._known.get(key):
+                return _difference(module, attribute, update, args, kwargs, outputs)
+            derivative = _derivative(module, attribute, update, args, kwargs)
+            if key not in self._known and any(bool(d.any()) for d in derivative):
+                self._known[key] = next(module.children(), None) is None and all(
+                    torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
+                    for sign in (1, -1)
+                    for d, value in zip(
+                        derivative, _difference(module, attribute, sign * update, args, kwargs, outputs), strict=True
+                    )
                 )
-            )
-        return derivative
+            return derivative
 
 
 def linear_tangent(module: nn.Module, attribute: str) -> Tangent | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .distributed import anywhere
 from .names import preview
 from .updates import NO_DECAY, Snapshot, Stepping, decayed
+from .zero3 import is_partitioned, rewritten
 
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
 _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
@@ -34,9 +35,12 @@ _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
         "tensor_parallel": "processes share their examples, and are not told from those that do not. Take it out",
     }
 )
-_WEIGHTS_IN_PARTS = 3  # the stage from which on no process has the whole model
 # Of each optimizer of DeepSpeed's: where the model's tensors are by group, and the partition that it steps of a group.
-_PARTITIONS = {"bit16_groups": "single_partition_of_fp32_groups", "bf16_groups": "fp32_groups_flat_partition"}
+_PARTITIONS = {
+    "bit16_groups": "single_partition_of_fp32_groups",
+    "bf16_groups": "fp32_groups_flat_partition",
+    "fp16_groups": "fp32_partitioned_groups_flat",
+}
 
 
 def is_deepspeed() -> bool:
@@ -54,12 +58,6 @@ def check_deepspeed() -> None:
         return
     config = AcceleratorState().deepspeed_plugin.deepspeed_config
     refused = "function-space learning rates cannot be followed here: "
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage >= _WEIGHTS_IN_PARTS:
-        raise ValueError(
-            f"{refused}ZeRO-{stage} has weights in parts that only its own modules put together. Use ZeRO-2, or FSDP2 "
-            "where the weights do not fit (fsdp_version: 2)."
-        )
     for path, reason in _REFUSED_BLOCKS.items():
         block: Any = config
         for key in path.split("."):
@@ -89,7 +87,8 @@ def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Param
         optimizer = optimizer.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         return _UnderDeepSpeed(model, parameters)
-    return _Zero(model, parameters, optimizer)
+    partitioned = any(map(is_partitioned, parameters.values()))
+    return (_Zero3 if partitioned else _Zero)(model, parameters, optimizer)
 
 
 class _UnderDeepSpeed(Stepping):
@@ -138,6 +137,40 @@ class _Zero(_UnderDeepSpeed):
                 f"ZeRO steps {preview(together)} at one learning rate: they share a param group. FLeRMTrainer gives "
                 "every tensor a group of its own before DeepSpeed sees them, with an optimizer of torch: match with it."
             )
+
+
+class _Zero3(_Zero):
+    """Flat partitions too; the model's weights are gathered from copies of them, one module at a time.
+
+    Outside its steps the optimizer's groups are empty.
+    """
+
+    def snapshot(self, device: str | None) -> Snapshot:
+        return _Zero3Snapshot(self._parameters, device, self._optimizer)
+
+    @contextmanager
+    def in_groups(self) -> Iterator[None]:
+        self._optimizer._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._optimizer._clear_fp32_optimizer_param_groups()
+
+
+class _Zero3Snapshot(Snapshot):
+    """The partitions from before a step."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None, optimizer: Any) -> None:
+        super().__init__(parameters, device)
+        self._optimizer = optimizer
+
+    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
+        with rewritten(self._optimizer):
+            super().rescale(ratios, decays)
+
+    def _swap(self) -> None:
+        with rewritten(self._optimizer):
+            super()._swap()
 
 
 class _ZeroSnapshot(Snapshot):

@@ -483,7 +483,18 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.state_dict().items()}
+    return {name: whole_tensor(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach().clone()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(tensor):
+        return tensor.detach().clone()
 
 
 def local_state(trainer: Any) -> list[dict[str, Tensor]]:
