@@ -491,9 +491,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         return tensor.full_tensor().detach()
     if not hasattr(tensor, "ds_tensor"):
         return tensor.detach().clone()
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters(tensor):
+    with importlib.import_module("deepspeed").zero.GatheredParameters(tensor):
         return tensor.detach().clone()
 
 
