@@ -211,7 +211,7 @@ class StepScales:
         whole = self._optimizer.param_groups
         groups = [group for group in whole if group["params"]]
         if self._partition is None or not self._partition.fits(groups, self.scales):
-            self._partition = _Partition(self._optimizer, self.scales, self._names)
+            self._partition = _Partition(self._optimizer, groups, self.scales, self._names)
         self._whole, self._stepped = whole, groups
         self._optimizer.param_groups = self._partition.parts(groups)
 
@@ -228,8 +228,13 @@ class _Partition:
     It is made anew only when scales, groups or options are no longer the same objects; learning rates may change.
     """
 
-    def __init__(self, optimizer: Optimizer, scales: Mapping[str, float], names: Mapping[int, str]) -> None:
-        groups = optimizer.param_groups
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        groups: Sequence[dict[str, Any]],
+        scales: Mapping[str, float],
+        names: Mapping[int, str],
+    ) -> None:
         self._scales = scales
         self._seen = [_options(group) for group in groups]
         self._members: list[tuple[dict[str, Any], float, list[int]]] = []  # a part, its scale, and the groups in it
