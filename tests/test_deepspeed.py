@@ -30,7 +30,7 @@ from test_distributed import (
     whole,
 )
 from torch import Tensor
-from training import MEASURED, MODELS, Rows, assert_identical, gpt2, make_trainer, weights_of
+from training import MEASURED, MODELS, Rows, assert_identical, gpt2, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from hf_flerm import FLeRMConfig
@@ -38,7 +38,6 @@ from hf_flerm.heads import LinearHead
 from hf_flerm.names import trainable_parameters
 from hf_flerm.optimizer import raw_optimizer
 from hf_flerm.probes import RateProbe
-from hf_flerm.zero import _ZeroSnapshot
 
 pytestmark = pytest.mark.deepspeed
 
@@ -143,16 +142,14 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
 def seen_updates() -> Iterator[list[dict[str, Tensor]]]:
     """The unit updates of every measurement."""
     seen: list[dict[str, Tensor]] = []
-    original = _ZeroSnapshot.put_back
+    original = RateProbe.measure
 
-    @contextmanager
-    def put_back(self: Any, *args: Any) -> Iterator[Mapping[str, Tensor]]:
-        with original(self, *args) as updates:
-            seen.append(dict(updates))
-            yield updates
+    def measure(self: Any, updates: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.append(dict(updates))
+        return original(self, updates, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ZeroSnapshot, "put_back", put_back)
+        patch.setattr(RateProbe, "measure", measure)
         yield seen
 
 
@@ -169,7 +166,6 @@ def test_updates_are_those_of_the_masters(tmp_path: Path, name: str) -> None:
     """Adam's first update is a sign; weights of 1 in bf16 do not even move at a learning rate of 1e-4."""
     for updates in launch(first_updates, PAIR, tmp_path, tmp_path, name):
         for tensor, update in updates.items():
-            assert update.dtype == torch.bfloat16, tensor
             moved = update[update != 0].abs().float()
             torch.testing.assert_close(moved, torch.ones_like(moved), rtol=1e-2, atol=0.0)
             if "ln_" in tensor:
@@ -224,7 +220,7 @@ class Still(TrainerCallback):
         self.weights: list[dict[str, Tensor]] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.weights.append(weights_of(kwargs["model"]))
+        self.weights.append(whole(kwargs["model"]))
 
 
 def scaled_steps(folder: Path, name: str) -> list[dict[str, Tensor]]:
@@ -245,10 +241,10 @@ def scaled_steps(folder: Path, name: str) -> list[dict[str, Tensor]]:
 
     trainer.add_callback(Set())
     trainer.train()
-    return [*watch.weights, weights_of(trainer.model)]
+    return [*watch.weights, whole(trainer.model)]
 
 
-@pytest.mark.parametrize("name", ["0", "1", "2"])
+@pytest.mark.parametrize("name", FLOAT32)
 def test_every_tensor_steps_at_its_own_learning_rate(tmp_path: Path, name: str) -> None:
     """Adam without momentum: |update| <= lr * sqrt(1 / (1 - beta2)), and 0 where the scale is 0."""
     for steps in launch(scaled_steps, PAIR, tmp_path, tmp_path, name):
@@ -261,7 +257,7 @@ def test_every_tensor_steps_at_its_own_learning_rate(tmp_path: Path, name: str) 
 
 def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
     environments = {}
-    for name in ("deepspeed_zero1", "deepspeed_zero2"):
+    for name in ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"):
         args = launched(name)
         args.deepspeed_fields_from_accelerate_config = "zero_stage,mixed_precision"
         _, made = prepare_deepspeed_cmd_env(args)

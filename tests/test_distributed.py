@@ -580,7 +580,7 @@ def launched(engine: str) -> Any:
 
 def test_every_engine_has_a_file() -> None:
     files = {path.stem for path in (EXAMPLES / "accelerate_configs").glob("*.yaml")}
-    assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2"}
+    assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"}
 
 
 def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
