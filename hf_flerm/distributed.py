@@ -117,7 +117,9 @@ class Pool:
         self, parameters: Mapping[str, nn.Parameter], estimator: str, groups: Iterable[Mapping[str, float]]
     ) -> None:
         self._estimator = FALLBACK if estimator == "per_example" else estimator
-        self._widths = {name: 2 + num_factors(estimator, len(whole_shape(tensor))) for name, tensor in parameters.items()}
+        self._widths = {
+            name: 2 + num_factors(estimator, len(whole_shape(tensor))) for name, tensor in parameters.items()
+        }
         self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
 
     def measurement(self, measure: Callable[[], Measurement | None]) -> Measurement | None:

@@ -75,11 +75,9 @@ def measure_rates(
     outputs = Outputs(output, positions, metric)
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
-        parameter = model.get_parameter(path)
-        if update.shape != whole_shape(parameter):
-            raise ValueError(
-                f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(whole_shape(parameter))}."
-            )
+        shape = whole_shape(model.get_parameter(path))
+        if update.shape != shape:
+            raise ValueError(f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(shape)}.")
     return probe.measure(updates, batches, generator, target_error=target_error)
 
 

@@ -330,7 +330,6 @@ class FLeRMRun:
         self, before: Snapshot | Exception, used: Mapping[str, float], decays: Mapping[str, float]
     ) -> Measurement | None:
         """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
-        device = next(iter(self._parameters.values())).device
         moved = isinstance(before, Snapshot) and before.moved()
         failed, moved = self._stepping.agree([isinstance(before, Exception), moved])
         if isinstance(before, Exception):
@@ -339,7 +338,7 @@ class FLeRMRun:
             return None
         with before.put_back(used, decays) as updates:
             while True:
-                batches, generator = self._probe_data.drawn(self._step, device)
+                batches, generator = self._probe_data.drawn(self._step, next(iter(self._parameters.values())).device)
                 try:
                     return self._probe.measure(updates, batches, generator, target_error=self._probe_data.target_error)
                 except Exception as error:

@@ -1,5 +1,4 @@
-"""Weights that lie in parts on several processes (FSDP2, ZeRO-3): one whole tensor is gathered at a time.
-"""
+"""Weights that lie in parts on several processes (FSDP2, ZeRO-3): one whole tensor is gathered at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from . import zero3
+
 
 def shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies here; writing into it changes the tensor.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from .sharding import own_type
@@ -67,7 +67,8 @@ class Affine:
             The derivative of every output; 0 for what is no floating-point tensor.
         """
         key = (module, attribute)
-        with whole(module):
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # to DoRA's layers
+        with whole([module, *given]):
             if self._known.get(key):
                 return _difference(module, attribute, update, args, kwargs, outputs)
             derivative = _derivative(module, attribute, update, args, kwargs)

@@ -5,10 +5,11 @@ Nothing of DeepSpeed is imported: what is needed of it hangs on the parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _COUNTS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")  # of a module: backward passes that are to come
@@ -94,22 +95,27 @@ def rewritten(optimizer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Have all weights of a module whole for a block in which it is called by itself, unknown to DeepSpeed.
+def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Have all weights of some modules whole for a block in which they are called by themselves, unknown to DeepSpeed.
 
     Args:
-        module: A module; nothing happens if it has no weights in partitions.
+        modules: The modules; nothing happens if they have no weights in partitions.
 
     Yields:
         Nothing.
     """
-    parameters: list[Any] = [parameter for parameter in module.parameters() if is_partitioned(parameter)]
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    own = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
+    parameters: list[Any] = [parameter for parameter in own if is_partitioned(parameter)]
     missing = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
     with ExitStack() as stack:
         if missing:
             missing[0].all_gather(param_list=missing)
             stack.callback(missing[0].partition, param_list=missing)
-        for part in module.modules() if parameters else ():
+        if parameters:  # DeepSpeed may have put a product of its own there, which functorch does not survive
+            stack.callback(setattr, nn.functional, "linear", nn.functional.linear)
+            nn.functional.linear = torch._C._nn.linear
+        for part in parts if parameters else ():
             for kind in _HOOKS:
                 hooks = vars(part)[kind]
                 stack.callback(vars(part).__setitem__, kind, hooks)
