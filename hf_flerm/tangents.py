@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from .sharding import own_type
-from .zero3 import whole
+from .zero3 import is_partitioned, whole
 
 Tangent = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -124,10 +124,11 @@ def jvp(
         The derivative of each output.
     """
     primal, tangent = primal.detach(), tangent.to(primal.dtype)
-    # The products of bitsandbytes drop forward-mode tangents without a word.
-    quantized = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
+    # The products of bitsandbytes drop forward-mode tangents without a word; functorch crashes in DeepSpeed's hooks.
+    forward_mode = not any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
+    forward_mode = forward_mode and not any(map(is_partitioned, model.parameters()))
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
-        if not quantized:
+        if forward_mode:
             try:
                 with torch.no_grad():
                     forward: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]

@@ -1,6 +1,6 @@
 """DeepSpeed: it steps flat float32 partitions of the weights (ZeRO), and the model's weights are copies of them.
 
-The only room that knows DeepSpeed. It imports nothing of it, but takes what a training hands over.
+Nothing of DeepSpeed is imported: what is needed of it is handed over by a training.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .updates import NO_DECAY, Snapshot, Stepping, decayed
 from .zero3 import is_partitioned, rewritten
 
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
+_IN_GROUPS = "a group of processes has all weights beside its own partitions, which was never tried. Take it out"
 _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
     {
         "optimizer": "DeepSpeed makes an optimizer of its own. Take the block out: the Trainer makes one from its "
@@ -32,6 +33,8 @@ _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
         "zero_optimization.offload_optimizer": _OFFLOADED,
         "zero_optimization.offload_param": _OFFLOADED,
         "zero_optimization.zenflow": "weights are stepped later than the step. Take the block out",
+        "zero_optimization.zero_hpz_partition_size": _IN_GROUPS,
+        "zero_optimization.mics_shard_size": _IN_GROUPS,
         "tensor_parallel": "processes share their examples, and are not told from those that do not. Take it out",
     }
 )
@@ -62,8 +65,15 @@ def check_deepspeed() -> None:
         block: Any = config
         for key in path.split("."):
             block = block.get(key) or {}
-        if block and block.get("device") != "none" and block.get("autotp_size") not in (0, 1):
+        if _asks(block):
             raise ValueError(f"{refused}the config of DeepSpeed has {path!r}, so {reason}.")
+
+
+def _asks(block: Any) -> bool:
+    """Whether an entry of a config asks for something, and is not there to say no."""
+    if isinstance(block, int):
+        return block > 1
+    return bool(block) and block.get("device") != "none" and block.get("autotp_size") not in (0, 1)
 
 
 def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Stepping:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -112,15 +113,13 @@ def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
         if missing:
             missing[0].all_gather(param_list=missing)
             stack.callback(missing[0].partition, param_list=missing)
-        if parameters:  # DeepSpeed may have put a product of its own there, which functorch does not survive
+        if parameters:  # DeepSpeed may have put a product of its own there, which has no second derivative
             stack.callback(setattr, nn.functional, "linear", nn.functional.linear)
             nn.functional.linear = torch._C._nn.linear
-        for part in parts if parameters else ():
-            for kind in _HOOKS:
-                hooks = vars(part)[kind]
-                stack.callback(vars(part).__setitem__, kind, hooks)
-                others = ((key, hook) for key, hook in hooks.items() if not hook.__module__.startswith("deepspeed."))
-                vars(part)[kind] = type(hooks)(others)
+        for state, kind in product(map(vars, parts) if parameters else (), _HOOKS):
+            stack.callback(state.__setitem__, kind, state[kind])
+            others = {key: hook for key, hook in state[kind].items() if not _is_deepspeeds(hook)}
+            state[kind] = type(state[kind])(others)
         yield
 
 
@@ -141,6 +140,10 @@ def repeatable(model: nn.Module) -> Iterator[None]:
     finally:
         for module, counts in kept:
             module.update(counts)
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    return str(hook.__module__).startswith("deepspeed.")
 
 
 def _offload(model: nn.Module) -> Any:

@@ -5,6 +5,7 @@ Not in the default run: `pytest -m deepspeed` in an environment that has DeepSpe
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from peft import LoraConfig, get_peft_model
 from processes import launch
 from test_distributed import (
     ACCUMULATED,
@@ -29,15 +31,17 @@ from test_distributed import (
     matched_run,
     whole,
 )
-from torch import Tensor
-from training import MEASURED, MODELS, Rows, assert_identical, gpt2, make_trainer
-from transformers import Trainer, TrainerCallback
+from torch import Tensor, nn
+from training import MEASURED, MODELS, VOCABULARY, Rows, arguments, assert_identical, gpt2, make_trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_flerm import FLeRMConfig
+from hf_flerm import FLeRMConfig, FLeRMTrainer, gates
 from hf_flerm.heads import LinearHead
 from hf_flerm.names import trainable_parameters
 from hf_flerm.optimizer import raw_optimizer
 from hf_flerm.probes import RateProbe
+from hf_flerm.readers import Reader
 
 pytestmark = pytest.mark.deepspeed
 
@@ -267,6 +271,84 @@ def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
     for printed in first.values():
         assert "2 processes, {'Parameter': 28}" in printed
         assert "base: 3 measurements, target: 3" in printed
+
+
+# --- weights in parts ---------------------------------------------------------------------------------------------
+
+
+def llama_run(folder: Path, adapter: LoraConfig | None, flerm: FLeRMConfig | None, **options: Any) -> Any:
+    """The arguments come first: they tell `from_pretrained` that it must make weights in parts."""
+    args = arguments(folder, max_steps=3, weight_decay=0.1, adam_epsilon=1e-4, **options)
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM.from_pretrained(folder / "llama")
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    common: dict[str, Any] = {"model": model, "args": args, "train_dataset": Rows()}
+    trainer = Trainer(**common) if flerm is None else FLeRMTrainer(**common, flerm=flerm)
+    trainer.train()
+    return trainer
+
+
+IN_PARTS: dict[str, tuple[LoraConfig | None, dict[str, Any]]] = {
+    "full": (None, {}),
+    "checkpointed": (None, {"gradient_checkpointing": True}),
+    "DoRA": (LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=True), {}),
+}
+TWICE = FLeRMConfig(probe_batch_size=4, probes_per_batch=2)
+
+
+@contextmanager
+def most_whole(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many numbers of weights are whole at a time, at each gate of every backward pass."""
+    counts: list[int] = []
+    probed: list[nn.Module] = []
+    passing, derivative = gates.repeatable, Reader.derivative
+
+    def repeatable(model: nn.Module) -> Any:
+        probed[:] = [model]
+        return passing(model)
+
+    def counted(*args: Any) -> Tensor:
+        parameters: Iterator[Any] = probed[0].parameters()
+        counts.append(sum(p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE"))
+        return derivative(*args)
+
+    patch.setattr(gates, "repeatable", repeatable)
+    patch.setattr(Reader, "derivative", counted)
+    yield counts
+
+
+def runs_in_parts(folder: Path) -> dict[str, Any]:
+    options = {"per_device_train_batch_size": 2, **engine(3, zero={"stage3_param_persistence_threshold": 0})}
+    importlib.import_module("deepspeed").init_distributed(dist_backend="gloo")
+    found = {}
+    for name, (adapter, own) in IN_PARTS.items():
+        plain = state_of(llama_run(folder, adapter, None, **options, **own))
+        with pytest.MonkeyPatch.context() as patch, most_whole(patch) as counts:
+            trainer = llama_run(folder, adapter, TWICE, **options, **own)
+        assert_identical(state_of(trainer), plain)
+        layers = [module for module in trainer.model.modules() if isinstance(module, LlamaDecoderLayer)]
+        assert 0 < max(counts) <= max(sum(p.ds_numel for p in layer.parameters()) for layer in layers)
+        assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
+        found[name] = {tensor: rates.tolist() for tensor, rates in trainer.rate_profile.rates.items()}
+    return found
+
+
+def test_a_model_that_is_loaded_in_parts_is_measured_as_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    llama = LlamaConfig(vocab_size=VOCABULARY, **sizes, bos_token_id=0, eos_token_id=0)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    together = launch(runs_in_parts, PAIR, tmp_path, tmp_path)
+    drawn_by_all(monkeypatch, PAIR)
+    monkeypatch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+    for name, (adapter, own) in IN_PARTS.items():
+        alone = llama_run(tmp_path, adapter, TWICE, per_device_train_batch_size=2 * PAIR, **own).rate_profile.rates
+        assert together[0][name] == together[1][name]
+        for tensor, rates in alone.items():
+            assert together[0][name][tensor] == pytest.approx(rates.tolist(), rel=1e-5, abs=1e-12), (name, tensor)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
