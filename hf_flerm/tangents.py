@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
@@ -136,7 +137,8 @@ def jvp(
             except RuntimeError as error:
                 if should_reduce_batch_size(error):
                     raise
-        with torch.enable_grad():
+        # What it saves is no activation checkpoint's: a recomputation may differentiate another way, or not at all.
+        with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primal, tangent)[1]
         return backward
 

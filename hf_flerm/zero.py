@@ -117,7 +117,8 @@ class _Zero(_UnderDeepSpeed):
         partitions = {
             id(parameter): partition
             for groups, own in _PARTITIONS.items()
-            for tensors, partition in zip(getattr(optimizer, groups, ()), getattr(optimizer, own, ()), strict=True)
+            if hasattr(optimizer, own)
+            for tensors, partition in zip(getattr(optimizer, groups), getattr(optimizer, own), strict=True)
             for parameter in tensors
         }
         missing = [name for name, parameter in parameters.items() if id(parameter) not in partitions]

@@ -36,12 +36,11 @@ from training import MEASURED, MODELS, VOCABULARY, Rows, arguments, assert_ident
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, gates
+from hf_flerm import FLeRMConfig, FLeRMTrainer
 from hf_flerm.heads import LinearHead
 from hf_flerm.names import trainable_parameters
 from hf_flerm.optimizer import raw_optimizer
 from hf_flerm.probes import RateProbe
-from hf_flerm.readers import Reader
 
 pytestmark = pytest.mark.deepspeed
 
@@ -298,24 +297,30 @@ TWICE = FLeRMConfig(probe_batch_size=4, probes_per_batch=2)
 
 
 @contextmanager
-def most_whole(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many numbers of weights are whole at a time, at each gate of every backward pass."""
+def whole_at_a_time() -> Iterator[list[int]]:
+    """How many numbers of weights are whole whenever DeepSpeed has gathered some for a probe."""
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    owner = coordinator.PartitionedParameterCoordinator
     counts: list[int] = []
     probed: list[nn.Module] = []
-    passing, derivative = gates.repeatable, Reader.derivative
+    measure, fetch = RateProbe.measure, owner.fetch_sub_module
 
-    def repeatable(model: nn.Module) -> Any:
-        probed[:] = [model]
-        return passing(model)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        probed.append(self.model)
+        try:
+            return measure(self, *args, **kwargs)
+        finally:
+            probed.pop()
 
-    def counted(*args: Any) -> Tensor:
-        parameters: Iterator[Any] = probed[0].parameters()
-        counts.append(sum(p.ds_numel for p in parameters if p.ds_status.name == "AVAILABLE"))
-        return derivative(*args)
+    def counted(*args: Any, **kwargs: Any) -> None:
+        fetch(*args, **kwargs)
+        parameters: list[Any] = [parameter for model in probed for parameter in model.parameters()]
+        counts.append(sum(p.ds_numel for p in parameters if p.ds_status.name != "NOT_AVAILABLE"))
 
-    patch.setattr(gates, "repeatable", repeatable)
-    patch.setattr(Reader, "derivative", counted)
-    yield counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RateProbe, "measure", watched)
+        patch.setattr(owner, "fetch_sub_module", counted)
+        yield counts
 
 
 def runs_in_parts(folder: Path) -> dict[str, Any]:
@@ -324,11 +329,11 @@ def runs_in_parts(folder: Path) -> dict[str, Any]:
     found = {}
     for name, (adapter, own) in IN_PARTS.items():
         plain = state_of(llama_run(folder, adapter, None, **options, **own))
-        with pytest.MonkeyPatch.context() as patch, most_whole(patch) as counts:
+        with whole_at_a_time() as counts:
             trainer = llama_run(folder, adapter, TWICE, **options, **own)
         assert_identical(state_of(trainer), plain)
         layers = [module for module in trainer.model.modules() if isinstance(module, LlamaDecoderLayer)]
-        assert 0 < max(counts) <= max(sum(p.ds_numel for p in layer.parameters()) for layer in layers)
+        assert 0 < max(counts) <= max(sum(p.ds_numel for p in layer.parameters()) for layer in layers), name
         assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
         found[name] = {tensor: rates.tolist() for tensor, rates in trainer.rate_profile.rates.items()}
     return found
