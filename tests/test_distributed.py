@@ -610,6 +610,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 REFUSED = {engine: (state, rf"{reason}.*Train with DDP, or with FSDP2") for engine, (state, reason) in REFUSED.items()}
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+ZERO_3 = {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}
 REFUSED |= {
     f"DeepSpeed: {name}": (
         {
@@ -619,7 +620,8 @@ REFUSED |= {
         reason,
     )
     for name, config, reason in (
-        ("ZeRO-3", {"zero_optimization": {"stage": 3}}, "ZeRO-3 has weights in parts.*Use ZeRO-2, or FSDP2"),
+        ("hpZ", {"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size'.*Take it out"),
+        ("MiCS", {"zero_optimization": ZERO_3 | {"mics_shard_size": 2}}, "mics_shard_size'.*Take it out"),
         ("its optimizer", {"optimizer": {"type": "AdamW"}}, "'optimizer'.*Take the block out"),
         ("its scheduler", {"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*Take the block out"),
         ("offload", {"zero_optimization": OFFLOAD}, r"'zero_optimization\.offload_optimizer'.*set its device to none"),
