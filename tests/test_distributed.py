@@ -620,7 +620,7 @@ REFUSED |= {
         reason,
     )
     for name, config, reason in (
-        ("hpZ", {"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size'.*Take it out"),
+        ("hpZ", {"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, "hpz_partition_size'.*Take it out"),
         ("MiCS", {"zero_optimization": ZERO_3 | {"mics_shard_size": 2}}, "mics_shard_size'.*Take it out"),
         ("its optimizer", {"optimizer": {"type": "AdamW"}}, "'optimizer'.*Take the block out"),
         ("its scheduler", {"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*Take the block out"),
