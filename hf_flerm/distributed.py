@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast, get_int_from_env, reduce
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from .estimators import FALLBACK, num_factors, rates_from
 from .measurement import UNUSED, Measurement
 from .profile_file import parse_bytes
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
+from .sharding import is_sharded, whole_shape
 from .totals import Group, Totals, group_key
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,8 @@ _REFUSED = {
     DistributedType.XLA: "XLA does not run hooks as they are set",
 }
 _HEADER = 4  # failures, those for want of memory, probes, M
+
+Agree = Callable[[Sequence[bool]], list[bool]]
 
 
 def anywhere(flags: Sequence[bool]) -> list[bool]:
@@ -49,6 +51,18 @@ def anywhere(flags: Sequence[bool]) -> list[bool]:
     return [bool(value) for value in values.tolist()]
 
 
+def agreement(model: nn.Module) -> Agree:
+    """How processes decide together: for a model in shards all run it in step, so a flag is set where any has set it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        What makes flags of flags; it changes nothing where each process has the whole model and goes its own way.
+    """
+    return anywhere if is_sharded(model) else list
+
+
 def check_engine(model: nn.Module, estimator: str) -> None:
     """Refuse what updates cannot be followed in.
 
@@ -62,7 +76,6 @@ def check_engine(model: nn.Module, estimator: str) -> None:
     state = AcceleratorState._shared_state
     engine, parallelism = state.get("distributed_type"), state.get("parallelism_config")
     reason = _REFUSED.get(engine) if isinstance(engine, DistributedType) else None
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if engine == DistributedType.FSDP and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) != 2:
         reason = "FSDP1 flattens the weights of a layer into one"
     for kind in ("tp", "cp", "sp"):
@@ -70,8 +83,8 @@ def check_engine(model: nn.Module, estimator: str) -> None:
             reason = f"{kind}_size > 1: processes that share their examples are not told from those that do not"
     if reason:
         raise ValueError(f"function-space learning rates cannot be followed here: {reason}. {_INSTEAD}")
-    if sharded and estimator == "exact":
-        raise ValueError("estimator 'exact' needs whole weights, and these are sharded (FSDP2). Use 'per_example'.")
+    if estimator == "exact" and is_sharded(model):
+        raise ValueError("estimator 'exact' needs whole weights, and these are sharded. Use 'per_example'.")
 
 
 def check_loop(model: nn.Module) -> None:
@@ -172,7 +185,9 @@ class Pool:
         self, parameters: Mapping[str, nn.Parameter], estimator: str, groups: Iterable[Mapping[str, float]]
     ) -> None:
         self._estimator = FALLBACK if estimator == "per_example" else estimator
-        self._widths = {name: 2 + num_factors(estimator, tensor.ndim) for name, tensor in parameters.items()}
+        self._widths = {
+            name: 2 + num_factors(estimator, len(whole_shape(tensor))) for name, tensor in parameters.items()
+        }
         self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
 
     def measurement(self, measure: Callable[[], Measurement | None]) -> Measurement | None:

@@ -22,9 +22,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .distributed import Agree
 from .readers import Kept, Reader, Readers
-from .sharding import Agree, gathered_leaves, runs_on
+from .sharding import gathered_leaves, runs_on
 from .tangents import Affine
+from .zero3 import repeatable
 
 _PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
 
@@ -215,7 +217,8 @@ class Gates(AbstractContextManager["Gates"]):
                 for parameter, reduce in reductions.items()
             ]
             try:
-                with torch.autocast(values.device.type, enabled=False):  # the caller's is for the forward pass
+                # The caller's autocast is for the forward pass.
+                with torch.autocast(values.device.type, enabled=False), repeatable(self._model):
                     torch.autograd.grad(
                         values,
                         [self._anchor, *leaves.values()],

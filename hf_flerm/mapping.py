@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .blocks import block_indices, names_of_kind, overlapping, stack_blocks, with_indices
 from .names import Place, preview, tensor_places, trainable_parameters, without_prefix
 from .rate_profile import RateProfile, RateProfileError
+from .sharding import whole_shape
 
 GRANULARITIES = ("tensor", "module", "block", "global")
 DEPTHS = ("joint", "equal", "sqrt", "copy")
@@ -202,7 +203,7 @@ def map_profile(
         tuple(name for name in sources.values() if name not in used),
         unmatched,
         depth,
-        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()},
     )
     _check(result, granularity)
     return result

@@ -69,8 +69,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 if attribute in vars(module) and isinstance(module, kind):
                     stack.callback(setattr, module, attribute, getattr(module, attribute))
                     setattr(module, attribute, value)
-            if module._buffers:
-                stack.enter_context(_kept_state(module))
+            stack.enter_context(_kept_state(module))
         try:
             model.eval()
             for parameter in frozen:

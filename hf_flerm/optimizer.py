@@ -193,6 +193,7 @@ class StepScales:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._optimizer = optimizer
         self._whole: list[dict[str, Any]] | None = None
+        self._stepped: list[dict[str, Any]] = []
         self._partition: _Partition | None = None
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self._part()),
@@ -207,15 +208,16 @@ class StepScales:
 
     def _part(self) -> None:
         self._join()
-        groups = self._optimizer.param_groups
+        whole = self._optimizer.param_groups
+        groups = [group for group in whole if group["params"]]
         if self._partition is None or not self._partition.fits(groups, self.scales):
-            self._partition = _Partition(self._optimizer, self.scales, self._names)
-        self._whole = groups
+            self._partition = _Partition(self._optimizer, groups, self.scales, self._names)
+        self._whole, self._stepped = whole, groups
         self._optimizer.param_groups = self._partition.parts(groups)
 
     def _join(self) -> None:
         if self._whole is not None and self._partition is not None:
-            self._partition.take_over(self._whole)
+            self._partition.take_over(self._stepped)
             self._optimizer.param_groups = self._whole
         self._whole = None
 
@@ -226,8 +228,13 @@ class _Partition:
     It is made anew only when scales, groups or options are no longer the same objects; learning rates may change.
     """
 
-    def __init__(self, optimizer: Optimizer, scales: Mapping[str, float], names: Mapping[int, str]) -> None:
-        groups = optimizer.param_groups
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        groups: Sequence[dict[str, Any]],
+        scales: Mapping[str, float],
+        names: Mapping[int, str],
+    ) -> None:
         self._scales = scales
         self._seen = [_options(group) for group in groups]
         self._members: list[tuple[dict[str, Any], float, list[int]]] = []  # a part, its scale, and the groups in it

@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from .distributed import agreement
 from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .gates import Gates, Site
 from .heads import LinearHead, bypassed, find_linear_head, is_cast
@@ -23,7 +24,7 @@ from .measurement import Measurement, Samples
 from .modes import checkpointed, trainable, undisturbed
 from .names import resolve_names
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from .sharding import agreement, is_sharded, reshard, runs_on
+from .sharding import is_sharded, reshard, runs_on, whole_shape
 from .sites import VerifiedSites, owners
 from .tangents import jvp
 from .updates import UnitUpdates
@@ -75,11 +76,9 @@ def measure_rates(
     outputs = Outputs(output, positions, metric)
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
-        parameter = model.get_parameter(path)
-        if update.shape != parameter.shape:
-            raise ValueError(
-                f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}."
-            )
+        shape = whole_shape(model.get_parameter(path))
+        if update.shape != shape:
+            raise ValueError(f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(shape)}.")
     return probe.measure(updates, batches, generator, target_error=target_error)
 
 

@@ -15,7 +15,7 @@ from .config import FLeRMConfig
 from .names import tensor_kinds
 from .probe_data import ProbeData
 from .rate_profile import RateProfile, RateProfileError, check_names
-from .sharding import own_type
+from .sharding import own_type, whole_shape
 
 logger = logging.get_logger(__name__)
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
@@ -78,7 +78,7 @@ def provenance(
             "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
             "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
             "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
-            "shapes": {name: list(parameter.shape) for name, parameter in parameters.items()},
+            "shapes": {name: list(whole_shape(parameter)) for name, parameter in parameters.items()},
             "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
             "dataset_fingerprint": probe_data.fingerprint,
             "flerm": _measuring_settings(config, probe_data),

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .mapping import recorded_shapes
 from .names import resolve_names, tensor_kinds, trainable_parameters, without_prefix
 from .rate_profile import RateProfile, RateProfileError
+from .sharding import whole_shape
 
 _LORA_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 
@@ -116,7 +117,7 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
     """
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
-    after = _by_kind({name: tuple(p.shape) for name, p in parameters.items()}, kinds)
+    after = _by_kind({name: tuple(whole_shape(p)) for name, p in parameters.items()}, kinds)
     before = _by_kind(recorded_shapes(base), base.metadata.get("kinds"))
     common = before.keys() & after.keys()
     widths, ranks = [], []
@@ -166,13 +167,14 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
     groups: dict[float, list[nn.Parameter]] = {}
     for (name, path), parameter in zip(resolve_names(model, parameters).items(), parameters.values(), strict=True):
         kind = without_prefix(kinds[name])
-        if kind not in before or len(before[kind][0]) != parameter.ndim:
+        shape = whole_shape(parameter)
+        if kind not in before or len(before[kind][0]) != len(shape):
             raise RateProfileError(
-                f"the profile does not tell what shape {name!r} (here {tuple(parameter.shape)}) had in the base. "
+                f"the profile does not tell what shape {name!r} (here {tuple(shape)}) had in the base. "
                 "Record a base of the same architecture."
             )
-        ratios = [new / old for old, new in zip(before[kind][0], parameter.shape, strict=True)]
-        is_hidden = parameter.ndim == 2 and ("*" in kind or min(ratios) > 1)
+        ratios = [new / old for old, new in zip(before[kind][0], shape, strict=True)]
+        is_hidden = len(shape) == 2 and ("*" in kind or min(ratios) > 1)
         fan_in = 0 if isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D) else 1
         groups.setdefault(1 / ratios[fan_in] if is_hidden else 1.0, []).append(parameter)
     return [{"params": tensors, "lr": learning_rate * factor, **options} for factor, tensors in groups.items()]

@@ -107,7 +107,8 @@ class FLeRMRun:
         self._parameters = trainable_parameters(model)
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in self._parameters}
         self._stepping = stepping(model, optimizer, self._parameters)
-        learning_rates(self._optimizer, self._stepping.held)
+        with self._stepping.in_groups():
+            learning_rates(self._optimizer, self._stepping.held)
         check_optimizer(self._optimizer, config.mode)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         self._probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
@@ -297,11 +298,12 @@ class FLeRMRun:
         return asked is not None and (not measured or asked > measured[0])
 
     def _measure(self, before: Snapshot | Exception) -> None:
-        nominal = learning_rates(self._optimizer, self._stepping.held)
-        used = {name: nominal[name] * scale for name, scale in self.scales.items()}
-        if not any(used.values()):
-            return  # warm-up: the next step will do
-        decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
+        with self._stepping.in_groups():
+            nominal = learning_rates(self._optimizer, self._stepping.held)
+            used = {name: nominal[name] * scale for name, scale in self.scales.items()}
+            if not any(used.values()):
+                return  # warm-up: the next step will do
+            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
         measurement = self._pool.measurement(lambda: self._probed(before, used, decays))
         if measurement is None or isinstance(before, Exception):
             return

@@ -1,11 +1,8 @@
-"""Weights that lie in shards on several processes (FSDP2): one whole tensor is gathered at a time.
-
-All processes run a sharded model in step, so whatever decides how often it runs must be decided together.
-"""
+"""Weights that lie in parts on several processes (FSDP2, ZeRO-3): one whole tensor is gathered at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .distributed import anywhere
-
-Agree = Callable[[Sequence[bool]], list[bool]]
+from . import zero3
 
 
 def shard(tensor: Tensor) -> Tensor:
@@ -28,6 +23,8 @@ def shard(tensor: Tensor) -> Tensor:
     Returns:
         A plain tensor without a graph.
     """
+    if zero3.is_partitioned(tensor):
+        return zero3.partition(tensor)
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
 
 
@@ -41,6 +38,8 @@ def gathered(part: Tensor, like: Tensor) -> Tensor:
     Returns:
         The whole tensor.
     """
+    if zero3.is_partitioned(like):
+        return zero3.put_together(part, like)
     if not isinstance(like, DTensor):
         return part
     whole = DTensor.from_local(
@@ -77,19 +76,32 @@ def is_sharded(model: nn.Module) -> bool:
     Returns:
         Whether one does.
     """
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(in_parts(parameter) for parameter in model.parameters())
 
 
-def agreement(model: nn.Module) -> Agree:
-    """How processes decide together: for a model in shards a flag is set where any process has set it.
+def in_parts(tensor: Tensor) -> bool:
+    """Tell whether a weight lies in shards.
 
     Args:
-        model: The model.
+        tensor: The weight.
 
     Returns:
-        What makes flags of flags; it changes nothing where each process has the whole model and goes its own way.
+        Whether it does.
     """
-    return anywhere if is_sharded(model) else list
+    return isinstance(tensor, DTensor) or zero3.is_partitioned(tensor)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a weight, wherever it lies.
+
+    Args:
+        tensor: Sharded or whole.
+
+    Returns:
+        Its shape when it is put together.
+    """
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
 
 
 def reshard(model: nn.Module) -> None:
@@ -98,6 +110,7 @@ def reshard(model: nn.Module) -> None:
     Args:
         model: The model; nothing happens if it is not in shards.
     """
+    zero3.release(model)
     for _, module in _units(model):
         module.reshard()
 

@@ -12,10 +12,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .distributed import agreement
 from .gates import Gates, Passage, Site, itself, layouts
 from .modes import trainable
 from .outputs import Batch, Output, Outputs, num_examples
-from .sharding import agreement, reshard
+from .sharding import reshard
 from .tangents import Affine
 
 logger = logging.get_logger(__name__)

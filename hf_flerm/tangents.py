@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from .sharding import own_type
+from .zero3 import is_partitioned, whole
 
 Tangent = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -66,18 +68,20 @@ class Affine:
             The derivative of every output; 0 for what is no floating-point tensor.
         """
         key = (module, attribute)
-        if self._known.get(key):
-            return _difference(module, attribute, update, args, kwargs, outputs)
-        derivative = _derivative(module, attribute, update, args, kwargs)
-        if key not in self._known and any(bool(d.any()) for d in derivative):
-            self._known[key] = next(module.children(), None) is None and all(
-                torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
-                for sign in (1, -1)
-                for d, value in zip(
-                    derivative, _difference(module, attribute, sign * update, args, kwargs, outputs), strict=True
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # to DoRA's layers
+        with whole([module, *given]):
+            if self._known.get(key):
+                return _difference(module, attribute, update, args, kwargs, outputs)
+            derivative = _derivative(module, attribute, update, args, kwargs)
+            if key not in self._known and any(bool(d.any()) for d in derivative):
+                self._known[key] = next(module.children(), None) is None and all(
+                    torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
+                    for sign in (1, -1)
+                    for d, value in zip(
+                        derivative, _difference(module, attribute, sign * update, args, kwargs, outputs), strict=True
+                    )
                 )
-            )
-        return derivative
+            return derivative
 
 
 def linear_tangent(module: nn.Module, attribute: str) -> Tangent | None:
@@ -121,10 +125,11 @@ def jvp(
         The derivative of each output.
     """
     primal, tangent = primal.detach(), tangent.to(primal.dtype)
-    # The products of bitsandbytes drop forward-mode tangents without a word.
-    quantized = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
+    # The products of bitsandbytes drop forward-mode tangents without a word; functorch crashes in DeepSpeed's hooks.
+    forward_mode = not any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
+    forward_mode = forward_mode and not any(map(is_partitioned, model.parameters()))
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
-        if not quantized:
+        if forward_mode:
             try:
                 with torch.no_grad():
                     forward: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
@@ -132,7 +137,8 @@ def jvp(
             except RuntimeError as error:
                 if should_reduce_batch_size(error):
                     raise
-        with torch.enable_grad():
+        # What it saves is no activation checkpoint's: a recomputation may differentiate another way, or not at all.
+        with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primal, tangent)[1]
         return backward
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from .sharding import agreement, gathered, runs_on, shard
+from .distributed import agreement
+from .sharding import gathered, in_parts, runs_on, shard, whole_shape
 
 NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
@@ -111,7 +111,7 @@ class Snapshot:
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
             other = self._buffer[name]
-            if self._device is None and not isinstance(parameter, DTensor):
+            if self._device is None and not in_parts(parameter):
                 parameter.data, self._buffer[name] = other, parameter.data
             else:
                 own = shard(parameter)
@@ -155,6 +155,14 @@ class Stepping:
         """
         return {name: tensor for name, tensor in self.held.items() if tensor.grad is not None}
 
+    def in_groups(self) -> AbstractContextManager[None]:
+        """Have what is held in the optimizer's param groups for a block.
+
+        Returns:
+            That block's context.
+        """
+        return nullcontext()
+
     def check_apart(self) -> None:
         """Refuse tensors that cannot have learning rates of their own.
 
@@ -182,7 +190,7 @@ class _Step(Mapping[str, Tensor]):
         parameter, rate = self._before[name], self._learning_rates[name]
         before = shard(parameter)
         if not rate:
-            return before.new_zeros(parameter.shape)
+            return before.new_zeros(whole_shape(parameter))
         start = decayed(before, self._decays.get(name, 0.0))
         return gathered(torch.sub(self._after[name].to(before.device), start).div_(rate), parameter)
 

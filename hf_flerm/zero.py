@@ -1,6 +1,6 @@
 """DeepSpeed: it steps flat float32 partitions of the weights (ZeRO), and the model's weights are copies of them.
 
-The only room that knows DeepSpeed. It imports nothing of it, but takes what a training hands over.
+Nothing of DeepSpeed is imported: what is needed of it is handed over by a training.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from .distributed import anywhere
 from .names import preview
 from .updates import NO_DECAY, Snapshot, Stepping, decayed
+from .zero3 import is_partitioned, rewritten
 
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
+_IN_GROUPS = "a group of processes has all weights beside its own partitions, which was never tried. Take it out"
 _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
     {
         "optimizer": "DeepSpeed makes an optimizer of its own. Take the block out: the Trainer makes one from its "
@@ -31,12 +33,17 @@ _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
         "zero_optimization.offload_optimizer": _OFFLOADED,
         "zero_optimization.offload_param": _OFFLOADED,
         "zero_optimization.zenflow": "weights are stepped later than the step. Take the block out",
+        "zero_optimization.zero_hpz_partition_size": _IN_GROUPS,
+        "zero_optimization.mics_shard_size": _IN_GROUPS,
         "tensor_parallel": "processes share their examples, and are not told from those that do not. Take it out",
     }
 )
-_WEIGHTS_IN_PARTS = 3  # the stage from which on no process has the whole model
 # Of each optimizer of DeepSpeed's: where the model's tensors are by group, and the partition that it steps of a group.
-_PARTITIONS = {"bit16_groups": "single_partition_of_fp32_groups", "bf16_groups": "fp32_groups_flat_partition"}
+_PARTITIONS = {
+    "bit16_groups": "single_partition_of_fp32_groups",
+    "bf16_groups": "fp32_groups_flat_partition",
+    "fp16_groups": "fp32_partitioned_groups_flat",
+}
 
 
 def is_deepspeed() -> bool:
@@ -54,18 +61,19 @@ def check_deepspeed() -> None:
         return
     config = AcceleratorState().deepspeed_plugin.deepspeed_config
     refused = "function-space learning rates cannot be followed here: "
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage >= _WEIGHTS_IN_PARTS:
-        raise ValueError(
-            f"{refused}ZeRO-{stage} has weights in parts that only its own modules put together. Use ZeRO-2, or FSDP2 "
-            "where the weights do not fit (fsdp_version: 2)."
-        )
     for path, reason in _REFUSED_BLOCKS.items():
         block: Any = config
         for key in path.split("."):
             block = block.get(key) or {}
-        if block and block.get("device") != "none" and block.get("autotp_size") not in (0, 1):
+        if _asks(block):
             raise ValueError(f"{refused}the config of DeepSpeed has {path!r}, so {reason}.")
+
+
+def _asks(block: Any) -> bool:
+    """Whether an entry of a config asks for something, and is not there to say no."""
+    if isinstance(block, int):
+        return block > 1
+    return bool(block) and block.get("device") != "none" and block.get("autotp_size") not in (0, 1)
 
 
 def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Stepping:
@@ -89,7 +97,8 @@ def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Param
         optimizer = optimizer.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         return _UnderDeepSpeed(model, parameters)
-    return _Zero(model, parameters, optimizer)
+    partitioned = any(map(is_partitioned, parameters.values()))
+    return (_Zero3 if partitioned else _Zero)(model, parameters, optimizer)
 
 
 class _UnderDeepSpeed(Stepping):
@@ -108,7 +117,8 @@ class _Zero(_UnderDeepSpeed):
         partitions = {
             id(parameter): partition
             for groups, own in _PARTITIONS.items()
-            for tensors, partition in zip(getattr(optimizer, groups, ()), getattr(optimizer, own, ()), strict=True)
+            if hasattr(optimizer, own)
+            for tensors, partition in zip(getattr(optimizer, groups), getattr(optimizer, own), strict=True)
             for parameter in tensors
         }
         missing = [name for name, parameter in parameters.items() if id(parameter) not in partitions]
@@ -138,6 +148,40 @@ class _Zero(_UnderDeepSpeed):
                 f"ZeRO steps {preview(together)} at one learning rate: they share a param group. FLeRMTrainer gives "
                 "every tensor a group of its own before DeepSpeed sees them, with an optimizer of torch: match with it."
             )
+
+
+class _Zero3(_Zero):
+    """Flat partitions too; the model's weights are gathered from copies of them, one module at a time.
+
+    Outside its steps the optimizer's groups are empty.
+    """
+
+    def snapshot(self, device: str | None) -> Snapshot:
+        return _Zero3Snapshot(self._parameters, device, self._optimizer)
+
+    @contextmanager
+    def in_groups(self) -> Iterator[None]:
+        self._optimizer._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._optimizer._clear_fp32_optimizer_param_groups()
+
+
+class _Zero3Snapshot(Snapshot):
+    """The partitions from before a step."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None, optimizer: Any) -> None:
+        super().__init__(parameters, device)
+        self._optimizer = optimizer
+
+    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
+        with rewritten(self._optimizer):
+            super().rescale(ratios, decays)
+
+    def _swap(self) -> None:
+        with rewritten(self._optimizer):
+            super()._swap()
 
 
 class _ZeroSnapshot(Snapshot):

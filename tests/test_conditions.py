@@ -112,6 +112,20 @@ def test_checkpointed_models_have_the_rates_of_plain_ones(name: str, reentrant: 
     assert all("forward" not in vars(module) for module in model.modules() if "Layer" in type(module).__name__)
 
 
+def test_a_checkpoint_keeps_nothing_of_a_tangent_by_two_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would miss what a recomputation, which knows by then that norms are affine, does not save again."""
+    model = made("llama")
+    expected = rates(model)
+
+    def missing(*args: object) -> None:
+        raise RuntimeError("there is no forward mode")
+
+    monkeypatch.setattr(torch.func, "jvp", missing)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert_same_rates(rates(model), expected, 1e-4)
+
+
 def test_a_reentrant_checkpoint_in_a_forward_says_why_not() -> None:
     class Recomputed(nn.Module):
         def __init__(self) -> None:

@@ -5,6 +5,7 @@ Not in the default run: `pytest -m deepspeed` in an environment that has DeepSpe
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from peft import LoraConfig, get_peft_model
 from processes import launch
 from test_distributed import (
     ACCUMULATED,
@@ -27,16 +29,18 @@ from test_distributed import (
     example,
     launched,
     matched_run,
+    whole,
 )
-from torch import Tensor
-from training import MEASURED, MODELS, Rows, assert_identical, gpt2, make_trainer, weights_of
-from transformers import Trainer, TrainerCallback
+from torch import Tensor, nn
+from training import MEASURED, MODELS, VOCABULARY, Rows, arguments, assert_identical, gpt2, make_trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_flerm import FLeRMConfig
+from hf_flerm import FLeRMConfig, FLeRMTrainer
+from hf_flerm.heads import LinearHead
 from hf_flerm.names import trainable_parameters
 from hf_flerm.optimizer import raw_optimizer
 from hf_flerm.probes import RateProbe
-from hf_flerm.zero import _ZeroSnapshot
 
 pytestmark = pytest.mark.deepspeed
 
@@ -50,8 +54,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "1 in bf16": {"stage": 1, "bf16": True},
     "1 in bf16, float32 gradients": {"stage": 1, "bf16": True, "data_types": {"grad_accum_dtype": "fp32"}},
     "2 in bf16": {"stage": 2, "bf16": True},
+    "3": {"stage": 3, "zero": {"stage3_param_persistence_threshold": 0}},  # else all that is this small stays whole
+    "3 in bf16": {"stage": 3, "bf16": True},
 }
-FLOAT32 = ("0", "1", "2")
+FLOAT32 = ("0", "1", "2", "3")
 
 
 def engine(stage: int, *, bf16: bool = False, zero: Mapping[str, Any] | None = None, **blocks: Any) -> dict[str, Any]:
@@ -65,11 +71,12 @@ def state_of(trainer: Trainer) -> list[Any]:
     """All that a run leaves: weights, float32 partitions, states, losses."""
     wrapper: Any = trainer.optimizer
     zero: Any = wrapper.optimizer
-    partitions = [p.detach() for group in raw_optimizer(zero).param_groups for p in group["params"]]
+    groups = raw_optimizer(zero).param_groups
+    partitions = getattr(zero, "fp32_partitioned_groups_flat", [p for group in groups for p in group["params"]])
     losses = [[entry["loss"], entry.get("grad_norm")] for entry in trainer.state.log_history if "loss" in entry]
     return [
-        weights_of(trainer.model),
-        partitions,
+        whole(trainer.model),
+        [partition.detach() for partition in partitions],
         list(raw_optimizer(zero).state.values()),
         losses,
         torch.get_rng_state(),
@@ -138,16 +145,14 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path: Path) -> None:
 def seen_updates() -> Iterator[list[dict[str, Tensor]]]:
     """The unit updates of every measurement."""
     seen: list[dict[str, Tensor]] = []
-    original = _ZeroSnapshot.put_back
+    original = RateProbe.measure
 
-    @contextmanager
-    def put_back(self: Any, *args: Any) -> Iterator[Mapping[str, Tensor]]:
-        with original(self, *args) as updates:
-            seen.append(dict(updates))
-            yield updates
+    def measure(self: Any, updates: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        seen.append(dict(updates))
+        return original(self, updates, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ZeroSnapshot, "put_back", put_back)
+        patch.setattr(RateProbe, "measure", measure)
         yield seen
 
 
@@ -164,7 +169,6 @@ def test_updates_are_those_of_the_masters(tmp_path: Path, name: str) -> None:
     """Adam's first update is a sign; weights of 1 in bf16 do not even move at a learning rate of 1e-4."""
     for updates in launch(first_updates, PAIR, tmp_path, tmp_path, name):
         for tensor, update in updates.items():
-            assert update.dtype == torch.bfloat16, tensor
             moved = update[update != 0].abs().float()
             torch.testing.assert_close(moved, torch.ones_like(moved), rtol=1e-2, atol=0.0)
             if "ln_" in tensor:
@@ -200,6 +204,8 @@ def test_a_matched_run_is_that_of_one_process(
             continue
         with monkeypatch.context() as patch:
             drawn_by_all(patch, ranks)
+            if ENGINES[name]["stage"] == 3:
+                patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in parts
             alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * ranks)
         assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
         for part in ("rates", "joint"):
@@ -217,7 +223,7 @@ class Still(TrainerCallback):
         self.weights: list[dict[str, Tensor]] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.weights.append(weights_of(kwargs["model"]))
+        self.weights.append(whole(kwargs["model"]))
 
 
 def scaled_steps(folder: Path, name: str) -> list[dict[str, Tensor]]:
@@ -238,10 +244,10 @@ def scaled_steps(folder: Path, name: str) -> list[dict[str, Tensor]]:
 
     trainer.add_callback(Set())
     trainer.train()
-    return [*watch.weights, weights_of(trainer.model)]
+    return [*watch.weights, whole(trainer.model)]
 
 
-@pytest.mark.parametrize("name", ["0", "1", "2"])
+@pytest.mark.parametrize("name", FLOAT32)
 def test_every_tensor_steps_at_its_own_learning_rate(tmp_path: Path, name: str) -> None:
     """Adam without momentum: |update| <= lr * sqrt(1 / (1 - beta2)), and 0 where the scale is 0."""
     for steps in launch(scaled_steps, PAIR, tmp_path, tmp_path, name):
@@ -254,7 +260,7 @@ def test_every_tensor_steps_at_its_own_learning_rate(tmp_path: Path, name: str) 
 
 def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
     environments = {}
-    for name in ("deepspeed_zero1", "deepspeed_zero2"):
+    for name in ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"):
         args = launched(name)
         args.deepspeed_fields_from_accelerate_config = "zero_stage,mixed_precision"
         _, made = prepare_deepspeed_cmd_env(args)
@@ -266,13 +272,96 @@ def test_the_example_runs_with_every_config(tmp_path: Path) -> None:
         assert "base: 3 measurements, target: 3" in printed
 
 
+# --- weights in parts ---------------------------------------------------------------------------------------------
+
+
+def llama_run(folder: Path, adapter: LoraConfig | None, flerm: FLeRMConfig | None, **options: Any) -> Any:
+    """The arguments come first: they tell `from_pretrained` that it must make weights in parts."""
+    args = arguments(folder, max_steps=3, weight_decay=0.1, adam_epsilon=1e-4, **options)
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM.from_pretrained(folder / "llama")
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    common: dict[str, Any] = {"model": model, "args": args, "train_dataset": Rows()}
+    trainer = Trainer(**common) if flerm is None else FLeRMTrainer(**common, flerm=flerm)
+    trainer.train()
+    return trainer
+
+
+IN_PARTS: dict[str, tuple[LoraConfig | None, dict[str, Any]]] = {
+    "full": (None, {}),
+    "checkpointed": (None, {"gradient_checkpointing": True}),
+    "DoRA": (LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=True), {}),
+}
+TWICE = FLeRMConfig(probe_batch_size=4, probes_per_batch=2)
+
+
+@contextmanager
+def whole_at_a_time() -> Iterator[list[int]]:
+    """How many numbers of weights are whole whenever DeepSpeed has gathered some for a probe."""
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    owner = coordinator.PartitionedParameterCoordinator
+    counts: list[int] = []
+    probed: list[nn.Module] = []
+    measure, fetch = RateProbe.measure, owner.fetch_sub_module
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        probed.append(self.model)
+        try:
+            return measure(self, *args, **kwargs)
+        finally:
+            probed.pop()
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        fetch(*args, **kwargs)
+        parameters: list[Any] = [parameter for model in probed for parameter in model.parameters()]
+        counts.append(sum(p.ds_numel for p in parameters if p.ds_status.name != "NOT_AVAILABLE"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RateProbe, "measure", watched)
+        patch.setattr(owner, "fetch_sub_module", counted)
+        yield counts
+
+
+def runs_in_parts(folder: Path) -> dict[str, Any]:
+    options = {"per_device_train_batch_size": 2, **engine(3, zero={"stage3_param_persistence_threshold": 0})}
+    importlib.import_module("deepspeed").init_distributed(dist_backend="gloo")
+    found = {}
+    for name, (adapter, own) in IN_PARTS.items():
+        plain = state_of(llama_run(folder, adapter, None, **options, **own))
+        with whole_at_a_time() as counts:
+            trainer = llama_run(folder, adapter, TWICE, **options, **own)
+        assert_identical(state_of(trainer), plain)
+        layers = [module for module in trainer.model.modules() if isinstance(module, LlamaDecoderLayer)]
+        assert 0 < max(counts) <= max(sum(p.ds_numel for p in layer.parameters()) for layer in layers), name
+        assert set(trainer.flerm_callback.last_measurement.estimators.values()) == {"per_example"}
+        found[name] = {tensor: rates.tolist() for tensor, rates in trainer.rate_profile.rates.items()}
+    return found
+
+
+def test_a_model_that_is_loaded_in_parts_is_measured_as_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2}
+    llama = LlamaConfig(vocab_size=VOCABULARY, **sizes, bos_token_id=0, eos_token_id=0)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    together = launch(runs_in_parts, PAIR, tmp_path, tmp_path)
+    drawn_by_all(monkeypatch, PAIR)
+    monkeypatch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+    for name, (adapter, own) in IN_PARTS.items():
+        alone = llama_run(tmp_path, adapter, TWICE, per_device_train_batch_size=2 * PAIR, **own).rate_profile.rates
+        assert together[0][name] == together[1][name]
+        for tensor, rates in alone.items():
+            assert together[0][name][tensor] == pytest.approx(rates.tolist(), rel=1e-5, abs=1e-12), (name, tensor)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 OF_TORCH = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
 BOTH = ("record", "match")
 # What is asked of DeepSpeed, whether the callback is alone, in which modes, and what is said.
 REFUSED: dict[str, tuple[dict[str, Any], bool, tuple[str, ...], str]] = {
-    "ZeRO-3": ({"stage": 3}, False, BOTH, "ZeRO-3 has weights in parts.*Use ZeRO-2, or FSDP2"),
     "an optimizer": ({"stage": 2, "optimizer": OF_TORCH}, False, BOTH, "'optimizer'.*Take the block out"),
     "round robin": (
         {"stage": 2, "zero": {"round_robin_gradients": True}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import runpy
 import sys
@@ -490,7 +491,16 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.state_dict().items()}
+    return {name: whole_tensor(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach().clone()
+    with importlib.import_module("deepspeed").zero.GatheredParameters(tensor):
+        return tensor.detach().clone()
 
 
 def local_state(trainer: Any) -> list[dict[str, Tensor]]:
@@ -655,7 +665,7 @@ def launched(engine: str) -> Any:
 
 def test_every_engine_has_a_file() -> None:
     files = {path.stem for path in (EXAMPLES / "accelerate_configs").glob("*.yaml")}
-    assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2"}
+    assert files == {"ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"}
 
 
 def test_the_examples_run_with_every_config(tmp_path: Path) -> None:
@@ -688,6 +698,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 REFUSED = {engine: (state, rf"{reason}.*Train with DDP, or with FSDP2") for engine, (state, reason) in REFUSED.items()}
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+ZERO_3 = {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}
 REFUSED |= {
     f"DeepSpeed: {name}": (
         {
@@ -697,7 +708,8 @@ REFUSED |= {
         reason,
     )
     for name, config, reason in (
-        ("ZeRO-3", {"zero_optimization": {"stage": 3}}, "ZeRO-3 has weights in parts.*Use ZeRO-2, or FSDP2"),
+        ("hpZ", {"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, "hpz_partition_size'.*Take it out"),
+        ("MiCS", {"zero_optimization": ZERO_3 | {"mics_shard_size": 2}}, "mics_shard_size'.*Take it out"),
         ("its optimizer", {"optimizer": {"type": "AdamW"}}, "'optimizer'.*Take the block out"),
         ("its scheduler", {"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*Take the block out"),
         ("offload", {"zero_optimization": OFFLOAD}, r"'zero_optimization\.offload_optimizer'.*set its device to none"),
