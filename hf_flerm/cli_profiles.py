@@ -134,9 +134,7 @@ def average(
     with explained():
         if len(profiles) < 2:
             raise hf_flerm.RateProfileError("there is one profile: give two or more.")
-        file = hf_flerm.RateProfile.average(
-            [hf_flerm.RateProfile.from_pretrained(source) for source in profiles]
-        ).save_pretrained(output)
+        file = hf_flerm.RateProfile.average(profiles).save_pretrained(output)
     show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .config import FLeRMConfig
 from .names import tensor_kinds
 from .probe_data import ProbeData
-from .rate_profile import RateProfile, RateProfileError, check_names
+from .rate_profile import UNITS, RateProfile, RateProfileError, check_names
 from .sharding import own_type
 
 logger = logging.get_logger(__name__)
@@ -169,12 +169,12 @@ def recorded_units(profile: RateProfile) -> dict[str, Any]:
         Fields of `FLeRMConfig`; without what the profile does not tell, as a callable.
     """
     recorded = profile.metadata.get("flerm", {})
-    return {name: recorded[name] for name in _units(FLeRMConfig()) if recorded.get(name, "callable") != "callable"}
+    return {name: recorded[name] for name in UNITS if recorded.get(name, "callable") != "callable"}
 
 
 def _units(config: FLeRMConfig) -> dict[str, str]:
     output = "callable" if callable(config.output) else config.output or "logits"
-    return {"output": output, "positions": config.positions or "attention_mask", "metric": config.metric}
+    return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
