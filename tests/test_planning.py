@@ -120,6 +120,23 @@ def test_another_adapter_is_matched_by_module(tmp_path: Path) -> None:
     assert advice.change.target_adapter == "DORA"
 
 
+def test_the_average_of_runs_of_one_learning_rate_has_that_one(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    other = RateProfile(base.steps, base.rates, base.metadata | {"training_arguments": {}}, base.joint_rates)
+    other.metadata["training_arguments"] = base.metadata["training_arguments"] | {"seed": 1}
+    average = RateProfile.average([base, other])
+    args = arguments(tmp_path, learning_rate=1.0)
+    assert plan(gpt2(width=32), args, Rows(), average, steps=1).base_learning_rate == LEARNING_RATE
+
+
+def test_a_training_that_is_shorter_or_begins_with_an_evaluation(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_on_start=True)
+    assert plan(gpt2(width=32), args, Rows(), base, steps=6).steps == 2
+    with pytest.raises(ValueError, match="steps is 0"):
+        plan(gpt2(width=32), args, Rows(), base, steps=0)
+
+
 def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path) -> None:
     base = recorded(tmp_path, lora())
     args = arguments(tmp_path, warmup_steps=8, lr_scheduler_type="linear", max_steps=100)
@@ -232,6 +249,21 @@ def test_the_command_line_plans(
     assert "h.*.attn.c_attn" in adapted.output
     wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2
+
+
+def test_the_command_says_the_same_of_a_seed(tmp_path: Path) -> None:
+    """A model and an adapter without weights get them by the seed; pickled weights are refused, not left aside."""
+    base = recorded(tmp_path / "runs", gpt2())
+    folders = [str(tmp_path / name) for name in ("model", "data", "base")]
+    base.save_pretrained(tmp_path / "base")
+    gpt2(width=32).config.save_pretrained(tmp_path / "model")
+    tokens = Rows().tokens.tolist()
+    Dataset.from_dict({"input_ids": tokens, "labels": tokens}).save_to_disk(tmp_path / "data")
+    words = ["plan", *folders, "--steps", "2", "--batch-size", "4", "--json"]
+    first, same, other = (CliRunner().invoke(app, [*words, "--seed", seed]).stdout for seed in ("1", "1", "2"))
+    assert json.loads(first) == json.loads(same) != json.loads(other)
+    torch.save(gpt2(width=32).state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    assert CliRunner().invoke(app, words).exit_code == 2
 
 
 def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
