@@ -13,7 +13,7 @@ from datasets import Dataset as HubDataset
 from torch.utils.data import Dataset, IterableDataset
 
 from .config import FLeRMConfig
-from .modes import kept_random_state
+from .modes import kept_random_state, own_generators
 from .outputs import Batch
 
 
@@ -80,6 +80,7 @@ class ProbeData:
         self._seed = config.seed
         self._examples = examples
         self._collate = collate_fn or dataloader.collate_fn
+        self._drawing = (examples, self._collate, getattr(dataloader, "collate_fn", None))
         if collate_fn is None:
             self._check_inputs()
 
@@ -112,7 +113,7 @@ class ProbeData:
         return self._batches(random_numbers), generator
 
     def _check_inputs(self) -> None:
-        with kept_random_state(torch.device("cpu")):
+        with kept_random_state(torch.device("cpu")), own_generators(*self._drawing):
             batch = self._collate([self._examples[index] for index in range(self.batch_size)])
         if not isinstance(batch, Mapping):
             raise ValueError(
@@ -124,7 +125,9 @@ class ProbeData:
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
-            yield self._collate([self._examples[index] for index in chosen])
+            with own_generators(*self._drawing):
+                batch = self._collate([self._examples[index] for index in chosen])
+            yield batch
 
 
 def _batch_size(dataloader: Any) -> int:

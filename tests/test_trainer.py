@@ -243,6 +243,60 @@ def test_recording_changes_nothing_with_a_collator_that_draws(folder: Path) -> N
     assert calls.count(3) == 2 * len(MEASURED)
 
 
+class Masking:
+    """A collator that masks by a generator of its own, made at once or when it is first needed."""
+
+    def __init__(self, make: Callable[[], Any], draw: Callable[[Any], float], *, at_once: bool) -> None:
+        self.make, self.draw = make, draw
+        self.generator = make() if at_once else None
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        self.generator = self.make() if self.generator is None else self.generator
+        batch = default_data_collator(rows)
+        batch["input_ids"][:, int(self.draw(self.generator) * training.LENGTH) :] = 0
+        return batch
+
+
+class MaskedRows(Rows):
+    """Rows whose masks are drawn by a generator of the data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        hidden = range(self.generator.randrange(training.LENGTH), training.LENGTH)
+        return {**row, "input_ids": row["input_ids"].index_fill(0, torch.tensor([*hidden]), 0)}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda: torch.Generator().manual_seed(0), lambda generator: torch.rand((), generator=generator).item()),
+        (lambda: np.random.default_rng(0), lambda generator: generator.random()),
+        (lambda: np.random.RandomState(0), lambda generator: generator.rand()),
+        (lambda: random.Random(0), lambda generator: generator.random()),
+    ],
+    ids=["torch", "numpy", "older numpy", "python"],
+)
+def test_recording_changes_nothing_with_a_collator_that_has_a_seed(
+    folder: Path, make: Callable[[], Any], draw: Callable[[Any], float], at_once: bool
+) -> None:
+    """`DataCollatorForLanguageModeling(seed=...)` is one; the `Trainer` puts it into another that removes columns."""
+    own, plainly = ({"data_collator": Masking(make, draw, at_once=at_once)} for _ in range(2))
+    plain = train(make_trainer(folder, gpt2(), extra=plainly))
+    trainer = make_trainer(folder, gpt2(), FLeRMConfig(), extra=own)
+    assert_same_run(train(trainer), plain)
+    assert trainer.rate_profile.steps.tolist() == MEASURED
+
+
+def test_recording_changes_nothing_with_a_data_set_that_has_a_seed(folder: Path) -> None:
+    plain = train(make_trainer(folder, gpt2(), data=MaskedRows()))
+    assert_same_run(train(make_trainer(folder, gpt2(), FLeRMConfig(), data=MaskedRows())), plain)
+
+
 def test_recording_leaves_the_param_groups_alone(folder: Path) -> None:
     trainer = make_trainer(folder, gpt2(), FLeRMConfig(), max_steps=1)
     trainer.train()
