@@ -19,7 +19,7 @@ from .callback import FLeRMCallback
 from .config import FLeRMConfig
 from .mapping import ProfileMap, map_profile
 from .matching import Evidence
-from .modes import kept_random_state
+from .modes import kept_random_state, own_generators
 from .provenance import recorded_units
 from .rate_profile import RateProfile, RateProfileError
 from .rules import RULES, Change, Rule, change_between
@@ -199,7 +199,8 @@ def plan(
         granularity="global",
         measure_steps=[step for step in range(steps) if _is_measured(step, steps)],
     )
-    with kept_random_state(args.device), tempfile.TemporaryDirectory() as scratch:
+    drawing = own_generators(train_dataset, data_collator, probe_dataset)
+    with kept_random_state(args.device), drawing, tempfile.TemporaryDirectory() as scratch:
         replica = copy.deepcopy(model)
         follower = _Follower(mapped, steps)
         trainer = FLeRMTrainer(

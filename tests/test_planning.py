@@ -85,6 +85,17 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
         assert 0.2 < multiplier.value / factor < 5.0
 
 
+class Drawn(Rows):
+    """Rows by random numbers of the data set's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(7)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(self.generator.randrange(len(self)))
+
+
 def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = recorded(tmp_path / "base", lora())
     model, folder = lora(rank=4), tmp_path / "plan"
@@ -92,7 +103,8 @@ def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     args = arguments(folder, save_strategy="steps", save_steps=1)
     capsys.readouterr()
-    plan(model, args, Rows(), base, steps=3)
+    plan(model, args, rows := Drawn(), base, steps=3)
+    assert rows.generator.getstate() == Drawn().generator.getstate()
     assert capsys.readouterr().out == ""
     drawn = (random.random(), np.random.rand(), torch.rand(()).item())
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
