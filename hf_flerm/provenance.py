@@ -16,6 +16,7 @@ from .names import tensor_kinds
 from .probe_data import ProbeData
 from .rate_profile import UNITS, RateProfile, RateProfileError, check_names
 from .sharding import own_type
+from .summary import matched_scales
 
 logger = logging.get_logger(__name__)
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
@@ -157,6 +158,26 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
                 f"{which} was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
                 "their rates cannot be compared. Use the profile's."
             )
+
+
+def check_unscaled(profile: RateProfile, which: str) -> None:
+    """Refuse the profile of a run whose learning rates were scaled: how far it moved the outputs is not in its rates.
+
+    Args:
+        profile: Was recorded before.
+        which: What to call the profile in the message.
+
+    Raises:
+        RateProfileError: If its run was matched, at scales other than 1.
+    """
+    scales = matched_scales(profile).values()
+    unknown = profile.metadata.get("flerm", {}).get("mode") == "match" and not scales
+    if unknown or any(scale != 1.0 for scale in scales):
+        by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
+        raise RateProfileError(
+            f"{which} is that of a run that was matched itself: its learning rates were scaled{by}, and its rates are "
+            "per unit of these. Match to the profile that it was matched to."
+        )
 
 
 def recorded_units(profile: RateProfile) -> dict[str, Any]:

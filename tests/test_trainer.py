@@ -581,6 +581,18 @@ def test_scales_act_like_learning_rates_of_their_own(folder: Path, monkeypatch: 
         torch.testing.assert_close(matched.rate_profile.rates[name], rates, rtol=2e-3, atol=0.0)
 
 
+def test_a_base_that_was_matched_itself_is_refused_where_its_rates_do_not_tell_how_far_it_moved(folder: Path) -> None:
+    base = recorded(folder, gpt2())
+    matched = [
+        recorded(folder, gpt2(), flerm=FLeRMConfig("match", profile))
+        for profile in (base, scaled(base, some_factors(gpt2())))
+    ]
+    recorded(folder, gpt2(), flerm=FLeRMConfig("match", matched[0]))  # all scales were 1
+    for profile, by in ((matched[1], r"scaled by 0\.\d+ to \d"), (RateProfile.average(matched), "scaled, and")):
+        with pytest.raises(RateProfileError, match=f"that of a run that was matched itself.*{by}"):
+            recorded(folder, gpt2(), flerm=FLeRMConfig("match", profile))
+
+
 class Snapshots(TrainerCallback):
     """The weights before every step, and after the last."""
 
