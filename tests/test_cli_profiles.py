@@ -124,6 +124,11 @@ def test_diff_says_by_its_exit_code_whether_profiles_differ(shell, base: Path) -
     assert content["kinds"]["transformer.wte.weight"] == pytest.approx([2.0] * 4)
     assert shell("diff", base / "one", base / "two", "--tolerance", "0.51")[0] == 0
     assert shell("diff", base / "one", base / "two", "--tolerance", "0.49")[0] == 1
+    found = RateProfile.from_pretrained(base / "one")
+    together = {"global": {"": 4 * found.joint_rates["global"][""]}}
+    RateProfile(found.steps, found.rates, found.metadata, found.joint_rates | together).save_pretrained(base / "joint")
+    code, out, _ = shell("diff", base / "one", base / "joint", "--json")
+    assert (code, json.loads(out)["largest"]) == (1, pytest.approx(0.75))
     code, out, _ = shell("diff", base / "one", base / "lora")
     assert code == 1
     assert "only in first" in out
