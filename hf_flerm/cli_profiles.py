@@ -73,7 +73,9 @@ def validate(profile: Source, as_json: AsJson = False) -> None:
 def diff(
     first: Source,
     second: Source,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of a rate, or a joint one, that is none.")] = 0.0,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest relative difference of (joint) rates that is none.")
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Compare the rates of two profiles. Exit code 0: alike; 1: different; 2: one cannot be read."""

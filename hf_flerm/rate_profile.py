@@ -211,7 +211,7 @@ class RateProfile(SharedProfile):
         for unit in UNITS:
             found = {str(value) for p in loaded if (value := p.metadata.get("flerm", {}).get(unit)) is not None}
             if len(found) > 1:
-                raise RateProfileError(f"the rates are of different units: {unit} is one of {', '.join(sorted(found))}.")
+                raise RateProfileError(f"the units of the rates differ: {unit} is one of {', '.join(sorted(found))}.")
         shared = _common([{key: value for key, value in p.metadata.items() if key != "matching"} for p in loaded])
         joint = {
             granularity: _geometric_mean([p.joint_rates[granularity] for p in loaded])
