@@ -32,7 +32,7 @@ def _commands() -> None:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="The target: a folder or repository; with a config alone, untrained.")],
+    model: Annotated[str, typer.Argument(help="A folder or repository; a folder with a config alone is untrained.")],
     data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or one on the Hub.")],
     profile: Annotated[str, typer.Argument(help="The base's profile: a folder, a file or a repository.")],
     adapter: Annotated[
