@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
+_WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")  # the latter are refused: they are pickled
+
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(commands)
 
@@ -30,7 +32,7 @@ def _commands() -> None:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="The target: a folder or repository; with a config alone, untrained.")],
+    model: Annotated[str, typer.Argument(help="A folder or repository; a folder with a config alone is untrained.")],
     data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or one on the Hub.")],
     profile: Annotated[str, typer.Argument(help="The base's profile: a folder, a file or a repository.")],
     adapter: Annotated[
@@ -49,13 +51,11 @@ def plan(
 ) -> None:
     """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
     from huggingface_hub.utils import tqdm
-    from transformers import TrainingArguments
+    from transformers import TrainingArguments, set_seed
 
-    target = _model(model)
-    if adapter is not None:
-        target = adapted(target, adapter)
-    examples, collator = _examples(data, model, length)
-    with tempfile.TemporaryDirectory() as scratch:
+    set_seed(seed)  # of the weights that nothing was loaded for, too
+    with explained(), tempfile.TemporaryDirectory() as scratch:
+        base = hf_flerm.RateProfile.from_pretrained(profile)
         args = TrainingArguments(
             output_dir=scratch,
             optim=optim,
@@ -65,12 +65,16 @@ def plan(
             lr_scheduler_type=scheduler,
             seed=seed,
         )
-        with explained(), tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:
+        target = _model(model)
+        if adapter is not None:
+            target = adapted(target, adapter)
+        examples, collator = _examples(data, model, length)
+        with tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:
             found = hf_flerm.plan(
                 target,
                 args,
                 examples,
-                profile,
+                base,
                 steps=steps,
                 granularity=granularity,
                 data_collator=collator,
@@ -94,10 +98,11 @@ def _progress(bar: Any) -> TrainerCallback:
 def _model(source: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    has_weights = not Path(source).is_dir() or any(Path(source).glob("*.safetensors*"))
-    if has_weights:
-        return AutoModelForCausalLM.from_pretrained(source)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    folder = Path(source)
+    has_weights = any(file for kind in _WEIGHTS for file in folder.glob(kind))
+    if folder.is_dir() and not has_weights:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True)
 
 
 def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:

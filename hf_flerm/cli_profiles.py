@@ -73,7 +73,9 @@ def validate(profile: Source, as_json: AsJson = False) -> None:
 def diff(
     first: Source,
     second: Source,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of a rate that is none.")] = 0.0,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest relative difference of (joint) rates that is none.")
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Compare the rates of two profiles. Exit code 0: alike; 1: different; 2: one cannot be read."""
@@ -98,7 +100,12 @@ def diff(
     same_steps = torch.equal(one.steps, other.steps)
     common = [name for name in one.names if name in other.rates]
     if same_steps and common and len(one.steps):
-        largest = max(_relative(one.rates[name], other.rates[name]) for name in common)
+        pairs = [(groups, other.joint_rates.get(kind, {})) for kind, groups in one.joint_rates.items()]
+        largest = max(
+            _relative(rates[name], others[name])
+            for rates, others in [(one.rates, other.rates), *pairs]
+            for name in rates.keys() & others.keys()
+        )
         content["largest"] = _finite(largest)
         others = rates_by_kind(other)
         content["kinds"] = {
@@ -134,9 +141,7 @@ def average(
     with explained():
         if len(profiles) < 2:
             raise hf_flerm.RateProfileError("there is one profile: give two or more.")
-        file = hf_flerm.RateProfile.average(
-            [hf_flerm.RateProfile.from_pretrained(source) for source in profiles]
-        ).save_pretrained(output)
+        file = hf_flerm.RateProfile.average(profiles).save_pretrained(output)
     show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
 

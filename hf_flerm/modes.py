@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.Module, "support_avx512bf16_for_cpu", False),
 )
 
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
 
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
@@ -45,6 +48,33 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def own_generators(*holders: object) -> Iterator[None]:
+    """Let objects draw by copies of their random generators for a block, and leave no generator that is made in it.
+
+    Args:
+        *holders: Objects that may have some: a data set, a collator with a seed, or one in another collator.
+
+    Yields:
+        Nothing.
+    """
+    outer = [vars(holder) for holder in holders if hasattr(holder, "__dict__")]
+    inner = [getattr(value, "__dict__", None) for attributes in outer for value in attributes.values()]
+    found = [attributes for attributes in (*outer, *inner) if isinstance(attributes, dict)]
+    before = [
+        {name: value for name, value in attributes.items() if value is None or isinstance(value, _GENERATORS)}
+        for attributes in found
+    ]
+    for attributes, own in zip(found, before, strict=True):
+        attributes.update(copy.deepcopy(own))
+    try:
+        yield
+    finally:
+        for attributes, own in zip(found, before, strict=True):
+            generators = {name for name, value in attributes.items() if isinstance(value, _GENERATORS)}
+            attributes.update({name: own[name] for name in generators & own.keys()})
 
 
 @contextmanager

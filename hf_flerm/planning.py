@@ -19,7 +19,7 @@ from .callback import FLeRMCallback
 from .config import FLeRMConfig
 from .mapping import ProfileMap, map_profile
 from .matching import Evidence
-from .modes import kept_random_state
+from .modes import kept_random_state, own_generators
 from .provenance import recorded_units
 from .rate_profile import RateProfile, RateProfileError
 from .rules import RULES, Change, Rule, change_between
@@ -166,7 +166,7 @@ def plan(
         args: The arguments that it will be trained with; their learning rate counts only if the profile has none.
         train_dataset: What it will be trained on.
         profile: The base's: a profile, a folder, a file or a repository.
-        steps: How many steps the copy trains.
+        steps: How many steps the copy trains; fewer if its training is shorter.
         granularity: As for `FLeRMConfig`; None: `tensor` if base and target have tensors of the same names, else
             `module`.
         optimizer: Makes the optimizer for a model, where `args.optim` does not say it.
@@ -181,8 +181,10 @@ def plan(
 
     Raises:
         RateProfileError: If the profile is no use for this model, or lacks the joint rates that this needs.
-        ValueError: If nothing could be measured in these steps, or several processes run.
+        ValueError: If there are no steps, nothing could be measured in them, or several processes run.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps!r}; it must be at least 1.")
     if PartialState().num_processes > 1:
         raise ValueError(f"plan runs in one process, this is one of {PartialState().num_processes}: call it alone.")
     base = RateProfile.from_pretrained(profile)
@@ -197,8 +199,8 @@ def plan(
         granularity="global",
         measure_steps=[step for step in range(steps) if _is_measured(step, steps)],
     )
-    device = next(model.parameters()).device
-    with kept_random_state(device), tempfile.TemporaryDirectory() as scratch:
+    drawing = own_generators(train_dataset, data_collator, probe_dataset)
+    with kept_random_state(args.device), drawing, tempfile.TemporaryDirectory() as scratch:
         replica = copy.deepcopy(model)
         follower = _Follower(mapped, steps)
         trainer = FLeRMTrainer(
@@ -225,7 +227,7 @@ def plan(
         {kind: Multiplier(math.exp(level), error) for kind, (level, error) in by_kind.items()},
         change_between(base, model),
         mapped,
-        steps,
+        trainer.state.global_step,
         evidence,
     )
 
@@ -269,6 +271,7 @@ def _quiet(args: TrainingArguments, folder: str, learning_rate: float) -> Traini
         ("output_dir", folder),
         ("save_strategy", "no"),
         ("eval_strategy", "no"),
+        ("eval_on_start", False),
         ("logging_strategy", "no"),
         ("report_to", []),
         ("push_to_hub", False),

@@ -26,6 +26,7 @@ _MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
 STEP = "optimizer step + 1"
 RATE = "rate (output units per unit learning rate)"
 OUTSIDE = "outside"  # of all layers
+EVERYTHING = "everything"
 _SPREAD = 0.6  # of the room between two layers
 _MOST_STEPS, _MOST_NAMES = 16, 80  # labels that fit beside each other
 
@@ -243,11 +244,12 @@ def units_by_kind(units: Mapping[str, Any]) -> dict[str, list[str]]:
         units: By name.
 
     Returns:
-        `{kind: units}`, in the order of blocks.
+        `{kind: units}`, in the order of blocks; what is matched as one has no name: `EVERYTHING`.
     """
     groups: dict[str, list[str]] = {}
     for unit in units:
-        groups.setdefault(".".join("*" if part.isdigit() else part for part in unit.split(".")), []).append(unit)
+        kind = ".".join("*" if part.isdigit() else part for part in unit.split("."))
+        groups.setdefault(kind or EVERYTHING, []).append(unit)
     return {
         kind: sorted(found, key=lambda unit: [int(part) for part in unit.split(".") if part.isdigit()])
         for kind, found in groups.items()

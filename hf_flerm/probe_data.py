@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType, MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset as HubDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from transformers.trainer_utils import RemoveColumnsCollator
 
 from .config import FLeRMConfig
-from .modes import kept_random_state
+from .modes import kept_random_state, own_generators
 from .outputs import Batch
 
 
@@ -88,13 +84,12 @@ class ProbeData:
         self.accumulation_steps = accumulation_steps
         draws = min(8, math.ceil(training_batch * accumulation_steps / 2))
         wanted = math.ceil(draws / config.probes_per_batch)
-        least = config.probe_batch_size or training_batch
-        if len(examples) < least:
+        self.batch_size = config.probe_batch_size or min(wanted, training_batch)
+        if len(examples) < self.batch_size:
             raise ValueError(
-                f"the probe data set has {len(examples)} examples, a batch needs {least}. "
+                f"the probe data set has {len(examples)} examples, a batch to probe with needs {self.batch_size}. "
                 "Pass a larger probe_dataset, or set probe_batch_size."
             )
-        self.batch_size = config.probe_batch_size or min(wanted, training_batch)
         probes = config.max_probes if config.probes == "auto" else config.probes
         self.num_batches = int(probes or math.ceil(wanted / self.batch_size))
         self.target_error = (
@@ -104,6 +99,7 @@ class ProbeData:
         self._seed = config.seed
         self._examples = examples
         self._collate = collate_fn or dataloader.collate_fn
+        self._drawing = (examples, self._collate, getattr(dataloader, "collate_fn", None))
         if collate_fn is None or dataset is not None or isinstance(collate_fn, Staged):
             self._check_inputs(getattr(training, "column_names", None))
 
@@ -136,9 +132,9 @@ class ProbeData:
         return self._batches(random_numbers), generator
 
     def _check_inputs(self, columns: list[str] | None) -> None:
-        collate = self._collate.first if isinstance(self._collate, Staged) else _apart(self._collate)
+        collate = self._collate.first if isinstance(self._collate, Staged) else self._collate
         try:
-            with kept_random_state(torch.device("cpu")):
+            with kept_random_state(torch.device("cpu")), own_generators(*self._drawing):
                 batch = collate([self._examples[index] for index in range(self.batch_size)])
         except Exception as error:
             raise ValueError(self._no_batch(columns, repr(error))) from error
@@ -161,23 +157,11 @@ class ProbeData:
         )
 
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
-        collate = _apart(self._collate)
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
-            yield collate([self._examples[index] for index in chosen])
-
-
-def _apart(collate: Callable[[list[Any]], Batch]) -> Callable[[list[Any]], Batch]:
-    """A collator that leaves those random numbers alone that another one holds, as Transformers' with a seed does."""
-    if isinstance(collate, FunctionType | MethodType | Staged) or not getattr(collate, "__dict__", None):
-        return collate
-    twin = copy.copy(collate)
-    for name, value in list(vars(twin).items()):
-        if isinstance(value, torch.Generator | np.random.Generator | random.Random):
-            setattr(twin, name, copy.deepcopy(value))
-        elif isinstance(collate, RemoveColumnsCollator) and name == "data_collator":
-            setattr(twin, name, _apart(value))
-    return twin
+            with own_generators(*self._drawing):
+                batch = self._collate([self._examples[index] for index in chosen])
+            yield batch
 
 
 def _batch_size(dataloader: Any) -> int:

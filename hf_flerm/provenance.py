@@ -14,8 +14,9 @@ from transformers.utils import logging
 from .config import FLeRMConfig
 from .names import tensor_kinds
 from .probe_data import ProbeData
-from .rate_profile import RateProfile, RateProfileError, check_names
+from .rate_profile import UNITS, RateProfile, RateProfileError, check_names
 from .sharding import own_type, whole_shape
+from .summary import matched_scales
 
 logger = logging.get_logger(__name__)
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
@@ -159,6 +160,26 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
             )
 
 
+def check_unscaled(profile: RateProfile, which: str) -> None:
+    """Refuse the profile of a run whose learning rates were scaled: how far it moved the outputs is not in its rates.
+
+    Args:
+        profile: Was recorded before.
+        which: What to call the profile in the message.
+
+    Raises:
+        RateProfileError: If its run was matched, at scales other than 1.
+    """
+    scales = matched_scales(profile).values()
+    unknown = profile.metadata.get("flerm", {}).get("mode") == "match" and not scales
+    if unknown or any(scale != 1.0 for scale in scales):
+        by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
+        raise RateProfileError(
+            f"{which} is that of a run that was matched itself: its learning rates were scaled{by}, and its rates are "
+            "per unit of these. Match to the profile that it was matched to."
+        )
+
+
 def recorded_units(profile: RateProfile) -> dict[str, Any]:
     """Read what a profile's rates are rates of.
 
@@ -169,12 +190,12 @@ def recorded_units(profile: RateProfile) -> dict[str, Any]:
         Fields of `FLeRMConfig`; without what the profile does not tell, as a callable.
     """
     recorded = profile.metadata.get("flerm", {})
-    return {name: recorded[name] for name in _units(FLeRMConfig()) if recorded.get(name, "callable") != "callable"}
+    return {name: recorded[name] for name in UNITS if recorded.get(name, "callable") != "callable"}
 
 
 def _units(config: FLeRMConfig) -> dict[str, str]:
     output = "callable" if callable(config.output) else config.output or "logits"
-    return {"output": output, "positions": config.positions or "attention_mask", "metric": config.metric}
+    return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:

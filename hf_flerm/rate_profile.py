@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +22,10 @@ from .profile_file import (
     serialize,
 )
 
+UNITS = ("output", "positions", "metric")  # what rates are rates of, under "flerm" in the metadata
 _OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metadata
 
-__all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names"]
+__all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "UNITS", "RateProfile", "RateProfileError", "check_names"]
 
 
 class RateProfile(SharedProfile):
@@ -185,33 +187,39 @@ class RateProfile(SharedProfile):
         return RateProfile(self.steps, dict.fromkeys(self.rates, mean), self.metadata)
 
     @staticmethod
-    def average(profiles: Sequence[RateProfile]) -> RateProfile:
+    def average(profiles: Sequence[RateProfile | str | os.PathLike[str]]) -> RateProfile:
         """Average profiles geometrically, for instance over seeds.
 
         Args:
-            profiles: Profiles with the same names and steps.
+            profiles: Profiles with the same names and steps: objects, folders, files or repositories.
 
         Returns:
-            A profile with the metadata that all share; 0 where any has rate 0.
+            A profile with the metadata that all share, entries of nested objects too; 0 where any has rate 0. What was
+            measured of scales is of one run alone and left out.
 
         Raises:
-            RateProfileError: If there is none, or names or steps differ.
+            RateProfileError: If there is none, one cannot be loaded, or names, steps or units differ.
         """
         if not profiles:
             raise RateProfileError("there is no profile to average.")
-        first = profiles[0]
-        for other in profiles[1:]:
+        loaded = [RateProfile.from_pretrained(profile) for profile in profiles]
+        first = loaded[0]
+        for other in loaded[1:]:
             check_names(first.rates, other.rates, "the first profile", "another one")
             if not torch.equal(first.steps, other.steps):
                 raise RateProfileError(f"the steps differ: {first.steps.tolist()} and {other.steps.tolist()}.")
-        shared = {k: v for k, v in first.metadata.items() if all(p.metadata.get(k) == v for p in profiles)}
+        for unit in UNITS:
+            found = {str(value) for p in loaded if (value := p.metadata.get("flerm", {}).get(unit)) is not None}
+            if len(found) > 1:
+                raise RateProfileError(f"the units of the rates differ: {unit} is one of {', '.join(sorted(found))}.")
+        shared = _common([{key: value for key, value in p.metadata.items() if key != "matching"} for p in loaded])
         joint = {
-            granularity: _geometric_mean([p.joint_rates[granularity] for p in profiles])
+            granularity: _geometric_mean([p.joint_rates[granularity] for p in loaded])
             for granularity, groups in first.joint_rates.items()
-            if all(p.joint_rates.get(granularity, {}).keys() == groups.keys() for p in profiles)
+            if all(p.joint_rates.get(granularity, {}).keys() == groups.keys() for p in loaded)
         }
-        rates = _geometric_mean([p.rates for p in profiles])
-        return RateProfile(first.steps, rates, {**shared, "averaged_over": len(profiles)}, joint)
+        rates = _geometric_mean([p.rates for p in loaded])
+        return RateProfile(first.steps, rates, {**shared, "averaged_over": len(loaded)}, joint)
 
     def to_bytes(self) -> bytes:
         """Serialize.
@@ -260,6 +268,21 @@ def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RateProfileError(f"the rates of {name!r} are not a row of numbers: {error}") from error
     return rows
+
+
+def _common(objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries that are the same in all objects, and of those that are objects themselves what is common to them."""
+    first, *others = objects
+    common = {}
+    for key, value in first.items():
+        values = [other[key] for other in others if key in other]
+        if len(values) < len(others):
+            continue
+        if all(other == value for other in values):
+            common[key] = value
+        elif all(isinstance(other, Mapping) for other in (value, *values)):
+            common[key] = _common([value, *values])
+    return common
 
 
 def _geometric_mean(profiles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from .measurement import Measurement
 from .names import preview
 from .optimizer import StepScales
 from .profile_file import serialize
-from .provenance import check_units
+from .provenance import check_units, check_unscaled
 from .rate_profile import RateProfile, RateProfileError
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ class Scaling:
         config: The run's.
 
     Raises:
-        RateProfileError: If base and model do not belong together.
+        RateProfileError: If base and model do not belong together, or the base was matched itself.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Scaling:
         config: FLeRMConfig,
     ) -> None:
         check_units(base, config, "the profile")
+        check_unscaled(base, "the profile")
         if not len(base.steps):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
         self._config = config

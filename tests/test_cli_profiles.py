@@ -74,6 +74,10 @@ def test_every_command_has_help(shell, command: str) -> None:
         ("average", "{0}/one", "-o", "{0}/mean"),
         ("average", "{0}/one", "{0}/lora", "-o", "{0}/mean"),
         ("map", "{0}/lora", "{0}/deep"),
+        ("plan", "{0}/nowhere", "{0}/one", "{0}/one"),
+        ("plan", "{0}/deep", "{0}/nowhere", "{0}/one"),
+        ("plan", "{0}/deep", "{0}/one", "{0}/one", "--optim", "none"),
+        ("plan", "{0}/deep", "{0}/one", "{0}/one", "--adapter", "{0}/nowhere"),
         ("plot", "{0}/one", "--what", "multipliers", "-o", "{0}/bad.png"),
         ("plot", "{0}/one", "-o", "{0}/bad.doc"),
         ("report", "{0}/one", "-o", "{0}/nowhere/bad.html"),
@@ -120,6 +124,11 @@ def test_diff_says_by_its_exit_code_whether_profiles_differ(shell, base: Path) -
     assert content["kinds"]["transformer.wte.weight"] == pytest.approx([2.0] * 4)
     assert shell("diff", base / "one", base / "two", "--tolerance", "0.51")[0] == 0
     assert shell("diff", base / "one", base / "two", "--tolerance", "0.49")[0] == 1
+    found = RateProfile.from_pretrained(base / "one")
+    together = {"global": {"": 4 * found.joint_rates["global"][""]}}
+    RateProfile(found.steps, found.rates, found.metadata, found.joint_rates | together).save_pretrained(base / "joint")
+    code, out, _ = shell("diff", base / "one", base / "joint", "--json")
+    assert (code, json.loads(out)["largest"]) == (1, pytest.approx(0.75))
     code, out, _ = shell("diff", base / "one", base / "lora")
     assert code == 1
     assert "only in first" in out

@@ -89,6 +89,13 @@ def test_multipliers_stand_at_the_layers_that_names_say() -> None:
     close(figure)
 
 
+def test_what_is_matched_as_one_is_called_everything() -> None:
+    matching = {"scales": {"": 0.5}, "logs": {"": [0.25, 0.75]}}
+    figure = plot_multipliers(RateProfile([0], {"w": [1.0]}, {"matching": matching}))
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["everything"]
+    close(figure)
+
+
 def test_interactions_are_drawn_as_correlations() -> None:
     figure = plot_interactions(["a", "b"], torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
     shown = figure.axes[0].get_images()[0].get_array()

@@ -85,6 +85,17 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
         assert 0.2 < multiplier.value / factor < 5.0
 
 
+class Drawn(Rows):
+    """Rows by random numbers of the data set's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(7)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(self.generator.randrange(len(self)))
+
+
 def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = recorded(tmp_path / "base", lora())
     model, folder = lora(rank=4), tmp_path / "plan"
@@ -92,7 +103,8 @@ def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     args = arguments(folder, save_strategy="steps", save_steps=1)
     capsys.readouterr()
-    plan(model, args, Rows(), base, steps=3)
+    plan(model, args, rows := Drawn(), base, steps=3)
+    assert rows.generator.getstate() == Drawn().generator.getstate()
     assert capsys.readouterr().out == ""
     drawn = (random.random(), np.random.rand(), torch.rand(()).item())
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
@@ -118,6 +130,23 @@ def test_another_adapter_is_matched_by_module(tmp_path: Path) -> None:
     advice = planned(tmp_path, lora(use_dora=True), base)
     assert set(advice.multipliers) == {"transformer.h.*.attn.c_attn"}
     assert advice.change.target_adapter == "DORA"
+
+
+def test_the_average_of_runs_of_one_learning_rate_has_that_one(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    other = RateProfile(base.steps, base.rates, base.metadata | {"training_arguments": {}}, base.joint_rates)
+    other.metadata["training_arguments"] = base.metadata["training_arguments"] | {"seed": 1}
+    average = RateProfile.average([base, other])
+    args = arguments(tmp_path, learning_rate=1.0)
+    assert plan(gpt2(width=32), args, Rows(), average, steps=1).base_learning_rate == LEARNING_RATE
+
+
+def test_a_training_that_is_shorter_or_begins_with_an_evaluation(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_on_start=True)
+    assert plan(gpt2(width=32), args, Rows(), base, steps=6).steps == 2
+    with pytest.raises(ValueError, match="steps is 0"):
+        plan(gpt2(width=32), args, Rows(), base, steps=0)
 
 
 def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path) -> None:
@@ -232,6 +261,21 @@ def test_the_command_line_plans(
     assert "h.*.attn.c_attn" in adapted.output
     wrong = CliRunner().invoke(app, [*words[:3], str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2
+
+
+def test_the_command_says_the_same_of_a_seed(tmp_path: Path) -> None:
+    """A model and an adapter without weights get them by the seed; pickled weights are refused, not left aside."""
+    base = recorded(tmp_path / "runs", gpt2())
+    folders = [str(tmp_path / name) for name in ("model", "data", "base")]
+    base.save_pretrained(tmp_path / "base")
+    gpt2(width=32).config.save_pretrained(tmp_path / "model")
+    tokens = Rows().tokens.tolist()
+    Dataset.from_dict({"input_ids": tokens, "labels": tokens}).save_to_disk(tmp_path / "data")
+    words = ["plan", *folders, "--steps", "2", "--batch-size", "4", "--json"]
+    first, same, other = (CliRunner().invoke(app, [*words, "--seed", seed]).stdout for seed in ("1", "1", "2"))
+    assert json.loads(first) == json.loads(same) != json.loads(other)
+    torch.save(gpt2(width=32).state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    assert CliRunner().invoke(app, words).exit_code == 2
 
 
 def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:

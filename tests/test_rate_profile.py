@@ -139,6 +139,43 @@ def test_average_is_geometric() -> None:
     assert average.metadata == {"model": "m", "averaged_over": 3}
 
 
+def test_average_takes_whatever_says_where_a_profile_is(tmp_path: Path) -> None:
+    profiles = [RateProfile([0], {"a": [rate]}) for rate in (2.0, 8.0)]
+    file = profiles[1].save_pretrained(tmp_path)
+    for other in (file, str(file), tmp_path, str(tmp_path)):
+        assert RateProfile.average([profiles[0], other]).at(0) == {"a": pytest.approx(4.0)}
+    with pytest.raises(RateProfileError, match="nowhere"):
+        RateProfile.average([profiles[0], tmp_path / "nowhere"])
+
+
+def test_average_over_seeds_keeps_what_the_runs_share() -> None:
+    profiles = [
+        RateProfile(
+            [0],
+            {"a": [1.0]},
+            {
+                "flerm": {"metric": "fisher", "seed": seed},
+                "training_arguments": {"learning_rate": 0.01, "seed": seed, "optim_args": None if seed else "x=1"},
+                "matching": {"scales": {"a": float(seed), "b": 1.0}},
+                f"of seed {seed}": {"b": 1},
+            },
+        )
+        for seed in range(3)
+    ]
+    assert RateProfile.average(profiles).metadata == {
+        "flerm": {"metric": "fisher"},
+        "training_arguments": {"learning_rate": 0.01},
+        "averaged_over": 3,
+    }
+
+
+@pytest.mark.parametrize("unit", ["output", "positions", "metric"])
+def test_average_refuses_rates_of_other_units(unit: str) -> None:
+    profiles = [RateProfile([0], {"a": [1.0]}, {"flerm": {unit: value}}) for value in ("one", "other")]
+    with pytest.raises(RateProfileError, match=f"{unit} is one of one, other"):
+        RateProfile.average(profiles)
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

@@ -243,6 +243,60 @@ def test_recording_changes_nothing_with_a_collator_that_draws(folder: Path) -> N
     assert calls.count(3) == 2 * len(MEASURED)
 
 
+class Masking:
+    """A collator that masks by a generator of its own, made at once or when it is first needed."""
+
+    def __init__(self, make: Callable[[], Any], draw: Callable[[Any], float], *, at_once: bool) -> None:
+        self.make, self.draw = make, draw
+        self.generator = make() if at_once else None
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        self.generator = self.make() if self.generator is None else self.generator
+        batch = default_data_collator(rows)
+        batch["input_ids"][:, int(self.draw(self.generator) * training.LENGTH) :] = 0
+        return batch
+
+
+class MaskedRows(Rows):
+    """Rows whose masks are drawn by a generator of the data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(0)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = super().__getitem__(index)
+        hidden = range(self.generator.randrange(training.LENGTH), training.LENGTH)
+        return {**row, "input_ids": row["input_ids"].index_fill(0, torch.tensor([*hidden]), 0)}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("make", "draw"),
+    [
+        (lambda: torch.Generator().manual_seed(0), lambda generator: torch.rand((), generator=generator).item()),
+        (lambda: np.random.default_rng(0), lambda generator: generator.random()),
+        (lambda: np.random.RandomState(0), lambda generator: generator.rand()),
+        (lambda: random.Random(0), lambda generator: generator.random()),
+    ],
+    ids=["torch", "numpy", "older numpy", "python"],
+)
+def test_recording_changes_nothing_with_a_collator_that_has_a_seed(
+    folder: Path, make: Callable[[], Any], draw: Callable[[Any], float], at_once: bool
+) -> None:
+    """`DataCollatorForLanguageModeling(seed=...)` is one; the `Trainer` puts it into another that removes columns."""
+    own, plainly = ({"data_collator": Masking(make, draw, at_once=at_once)} for _ in range(2))
+    plain = train(make_trainer(folder, gpt2(), extra=plainly))
+    trainer = make_trainer(folder, gpt2(), FLeRMConfig(), extra=own)
+    assert_same_run(train(trainer), plain)
+    assert trainer.rate_profile.steps.tolist() == MEASURED
+
+
+def test_recording_changes_nothing_with_a_data_set_that_has_a_seed(folder: Path) -> None:
+    plain = train(make_trainer(folder, gpt2(), data=MaskedRows()))
+    assert_same_run(train(make_trainer(folder, gpt2(), FLeRMConfig(), data=MaskedRows())), plain)
+
+
 def test_recording_leaves_the_param_groups_alone(folder: Path) -> None:
     trainer = make_trainer(folder, gpt2(), FLeRMConfig(), max_steps=1)
     trainer.train()
@@ -525,6 +579,18 @@ def test_scales_act_like_learning_rates_of_their_own(folder: Path, monkeypatch: 
     assert matched.rate_profile.steps.tolist() == baked.rate_profile.steps.tolist() == MEASURED
     for name, rates in baked.rate_profile.rates.items():
         torch.testing.assert_close(matched.rate_profile.rates[name], rates, rtol=2e-3, atol=0.0)
+
+
+def test_a_base_that_was_matched_itself_is_refused_where_its_rates_do_not_tell_how_far_it_moved(folder: Path) -> None:
+    base = recorded(folder, gpt2())
+    matched = [
+        recorded(folder, gpt2(), flerm=FLeRMConfig("match", profile))
+        for profile in (base, scaled(base, some_factors(gpt2())))
+    ]
+    recorded(folder, gpt2(), flerm=FLeRMConfig("match", matched[0]))  # all scales were 1
+    for profile, by in ((matched[1], r"scaled by 0\.\d+ to \d"), (RateProfile.average(matched), "scaled, and")):
+        with pytest.raises(RateProfileError, match=f"that of a run that was matched itself.*{by}"):
+            recorded(folder, gpt2(), flerm=FLeRMConfig("match", profile))
 
 
 class Snapshots(TrainerCallback):
@@ -1161,15 +1227,15 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "empty probe dataset": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": Rows(0)},
-        "probe data set has 0 examples, a batch needs 4",
+        "probe data set has 0 examples, a batch to probe with needs 1",
     ),
     "probe dataset smaller than a batch": (
-        lambda: {"flerm": FLeRMConfig(), "probe_dataset": Rows(3)},
-        "probe data set has 3 examples, a batch needs 4",
+        lambda: {"flerm": FLeRMConfig(probe_batch_size=4), "probe_dataset": Rows(3)},
+        "probe data set has 3 examples, a batch to probe with needs 4",
     ),
     "training set smaller than a probe batch": (
         lambda: {"flerm": FLeRMConfig(probe_batch_size=17)},
-        "probe data set has 16 examples, a batch needs 17",
+        "probe data set has 16 examples, a batch to probe with needs 17",
     ),
     "stream": (lambda: {"flerm": FLeRMConfig(), "data": Stream()}, "stream .* pass probe_dataset"),
     "stream of the datasets library": (
