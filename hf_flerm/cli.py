@@ -51,6 +51,15 @@ def plan(
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments
 
+    from .planning import recorded_learning_rate
+
+    with explained():
+        base = hf_flerm.RateProfile.from_pretrained(profile)
+    if recorded_learning_rate(base) is None:
+        raise typer.BadParameter(
+            f"{profile} does not tell the learning rate of its run, which this starts from (an average does if all its "
+            "runs had the same one). Call hf_flerm.plan with arguments that have it."
+        )
     target = _model(model)
     if adapter is not None:
         target = adapted(target, adapter)
@@ -70,7 +79,7 @@ def plan(
                 target,
                 args,
                 examples,
-                profile,
+                base,
                 steps=steps,
                 granularity=granularity,
                 data_collator=collator,

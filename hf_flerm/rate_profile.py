@@ -22,6 +22,8 @@ from .profile_file import (
 )
 
 _OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metadata
+_UNITS = ("output", "positions", "metric")  # of the rates, in "flerm"
+_SETTINGS = ("flerm", "optimizer", "packages", "training_arguments")  # of which each entry speaks for itself
 
 __all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names"]
 
@@ -192,19 +194,34 @@ class RateProfile(SharedProfile):
             profiles: Profiles with the same names and steps.
 
         Returns:
-            A profile with the metadata that all share; 0 where any has rate 0.
+            A profile with the metadata that all share, settings one by one (runs that differ in their seed share the
+            learning rate); 0 where any has rate 0.
 
         Raises:
-            RateProfileError: If there is none, or names or steps differ.
+            RateProfileError: If there is none, one is not loaded, or names, steps or what was measured differ.
         """
         if not profiles:
             raise RateProfileError("there is no profile to average.")
+        paths = [profile for profile in profiles if not isinstance(profile, RateProfile)]
+        if paths:
+            raise RateProfileError(f"{paths[0]!r} is no RateProfile: load it by RateProfile.from_pretrained.")
         first = profiles[0]
         for other in profiles[1:]:
             check_names(first.rates, other.rates, "the first profile", "another one")
             if not torch.equal(first.steps, other.steps):
                 raise RateProfileError(f"the steps differ: {first.steps.tolist()} and {other.steps.tolist()}.")
-        shared = {k: v for k, v in first.metadata.items() if all(p.metadata.get(k) == v for p in profiles)}
+            one, two = (profile.metadata.get("flerm", {}) for profile in (first, other))
+            for name in _UNITS:
+                if name in one and name in two and one[name] != two[name]:
+                    raise RateProfileError(
+                        f"one was recorded with {name}={one[name]!r}, another with {two[name]!r}: their rates have no mean."
+                    )
+        others = [profile.metadata for profile in profiles[1:]]
+        shared = _shared(first.metadata, others)
+        for key in _SETTINGS:
+            settings = [metadata.get(key) for metadata in (first.metadata, *others)]
+            if all(isinstance(setting, Mapping) for setting in settings):
+                shared[key] = _shared(settings[0], settings[1:])
         joint = {
             granularity: _geometric_mean([p.joint_rates[granularity] for p in profiles])
             for granularity, groups in first.joint_rates.items()
@@ -260,6 +277,10 @@ def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RateProfileError(f"the rates of {name!r} are not a row of numbers: {error}") from error
     return rows
+
+
+def _shared(first: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
 
 
 def _geometric_mean(profiles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

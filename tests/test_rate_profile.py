@@ -139,6 +139,33 @@ def test_average_is_geometric() -> None:
     assert average.metadata == {"model": "m", "averaged_over": 3}
 
 
+def test_an_average_over_seeds_tells_the_settings_that_its_runs_share() -> None:
+    def run(seed: int, learning_rate: float = 0.5) -> RateProfile:
+        metadata = {
+            "training_arguments": {"learning_rate": learning_rate, "max_steps": 7, "seed": seed},
+            "flerm": {"metric": "fisher", "seed": seed},
+            "shapes": {"a": [seed]},
+        }
+        return RateProfile([0], {"a": [1.0]}, metadata)
+
+    assert RateProfile.average([run(1), run(2)]).metadata == {
+        "training_arguments": {"learning_rate": 0.5, "max_steps": 7},
+        "flerm": {"metric": "fisher"},
+        "averaged_over": 2,
+    }
+    mixed = RateProfile.average([run(1), run(1, 0.25)]).metadata
+    assert mixed["training_arguments"] == {"max_steps": 7, "seed": 1}
+    assert mixed["shapes"] == {"a": [1]}
+
+
+def test_average_refuses_rates_of_other_things_and_places() -> None:
+    one, two = (RateProfile([0], {"a": [1.0]}, {"flerm": {"metric": metric}}) for metric in ("fisher", "euclidean"))
+    with pytest.raises(RateProfileError, match=r"metric='fisher', another with 'euclidean'"):
+        RateProfile.average([one, two])
+    with pytest.raises(RateProfileError, match=r"'base' is no RateProfile: load it by RateProfile.from_pretrained"):
+        RateProfile.average([one, "base"])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [
