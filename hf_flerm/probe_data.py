@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset as HubDataset
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from .config import FLeRMConfig
 from .modes import kept_random_state
-from .outputs import Batch
+from .outputs import Batch, num_examples
 
 
 class ProbeData:
@@ -38,7 +39,8 @@ class ProbeData:
         accumulation_steps: Batches per optimizer step.
 
     Raises:
-        ValueError: If the data set is a stream or too small, or nothing tells the size of a batch.
+        ValueError: If the data set is a stream or too small, its examples make no model inputs, or nothing tells the
+            size of a batch.
     """
 
     def __init__(
@@ -55,6 +57,11 @@ class ProbeData:
         if isinstance(examples, HubDataset) and isinstance(training, HubDataset):
             common = [column for column in training.column_names if column in examples.column_names]
             examples = examples.select_columns(common) if common else examples
+        if examples is None and not hasattr(dataloader, "dataset"):
+            raise ValueError(
+                f"{type(dataloader).__name__} has no data set to probe with: pass a torch DataLoader, or "
+                "probe_dataset, collate_fn and batch_size."
+            )
         if examples is None or isinstance(examples, IterableDataset) or not hasattr(examples, "__getitem__"):
             raise ValueError(
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
@@ -82,6 +89,8 @@ class ProbeData:
         self._collate = collate_fn or dataloader.collate_fn
         if collate_fn is None:
             self._check_inputs()
+        if dataset is not None:
+            self._check_own(config)
 
     def halve(self) -> bool:
         """Take half as many examples at a time, and twice as many batches.
@@ -120,6 +129,22 @@ class ProbeData:
                 "which makes one of a list of examples, and FLeRMConfig(output=(model, batch) -> tensor) if the model "
                 "does not take it as keywords."
             )
+
+    def _check_own(self, config: FLeRMConfig) -> None:
+        """Refuse examples of the user's own that no probe could take; of the training set's, training will tell."""
+        columns = getattr(self._examples, "column_names", None)
+        prepared = (
+            f"The probe data set{f' has the columns {columns} and' if columns else ''} must be prepared (tokenized) as "
+            "the training set is when training begins; without a probe_dataset, probes take that set's examples."
+        )
+        try:
+            with kept_random_state(PartialState().device):
+                batch = self._collate([self._examples[index] for index in range(self.batch_size)])
+            num_examples(batch)
+        except Exception as error:
+            raise ValueError(f"no probe batch can be made: {error!r}. {prepared}") from error
+        if config.positions == "labels" and not isinstance(batch.get("labels"), Tensor):
+            raise ValueError(f"positions 'labels' needs labels; a probe batch has {sorted(batch)}. {prepared}")
 
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         for _ in range(self.num_batches):

@@ -214,7 +214,7 @@ class RateProfile(SharedProfile):
             for name in _UNITS:
                 if name in one and name in two and one[name] != two[name]:
                     raise RateProfileError(
-                        f"one was recorded with {name}={one[name]!r}, another with {two[name]!r}: their rates have no mean."
+                        f"one was recorded with {name}={one[name]!r}, another with {two[name]!r}: no mean of these."
                     )
         others = [profile.metadata for profile in profiles[1:]]
         shared = _shared(first.metadata, others)

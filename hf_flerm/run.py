@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .config import FLeRMConfig
+from .config import FLeRMConfig, checked
 from .distributed import Pool, check_engine, check_same
 from .failures import Failures
 from .mapping import joint_groups
@@ -99,7 +99,7 @@ class FLeRMRun:
         self.steps = 0
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
-        self._config = config = replace(config, positions=config.positions or "attention_mask")
+        self._config = config = replace(checked(config), positions=config.positions or "attention_mask")
         self._optimizer = raw_optimizer(optimizer)
         self._accumulation = getattr(optimizer, "gradient_state", None)
         self._parameters = trainable_parameters(model)
