@@ -75,6 +75,8 @@ def measure_rates(
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
         parameter = model.get_parameter(path)
+        if parameter.is_meta:
+            raise ValueError(f"{name!r} is on the meta device, without numbers: load the model's weights first.")
         if update.shape != parameter.shape:
             raise ValueError(
                 f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(parameter.shape)}."

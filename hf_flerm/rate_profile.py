@@ -219,8 +219,8 @@ class RateProfile(SharedProfile):
         others = [profile.metadata for profile in profiles[1:]]
         shared = _shared(first.metadata, others)
         for key in _SETTINGS:
-            settings = [metadata.get(key) for metadata in (first.metadata, *others)]
-            if all(isinstance(setting, Mapping) for setting in settings):
+            settings = [p.metadata[key] for p in profiles if isinstance(p.metadata.get(key), Mapping)]
+            if len(settings) == len(profiles):
                 shared[key] = _shared(settings[0], settings[1:])
         joint = {
             granularity: _geometric_mean([p.joint_rates[granularity] for p in profiles])

@@ -29,7 +29,7 @@ from .optimizer_table import check_optimizer, weight_decays
 from .outputs import Batch, Outputs
 from .probe_data import ProbeData
 from .probes import RateProbe
-from .provenance import begun_profile, continued_profile, provenance
+from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from .scaling import Scaling
 from .updates import Snapshot
@@ -127,6 +127,7 @@ class FLeRMRun:
         self._scaling: Scaling | None = None
         if base is not None:
             self._stepping.check_apart()
+            warn_of_other_rate(base, described)
             self._scaling = Scaling(base, model, self._optimizer, self._stepping.held, config)
             asked += self._scaling.shares
         self._pool = Pool(self._parameters, config.estimator, asked)

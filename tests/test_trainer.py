@@ -1246,6 +1246,15 @@ def test_what_is_no_config_is_refused(folder: Path, given: Any, alone: bool) -> 
         FLeRMCallback(given) if alone else FLeRMTrainer(model=gpt2(), flerm=given)
 
 
+def test_another_learning_rate_than_the_bases_is_told(folder: Path, warnings_of: Callable[[], list[str]]) -> None:
+    base = recorded(folder, gpt2())
+    make_trainer(folder, gpt2(), match(base)).train()
+    assert warnings_of() == []
+    make_trainer(folder, gpt2(), match(base), learning_rate=5e-2).train()
+    (warning,) = warnings_of()
+    assert warning.startswith("the base's learning rate was 0.01, this run's is 0.05: outputs will move 5 times as far")
+
+
 def test_a_schedule_that_asks_for_no_step_is_told(folder: Path, warnings_of: Callable[[], list[str]]) -> None:
     make_trainer(folder, gpt2(), FLeRMConfig(measure_steps=(STEPS,))).train()
     assert warnings_of() == [f"nothing was measured: measure_steps=({STEPS},) asks for none of the {STEPS} steps."]
