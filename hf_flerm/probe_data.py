@@ -59,8 +59,8 @@ class ProbeData:
             examples = examples.select_columns(common) if common else examples
         if examples is None and not hasattr(dataloader, "dataset"):
             raise ValueError(
-                f"{type(dataloader).__name__} has no data set to probe with: pass a torch DataLoader, or "
-                "probe_dataset, collate_fn and batch_size."
+                f"{type(dataloader).__name__} is no loader with a data set to probe with: pass a torch "
+                "DataLoader, or probe_dataset, collate_fn and batch_size."
             )
         if examples is None or isinstance(examples, IterableDataset) or not hasattr(examples, "__getitem__"):
             raise ValueError(

@@ -255,7 +255,7 @@ def test_batches_that_are_no_dicts_need_a_collate_fn_and_an_output() -> None:
 def test_what_is_no_loader_is_refused_as_such(given: Any) -> None:
     model = gpt2()
     with pytest.raises(
-        ValueError, match=rf"^{type(given).__name__} has no data set to probe with: pass a torch DataLoader"
+        ValueError, match=rf"^{type(given).__name__} is no loader with a data set to probe with: pass a torch"
     ):
         FLeRMRun(model, AdamW(model.parameters()), FLeRMConfig(), given)
 

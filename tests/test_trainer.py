@@ -1191,7 +1191,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "text to probe with": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": datasets.Dataset.from_dict({"text": ["no tokens"] * 4})},
-        r"no probe batch can be made.*columns \['text'\] and must be prepared \(tokenized\) as the training set",
+        r"no probe batch can be made.*holds no examples: \[\].*columns \[.text.\].*tokenized",
     ),
     "no labels to probe with": (
         lambda: {
