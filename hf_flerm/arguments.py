@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from .config import FLeRMConfig
 
 _PREFIX = "flerm_"
+_NUMBERS = ("float", "float | None")
 _PLAIN = ("str", "int", "float", "int | None", "float | None")  # what a parser can make of text by itself
 
 
@@ -22,11 +24,15 @@ def _help(name: str) -> str:
 class _Prefixed:
     @property
     def config(self) -> FLeRMConfig:
-        """The choices, checked; `probes` and `measure_steps` may be text."""
+        """The choices, checked; `probes`, `measure_steps` and numbers (`1e3` is text in YAML) may be text."""
         values = {entry.name: getattr(self, f"{_PREFIX}{entry.name}") for entry in fields(FLeRMConfig)}
         probes, steps = values["probes"], values["measure_steps"]
         if isinstance(probes, str) and probes.isdecimal():
             values["probes"] = int(probes)
+        for entry in fields(FLeRMConfig):
+            if str(entry.type) in _NUMBERS and isinstance(values[entry.name], str):
+                with suppress(ValueError):
+                    values[entry.name] = float(values[entry.name])
         if isinstance(steps, str) and all(step.strip().isdecimal() for step in steps.split(",")):
             values["measure_steps"] = [int(step) for step in steps.split(",")]
         return FLeRMConfig(**values)

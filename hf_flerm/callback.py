@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .config import FLeRMConfig
+from .config import FLeRMConfig, checked
 from .distributed import are_several, common_profile
 from .matching import Evidence
 from .measurement import Measurement
@@ -21,6 +22,7 @@ from .run import FLeRMRun
 from .trl_tasks import trl_task
 
 logger = logging.get_logger(__name__)
+_latest: weakref.ref[TrainerState] | None = None  # of the training that a callback has begun to follow
 
 
 class FLeRMCallback(TrainerCallback):
@@ -45,10 +47,11 @@ class FLeRMCallback(TrainerCallback):
 
     Raises:
         RateProfileError: If the profile to match cannot be loaded; on several processes when training begins, on all.
+        ValueError: If `config` is no `FLeRMConfig`.
     """
 
     def __init__(self, config: FLeRMConfig, probe_dataset: Dataset[Any] | None = None) -> None:
-        self.config = config
+        self.config = checked(config)
         self.probe_dataset = probe_dataset
         self.base: RateProfile | None = None
         if config.profile is not None and not are_several():  # several read it together when training begins
@@ -131,6 +134,13 @@ class FLeRMCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check everything that can be wrong, before the first step."""
+        global _latest
+        if _latest is not None and _latest() is state:
+            raise ValueError(
+                "this training has two FLeRMCallbacks: scales would be applied twice. Leave one; FLeRMTrainer and "
+                "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...)."
+            )
+        _latest = weakref.ref(state)
         self.close()
         resumed = self._resumed(args, state)
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
@@ -208,6 +218,11 @@ class FLeRMCallback(TrainerCallback):
             self.save(str(args.output_dir))
         self.run.close()
         self.run.report_unmatched()
+        if not len(self.rate_profile.steps) and not self.seconds:
+            logger.warning(
+                f"nothing was measured: measure_steps={self.config.measure_steps} asks for none of the "
+                f"{state.global_step} steps."
+            )
 
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> RateProfile | None:
         """The profile of the checkpoint that training goes on from."""

@@ -204,6 +204,25 @@ class FLeRMConfig:
         return cls(**values)
 
 
+def checked(config: object) -> FLeRMConfig:
+    """Refuse what is given in place of a config.
+
+    Args:
+        config: What was given.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it is no `FLeRMConfig`.
+    """
+    if not isinstance(config, FLeRMConfig):
+        raise ValueError(
+            f"{config!r:.100} is no FLeRMConfig: pass FLeRMConfig(...), or the config of FLeRMArguments (flerm.config)."
+        )
+    return config
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -109,8 +109,12 @@ class SharedProfile(ABC):
         """
         if isinstance(source, cls):
             return source
+        if not isinstance(source, (str, os.PathLike)):
+            raise RateProfileError(
+                f"{source!r:.100} is no profile: it must be a RateProfile, a folder, a file or a repository."
+            )
         path = find(
-            os.fspath(source),  # type: ignore[arg-type]
+            os.fspath(source),
             revision=revision,
             subfolder=subfolder,
             token=token,
@@ -202,7 +206,11 @@ def find(source: str, *, revision: str | None, subfolder: str | None, **download
     if path.is_dir():
         path = path / (subfolder or "") / PROFILE_NAME
         if not path.is_file():
-            raise RateProfileError(f"there is no {PROFILE_NAME} in {path.parent}. Was the run recorded with FLeRM?")
+            raise RateProfileError(
+                f"there is no {PROFILE_NAME} in {path.parent}. A run that is recorded writes it into its output folder "
+                "and checkpoints; so does save_model of FLeRMTrainer and FLeRMMixin, but not with FLeRMCallback alone, "
+                "whose save(folder) does."
+            )
         return path
     with _explained(f"{source!r} is no folder, no file and no repository that holds {PROFILE_NAME}"):
         repo_id, own_revision, own_subfolder = _address(source)

@@ -169,6 +169,11 @@ def map_profile(
     for value, allowed in ((granularity, GRANULARITIES), (depth, DEPTHS), (unmatched, UNMATCHED)):
         if value not in allowed:
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}.")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is {model!r:.100}; it must be a torch module, with the adapter that will be trained. The "
+            "profile comes first, then the model; `hf-flerm map` takes folders."
+        )
     base = RateProfile.from_pretrained(base)
     parameters = trainable_parameters(model)
     places = tensor_places(model)

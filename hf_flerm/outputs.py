@@ -185,7 +185,7 @@ def num_examples(batch: Batch) -> int:
     Raises:
         ValueError: If there is no tensor or no example in it.
     """
-    count: int | None = find_batch_size(dict(batch))
+    count: int | None = find_batch_size(dict(batch)) if batch else None
     if not count:
         raise ValueError(f"a probe batch holds no examples: {sorted(batch)}. Pass dicts of tensors, examples first.")
     return count

@@ -181,17 +181,16 @@ def plan(
 
     Raises:
         RateProfileError: If the profile is no use for this model, or lacks the joint rates that this needs.
-        ValueError: If there are no steps, nothing could be measured in them, or several processes run.
+        ValueError: If there is no step, nothing could be measured in these steps, or several processes run.
     """
     if steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be at least 1.")
+        raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
     if PartialState().num_processes > 1:
         raise ValueError(f"plan runs in one process, this is one of {PartialState().num_processes}: call it alone.")
     base = RateProfile.from_pretrained(profile)
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")
-    recorded_rate = base.metadata.get("training_arguments", {}).get("learning_rate")
-    base_rate = recorded_rate if isinstance(recorded_rate, float) and recorded_rate > 0 else args.learning_rate
+    base_rate = recorded_learning_rate(base) or args.learning_rate
     settings = replace(
         config or FLeRMConfig(**recorded_units(base)),
         mode="match",
@@ -230,6 +229,19 @@ def plan(
         trainer.state.global_step,
         evidence,
     )
+
+
+def recorded_learning_rate(base: RateProfile) -> float | None:
+    """Read the learning rate of a profile's run.
+
+    Args:
+        base: A profile.
+
+    Returns:
+        It, above 0; None if the metadata do not tell it.
+    """
+    found = base.metadata.get("training_arguments", {}).get("learning_rate")
+    return found if isinstance(found, float) and found > 0 else None
 
 
 class _Follower(TrainerCallback):

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset as HubDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from .config import FLeRMConfig
+from .measurement import Measurement
 from .modes import kept_random_state, own_generators
 from .outputs import Batch
 
@@ -75,6 +77,11 @@ class ProbeData:
         if isinstance(examples, HubDataset) and isinstance(training, HubDataset):
             common = [column for column in training.column_names if column in examples.column_names]
             examples = examples.select_columns(common) if common else examples
+        if examples is None and not hasattr(dataloader, "dataset"):
+            raise ValueError(
+                f"{type(dataloader).__name__} is no loader with a data set to probe with: pass a torch "
+                "DataLoader, or probe_dataset, collate_fn and batch_size."
+            )
         if examples is None or isinstance(examples, IterableDataset) or not hasattr(examples, "__getitem__"):
             raise ValueError(
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
@@ -101,40 +108,48 @@ class ProbeData:
         self._collate = collate_fn or dataloader.collate_fn
         self._drawing = (examples, self._collate, getattr(dataloader, "collate_fn", None))
         if collate_fn is None or dataset is not None or isinstance(collate_fn, Staged):
-            self._check_inputs(getattr(training, "column_names", None))
+            batch = self._first_batch(getattr(training, "column_names", None))
+            wants_labels = config.positions == "labels" and dataset is not None and not isinstance(collate_fn, Staged)
+            if wants_labels and not isinstance(batch.get("labels"), Tensor):
+                raise ValueError(f"positions 'labels' needs labels; a probe batch has {sorted(batch)}.")
 
-    def halve(self) -> bool:
-        """Take half as many examples at a time, and twice as many batches.
+    def probed(
+        self, step: int, device: torch.device, measure: Callable[[Iterator[Batch], torch.Generator], Measurement]
+    ) -> Measurement:
+        """Measure with what is drawn for a step; every process of a training draws its own.
 
-        Returns:
-            Whether there was anything to halve.
-        """
-        if self.batch_size == 1:
-            return False
-        self.batch_size //= 2
-        self.num_batches *= 2
-        return True
-
-    def drawn(self, step: int, device: torch.device) -> tuple[Iterator[Batch], torch.Generator]:
-        """Draw for the measurement of a step; every process of a training draws its own.
+        What runs out of memory is tried again with half as many examples at a time, and from then on twice as many
+        batches.
 
         Args:
             step: Optimizer step.
             device: Where omega is drawn.
+            measure: Takes model inputs, and what omega is drawn by.
 
         Returns:
-            Model inputs, and what omega is drawn by.
+            What it came to.
+
+        Raises:
+            Exception: What `measure` raises, if there is nothing to halve.
         """
         process = PartialState().process_index
         stream = f"{self._seed} {step}" + (f" {process}" if process else "")
-        random_numbers = random.Random(stream)
-        generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
-        return self._batches(random_numbers), generator
+        while True:
+            random_numbers = random.Random(stream)
+            generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
+            try:
+                return measure(self._batches(random_numbers), generator)
+            except Exception as error:
+                if self.batch_size == 1 or not should_reduce_batch_size(error):
+                    raise
+            self.batch_size //= 2
+            self.num_batches *= 2
+            clear_device_cache(garbage_collection=True)
 
-    def _check_inputs(self, columns: list[str] | None) -> None:
+    def _first_batch(self, columns: list[str] | None) -> Batch:
         collate = self._collate.first if isinstance(self._collate, Staged) else self._collate
         try:
-            with kept_random_state(torch.device("cpu")), own_generators(*self._drawing):
+            with kept_random_state(PartialState().device), own_generators(*self._drawing):
                 batch = collate([self._examples[index] for index in range(self.batch_size)])
         except Exception as error:
             raise ValueError(self._no_batch(columns, repr(error))) from error
@@ -146,6 +161,7 @@ class ProbeData:
             )
         if not any(isinstance(value, Tensor) for value in batch.values()):
             raise ValueError(self._no_batch(columns, f"no tensor is in {dict(batch)!r:.100}"))
+        return batch
 
     def _no_batch(self, columns: list[str] | None, reason: str) -> str:
         known = ""

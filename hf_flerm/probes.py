@@ -76,7 +76,10 @@ def measure_rates(
     outputs = Outputs(output, positions, metric)
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
-        shape = whole_shape(model.get_parameter(path))
+        parameter = model.get_parameter(path)
+        shape = whole_shape(parameter)
+        if parameter.is_meta:
+            raise ValueError(f"{name!r} is on the meta device, without numbers: load the model's weights first.")
         if update.shape != shape:
             raise ValueError(f"the update of {name!r} has shape {tuple(update.shape)}, the parameter {tuple(shape)}.")
     return probe.measure(updates, batches, generator, target_error=target_error)

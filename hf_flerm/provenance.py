@@ -180,6 +180,21 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
         )
 
 
+def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> None:
+    """Warn of a run that is matched at another learning rate than its base's, which the scales are relative to.
+
+    Args:
+        profile: The base's.
+        described: The run's `provenance`.
+    """
+    was, now = (of.get("training_arguments", {}).get("learning_rate") for of in (profile.metadata, described))
+    if isinstance(was, float) and isinstance(now, float) and not math.isclose(was, now, rel_tol=1e-6):
+        logger.warning(
+            f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "
+            "far as the base's did. Give the target the base's learning rate; the scales do the rest."
+        )
+
+
 def recorded_units(profile: RateProfile) -> dict[str, Any]:
     """Read what a profile's rates are rates of.
 

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .config import FLeRMConfig
+from .config import FLeRMConfig, checked
 from .distributed import Pool, check_engine, check_loop, common_profile
 from .failures import Failures
 from .mapping import joint_groups
@@ -29,7 +29,7 @@ from .optimizer_table import check_optimizer, weight_decays
 from .outputs import Batch, Outputs
 from .probe_data import ProbeData
 from .probes import RateProbe
-from .provenance import begun_profile, continued_profile, provenance
+from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from .scaling import Scaling
 from .sharding import runs_on
@@ -101,7 +101,7 @@ class FLeRMRun:
         self.steps = 0
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
-        self._config = config = replace(config, positions=config.positions or "attention_mask")
+        self._config = config = replace(checked(config), positions=config.positions or "attention_mask")
         self._optimizer = raw_optimizer(optimizer)
         self._accumulation = getattr(optimizer, "gradient_state", None)
         self._parameters = trainable_parameters(model)
@@ -130,6 +130,7 @@ class FLeRMRun:
         self._scaling: Scaling | None = None
         if base is not None:
             self._stepping.check_apart()
+            warn_of_other_rate(base, described)
             self._scaling = Scaling(base, model, self._optimizer, self._stepping.held, config)
             asked += self._scaling.shares
         self._pool = Pool(self._parameters, config.estimator, asked)
@@ -339,14 +340,9 @@ class FLeRMRun:
         if failed or not moved:
             return None
         with before.put_back(used, decays) as updates:
-            while True:
-                batches, generator = self._probe_data.drawn(self._step, device)
-                try:
-                    return self._probe.measure(updates, batches, generator, target_error=self._probe_data.target_error)
-                except Exception as error:
-                    if not should_reduce_batch_size(error) or not self._probe_data.halve():
-                        raise
-                clear_device_cache(garbage_collection=True)
+            return self._probe_data.probed(
+                self._step, device, partial(self._probe.measure, updates, target_error=self._probe_data.target_error)
+            )
 
     def _log(self, what: str, values: Mapping[str, float]) -> None:
         self._logs.update(means_by_kind(f"flerm/{what}", values, self._logged_as))

@@ -259,6 +259,15 @@ def test_batches_that_are_no_dicts_need_a_collate_fn_and_an_output() -> None:
     assert all(rates.all() for rates in run.profile.rates.values())
 
 
+@pytest.mark.parametrize("given", [[], [{"input_ids": torch.ones(1, 2).long()}], Rows()], ids=["none", "list", "rows"])
+def test_what_is_no_loader_is_refused_as_such(given: Any) -> None:
+    model = gpt2()
+    with pytest.raises(
+        ValueError, match=rf"^{type(given).__name__} is no loader with a data set to probe with: pass a torch"
+    ):
+        FLeRMRun(model, AdamW(model.parameters()), FLeRMConfig(), given)
+
+
 def test_a_loader_that_does_not_tell_its_batch_size() -> None:
     loop = Loop(gpt2())
     batches = DataLoader(Rows(), batch_sampler=[[0, 1], [2, 3]])

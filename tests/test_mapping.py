@@ -490,3 +490,11 @@ def test_conv1d_adapters_of_other_depth_and_rank() -> None:
         for i in range(2)
         for side in "AB"
     }
+
+
+def test_what_is_no_model_or_no_profile_is_refused() -> None:
+    base = RateProfile([0], {"weight": [1.0]})
+    with pytest.raises(ValueError, match=r"model is 'base'; it must be a torch module.*`hf-flerm map` takes folders"):
+        map_profile(base, "base")  # type: ignore[arg-type]
+    with pytest.raises(RateProfileError, match=r"Linear\(.*\) is no profile: it must be a RateProfile, a folder"):
+        map_profile(nn.Linear(1, 1), nn.Linear(1, 1))  # type: ignore[arg-type]

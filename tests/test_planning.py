@@ -278,6 +278,23 @@ def test_the_command_says_the_same_of_a_seed(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, words).exit_code == 2
 
 
+def test_the_command_asks_for_a_profile_that_tells_its_learning_rate(tmp_path: Path) -> None:
+    base = recorded(tmp_path / "runs", gpt2())
+    arguments = base.metadata["training_arguments"]
+    other = {**base.metadata, "training_arguments": {**arguments, "learning_rate": 2 * LEARNING_RATE}}
+    twice = RateProfile(base.steps, base.rates, other, base.joint_rates)
+    RateProfile.average([base, twice]).save_pretrained(tmp_path / "mean")
+    gpt2().save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "no data", str(tmp_path / "mean")])
+    assert result.exit_code == 2
+    assert "does not tell the learning rate" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_steps_are_refused_by_their_own_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^steps is 0; it must be a whole number of at least 1"):
+        plan(gpt2(), arguments(tmp_path), Rows(), "no profile", steps=0)
+
+
 def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
     """A process of its own, a model with its tokenizer, and text: what `plan` says of the same tokens."""
     base = recorded(tmp_path / "runs", gpt2())

@@ -1440,3 +1440,10 @@ def test_a_probe_measures_again_at_new_weights() -> None:
     second = probe.measure(made.updates, made.batches, seeded(0)).rates
     assert second == made.measure("per_example").rates
     assert all(first[name] != second[name] for name in ("0.weight", "0.bias", "2.weight"))
+
+
+def test_a_model_without_numbers_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"'weight' is on the meta device, without numbers: load the model's weights"):
+        measure_rates(model, {"weight": torch.ones(2, 2)}, [{"input": torch.ones(1, 2)}])

@@ -59,7 +59,15 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, RateProfileError, measure_rates
+from hf_flerm import (
+    FLeRMArguments,
+    FLeRMCallback,
+    FLeRMConfig,
+    FLeRMTrainer,
+    RateProfile,
+    RateProfileError,
+    measure_rates,
+)
 from hf_flerm.mapping import ProfileMap
 from hf_flerm.names import canonical_names, tensor_kinds, trainable_parameters
 from hf_flerm.optimizer import learning_rates, raw_optimizer
@@ -1251,6 +1259,13 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": datasets.Dataset.from_dict({"text": ["a"] * 8})},
         r"no batch can be made of the probe data set: no tensor is in \{\}.*Prepare it as the training set is",
     ),
+    "no labels to probe with": (
+        lambda: {
+            "flerm": FLeRMConfig(positions="labels"),
+            "probe_dataset": [{"input_ids": tokens} for tokens in Rows().tokens],
+        },
+        r"positions 'labels' needs labels; a probe batch has \['input_ids'\]",
+    ),
     "stream to probe with": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": Stream()},
         "probe_dataset",
@@ -1272,6 +1287,43 @@ def test_an_optimizer_that_lacks_parameters_is_refused(folder: Path, mode: str, 
     config = FLeRMConfig() if mode == "record" else match(RateProfile([0], ones(model)))
     message = r"SGD does not hold the trainable parameters \[transformer.ln_f.bias, transformer.wpe.weight\]"
     refused(folder, message, model=model, flerm=config, alone=alone, extra=one_parameter_optimizer(model))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
+def test_a_training_has_one_callback(folder: Path, alone: bool) -> None:
+    model = gpt2()
+    before = weights_of(model)
+    second = FLeRMCallback(match(RateProfile([0], ones(model))))
+    trainer = make_trainer(folder, model, second.config, alone=alone, callbacks=[second])
+    with pytest.raises(ValueError, match="two FLeRMCallbacks: scales would be applied twice"):
+        trainer.train()
+    assert_identical(weights_of(model), before)
+    trainer.remove_callback(second)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+
+
+@pytest.mark.parametrize("given", [{"mode": "record"}, FLeRMConfig, FLeRMArguments(), None], ids=repr)
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
+def test_what_is_no_config_is_refused(folder: Path, given: Any, alone: bool) -> None:
+    with pytest.raises(
+        ValueError, match=r"is no FLeRMConfig: pass FLeRMConfig\(\.\.\.\), or the config of FLeRMArguments"
+    ):
+        FLeRMCallback(given) if alone else FLeRMTrainer(model=gpt2(), flerm=given)
+
+
+def test_another_learning_rate_than_the_bases_is_told(folder: Path, warnings_of: Callable[[], list[str]]) -> None:
+    base = recorded(folder, gpt2())
+    make_trainer(folder, gpt2(), match(base)).train()
+    assert warnings_of() == []
+    make_trainer(folder, gpt2(), match(base), learning_rate=5e-2).train()
+    (warning,) = warnings_of()
+    assert warning.startswith("the base's learning rate was 0.01, this run's is 0.05: outputs will move 5 times as far")
+
+
+def test_a_schedule_that_asks_for_no_step_is_told(folder: Path, warnings_of: Callable[[], list[str]]) -> None:
+    make_trainer(folder, gpt2(), FLeRMConfig(measure_steps=(STEPS,))).train()
+    assert warnings_of() == [f"nothing was measured: measure_steps=({STEPS},) asks for none of the {STEPS} steps."]
 
 
 def refused(folder: Path, message: str, *, model: nn.Module | None = None, **options: Any) -> None:

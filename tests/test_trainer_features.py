@@ -207,6 +207,11 @@ def test_choices_from_the_command_line_and_from_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"output_dir": "x", "flerm_measure_steps": [0, 20], "flerm_probes": "auto"}))
     assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(measure_steps=(0, 20), probes="auto")
+    file.write_text("output_dir: x\nflerm_max_scale: 1e3\nflerm_beta: 5e-1\n")  # which PyYAML reads as text
+    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(max_scale=1e3, beta=0.5)
+    file.write_text("output_dir: x\nflerm_max_scale: wide\n")
+    with pytest.raises(ValueError, match=r"max_scale is 'wide'; it must be a number of at least 1"):
+        _ = parser.parse_yaml_file(file)[1].config
     assert FLeRMArguments().config == FLeRMConfig()
     shown = " ".join(parser.format_help().split())
     assert "Scales are held between its inverse and it, with a warning." in shown

@@ -211,6 +211,21 @@ def test_recording_changes_nothing_and_matching_acts(tmp_path: Path, case: str) 
     assert matched.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
 
 
+def test_texts_that_are_not_tokenized_are_refused_before_training(tmp_path: Path) -> None:
+    trainer = made(sft(tmp_path), CONFIG, Dataset.from_dict({"text": texts(16, 4, 8, seed=3)}))
+    with pytest.raises(ValueError, match=r"no probe batch can be made: KeyError\('input_ids'\).*\['text'\].*tokenized"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_probing_with_prompts_of_ones_own_changes_nothing(tmp_path: Path) -> None:
+    """They are completed once before training, to see whether that can be done."""
+    plain = run_once(made(grpo(tmp_path)))
+    outcome = run_once(made(grpo(tmp_path), CONFIG, completions().remove_columns("completion")))
+    for part in ("weights", "random_state", "witnessed"):
+        assert_identical(getattr(outcome, part), getattr(plain, part), part)
+
+
 def probed_batch(trainer: Trainer, config: FLeRMConfig = CONFIG) -> tuple[Any, dict[str, Any]]:
     loader = trainer.get_train_dataloader()
     task = trl_task(trainer.args, trainer.model, loader, trainer.processing_class)
