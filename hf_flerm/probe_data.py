@@ -113,17 +113,33 @@ class ProbeData:
             if wants_labels and not isinstance(batch.get("labels"), Tensor):
                 raise ValueError(f"positions 'labels' needs labels; a probe batch has {sorted(batch)}.")
 
+    def drawn(self, step: int, device: torch.device) -> tuple[Iterator[Batch], torch.Generator]:
+        """Draw for the measurement of a step; every process of a training draws its own.
+
+        Args:
+            step: Optimizer step.
+            device: Where omega is drawn.
+
+        Returns:
+            Model inputs, and what omega is drawn by.
+        """
+        process = PartialState().process_index
+        stream = f"{self._seed} {step}" + (f" {process}" if process else "")
+        random_numbers = random.Random(stream)
+        generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
+        return self._batches(random_numbers), generator
+
     def probed(
         self, step: int, device: torch.device, measure: Callable[[Iterator[Batch], torch.Generator], Measurement]
     ) -> Measurement:
-        """Measure with what is drawn for a step; every process of a training draws its own.
+        """Measure with what is drawn for a step.
 
         What runs out of memory is tried again with half as many examples at a time, and from then on twice as many
         batches.
 
         Args:
-            step: Optimizer step.
-            device: Where omega is drawn.
+            step: As for `drawn`.
+            device: As for `drawn`.
             measure: Takes model inputs, and what omega is drawn by.
 
         Returns:
@@ -132,13 +148,9 @@ class ProbeData:
         Raises:
             Exception: What `measure` raises, if there is nothing to halve.
         """
-        process = PartialState().process_index
-        stream = f"{self._seed} {step}" + (f" {process}" if process else "")
         while True:
-            random_numbers = random.Random(stream)
-            generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
             try:
-                return measure(self._batches(random_numbers), generator)
+                return measure(*self.drawn(step, device))
             except Exception as error:
                 if self.batch_size == 1 or not should_reduce_batch_size(error):
                     raise

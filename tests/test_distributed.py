@@ -637,7 +637,9 @@ def four_shards(folder: Path) -> dict[str, Any]:
     return {"resumed": resumed, "own": own}
 
 
-def examples(folder: Path, environments: dict[str, dict[str, str]]) -> dict[tuple[str, str], str]:
+def examples(
+    folder: Path, environments: dict[str, dict[str, str]], scripts: tuple[str, ...] = SCRIPTS
+) -> dict[tuple[str, str], str]:
     """What the examples print in the environment of each engine."""
     printed = {}
     for engine, environment in environments.items():
@@ -647,7 +649,7 @@ def examples(folder: Path, environments: dict[str, dict[str, str]]) -> dict[tupl
             for name, value in environment.items():
                 patch.setenv(name, value)
             patch.syspath_prepend(str(EXAMPLES))
-            for script in SCRIPTS:
+            for script in scripts:
                 place = folder / engine / script
                 patch.setattr(sys, "argv", [script, "--output", str(place), "--steps", "2"])
                 with redirect_stdout(StringIO()) as out:

