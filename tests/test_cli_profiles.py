@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from test_hub import REPO, hub, profile, server  # noqa: F401
 from training import gpt2, lora, recorded
@@ -35,8 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
     """What the shell would see of `hf-flerm words`."""
-    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
-    command = EntryPoint("hf-flerm", scripts["hf-flerm"], "console_scripts")
+    command = next(iter(entry_points(group="console_scripts", name="hf-flerm")))
     monkeypatch.setattr(sys, "argv", ["hf-flerm", *map(str, words)])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as left:
