@@ -6,12 +6,13 @@ import json
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import gpt2, make_trainer, recorded
 
-from hf_flerm import FLeRMConfig
+from hf_flerm import FLeRMCallback, FLeRMConfig
 
 Seen = dict[str, dict[int, float]]
 
@@ -34,13 +35,18 @@ def by_trackio(project: str) -> Seen:
 READERS = {"tensorboard": by_tensorboard, "trackio": by_trackio}
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback before the trackers"])
 @pytest.mark.parametrize("tracker", READERS)
 def test_a_tracker_has_rates_errors_scales_and_the_nominal_learning_rate(
-    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     config = FLeRMConfig("match", recorded(tmp_path, gpt2()), measure_steps=(0, 2))
-    trainer = make_trainer(tmp_path, gpt2(width=32), config, report_to=[tracker], project="rates")
+    trainer: Any = make_trainer(
+        tmp_path, gpt2(width=32), None if alone else config, report_to=[tracker], project="rates"
+    )
+    if alone:
+        trainer.callback_handler.callbacks.insert(0, FLeRMCallback(config))
     trainer.train()
     logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     wanted = {key for entry in logs.values() for key in entry if key.startswith("flerm/")}
