@@ -181,9 +181,11 @@ def combined(studies: Sequence[Study]) -> str:
         cells = [_cell(study, method) for method in methods]
         edges = f"{edge(study.base)} | {edge(study.plain)}"
         lines.append(f"| {study.axis} | {study.shift:+.2f} | {edges} | " + " | ".join(cells) + " |")
+    means = [_mean(studies, method) for method in methods]
+    lines.append("| mean (axes on which it converges) |  |  |  | " + " | ".join(means) + " |")
+    for method in ("flerm", "fisher"):
+        lines += ["", *verdicts([study for study in studies if method in study.methods], method)]
     lines += [
-        "",
-        *verdicts(studies),
         "",
         "`plan`: what it multiplies the learning rate by, and what the sweeps want (the target's best over the base's, "
         "each between the points of its sweep).",
@@ -223,7 +225,7 @@ def _plan_cells(study: Study, metric: str) -> str:
     return f"{planned:.3g} | {planned / study.wanted:.2f}"
 
 
-def verdicts(studies: Sequence[Study], method: str = "flerm") -> list[str]:
+def verdicts(studies: Sequence[Study], method: str) -> list[str]:
     """On which axes a method is behind by over a standard error, or leaves over a quarter of plain's regret."""
     beaten = [f"{study.axis} ({study.winner})" for study in studies if study.behind(method, study.winner)]
     moved = [study for study in studies if mean(study.regrets("plain")) > WORTH]
@@ -245,6 +247,12 @@ def _cell(study: Study, method: str) -> str:
     if method not in study.at_base_rate:
         return ""
     return "refused" if method in study.errors else written(study.regrets(method))
+
+
+def _mean(studies: Sequence[Study], method: str) -> str:
+    regrets = [mean(study.regrets(method)) for study in studies if method in study.at_base_rate]
+    converged = [regret for regret in regrets if math.isfinite(regret)]
+    return f"{mean(converged):.3f} ({len(converged)})" if converged else ""
 
 
 def picture(study: Study, path: Path) -> None:

@@ -237,6 +237,13 @@ class Runner:
         self.seconds[method] = mean(result.seconds for result in results.values())
         return losses
 
+    def distinct(self, methods: list[str]) -> list[str]:
+        """Without methods that are one with an earlier one here: ways of splitting a depth, where it stays the same."""
+        found: dict[str, str] = {}
+        for method in methods:
+            found.setdefault(json.dumps(Job(self.axis.name, method, 0.0, 0, 0).settings(), sort_keys=True), method)
+        return list(found.values())
+
     def study(self, methods: list[str]) -> Study:
         study = Study(self.axis.name, self.axis.claim, self.axis.rule.text if self.axis.rule else None, self.seeds)
         study.base = self.sweep("record", list(self.axis.base.rates))
@@ -297,7 +304,7 @@ def main() -> None:
             for method in options.again:
                 forget(AXES[name], method, options.output)
             runner = Runner(AXES[name], options.seeds, options.steps, options.output, pool)
-            study = runner.study(options.methods)
+            study = runner.study(runner.distinct(options.methods))
             folder = options.output / name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "study.json").write_text(study.to_json())
