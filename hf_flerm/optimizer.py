@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from operator import is_, itemgetter
 from typing import Any
 
@@ -225,7 +225,7 @@ class StepScales:
 class _Partition:
     """Tensors that step alike, put together: a fused step over hundreds of groups is slow.
 
-    It is made anew only when scales, groups or options are no longer the same objects; learning rates may change.
+    It is made anew only when scales, groups, options or tensors are no longer the same; learning rates may change.
     """
 
     def __init__(
@@ -236,10 +236,10 @@ class _Partition:
         names: Mapping[int, str],
     ) -> None:
         self._scales = scales
-        self._seen = [_options(group) for group in groups]
-        self._members: list[tuple[dict[str, Any], float, list[int]]] = []  # a part, its scale, and the groups in it
+        self._seen = _Seen(groups)
+        self._parts: list[dict[str, Any]] = []
+        self._members: list[tuple[float, list[int]]] = []  # of each part: its scale, and the groups in it
         self._alike: list[tuple[int, int]] = []  # a group, and the first group of a part that it is in
-        self._before: list[tuple[Callable[[Any], Any], tuple[Any, ...]]] = []
         found: dict[tuple[Any, ...], int] = {}
         for index, group in enumerate(groups):
             options = {key: value for key, value in group.items() if key not in ("params", GROUP_KEY)}
@@ -248,54 +248,66 @@ class _Partition:
                 scale = scales.get(names.get(id(parameter), ""), 1.0)
                 alike = (scale, *options, *signature)
                 if alike not in found:
-                    found[alike] = len(self._members)
-                    self._members.append(({**options, **undo_scale(optimizer, group, scale), "params": []}, scale, []))
-                part, _, members = self._members[found[alike]]
-                part["params"].append(parameter)
+                    found[alike] = len(self._parts)
+                    self._parts.append({**options, **undo_scale(optimizer, group, scale), "params": []})
+                    self._members.append((scale, []))
+                self._parts[found[alike]]["params"].append(parameter)
+                _, members = self._members[found[alike]]
                 if not members or members[-1] != index:
                     members.append(index)
                     self._alike.append((index, members[0]))
+        self._before = _Seen(self._parts)
 
     def fits(self, groups: Sequence[dict[str, Any]], scales: Mapping[str, float]) -> bool:
-        if scales is not self._scales or len(groups) != len(self._seen):
+        if scales is not self._scales or not self._seen.hold(groups):
             return False
         rates = [group["lr"] for group in groups]
-        if any(rates[index] != rates[first] for index, first in self._alike):
-            return False
-        return all(map(_same, self._seen, groups))
+        return all(rates[index] == rates[first] for index, first in self._alike)
 
     def parts(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        for part, scale, members in self._members:
+        for part, (scale, members) in zip(self._parts, self._members, strict=True):
             rate = groups[members[0]]["lr"]
             part["lr"] = rate if scale == 1.0 else rate * scale
-        self._before = [_options(part) for part, _, _ in self._members]
-        return [part for part, _, _ in self._members]
+        self._before = _Seen(self._parts)
+        return list(self._parts)
 
     def take_over(self, groups: Sequence[dict[str, Any]]) -> None:
         """Give the groups what the optimizer has written into their parts: some count steps or keep averages there."""
-        for (part, _, members), before in zip(self._members, self._before, strict=True):
-            if _same(before, part):
-                continue
+        if self._before.hold(self._parts):
+            return
+        for part, (_, members) in zip(self._parts, self._members, strict=True):
             for index in members:
                 groups[index].update({key: value for key, value in part.items() if key not in _OWN_TO_A_PART})
 
 
-def _options(group: Mapping[str, Any]) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
-    """The values of a group but for its learning rate, its tensors, and what gets the values."""
-    get = _getter(tuple(key for key in group if key != "lr"))
-    return get, (*get(group), *group["params"])
+class _Seen:
+    """What groups held but for their learning rates: options that are equal, and the very tensors."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._readers = [_reader(tuple(key for key in group if key not in ("lr", "params"))) for group in groups]
+        self._sizes = _sizes(groups)
+        self._options = [read(group) for read, group in zip(self._readers, groups, strict=True)]
+        self._tensors = [tensor for group in groups for tensor in group["params"]]
+
+    def hold(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Tell whether the groups still hold that."""
+        if _sizes(groups) != self._sizes:
+            return False
+        try:
+            options = [read(group) for read, group in zip(self._readers, groups, strict=True)]
+        except KeyError:
+            return False
+        tensors = chain.from_iterable(group["params"] for group in groups)
+        return all(map(is_, tensors, self._tensors)) and options == self._options
+
+
+def _sizes(groups: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(len(group), len(group["params"])) for group in groups]
 
 
 @cache
-def _getter(keys: tuple[str, ...]) -> Callable[[Any], Any]:
-    return itemgetter("params", *keys)  # of two keys or more it gives a tuple
-
-
-def _same(seen: tuple[Callable[[Any], Any], tuple[Any, ...]], group: Mapping[str, Any]) -> bool:
-    """Whether a group still holds the very objects that it held."""
-    get, values = seen
-    now = (*get(group), *group["params"])
-    return len(now) == len(values) and all(map(is_, now, values))
+def _reader(keys: tuple[str, ...]) -> Callable[[Any], Any]:
+    return itemgetter(*keys) if keys else lambda group: ()
 
 
 def _schedulers(scheduler: Any) -> Iterator[Any]:
