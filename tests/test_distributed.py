@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -538,12 +538,13 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         drawn_by_all(patch, 2 * PAIR)
         patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
         alone = matched_run(tmp_path, "full", steps=EARLY, per_device_train_batch_size=2 * PAIR)
-    for result in four:
-        assert result["own"]["scales"] == four[0]["own"]["scales"], "bit for bit"
-        for name, rates in alone["rates"].items():
-            assert result["own"]["rates"][name][0] == pytest.approx(rates[0], rel=1e-5), name
-    for name, weight in alone["weights"].items():
-        torch.testing.assert_close(four[0]["own"]["weights"][name], weight, rtol=1e-3, atol=1e-4)
+    for mesh in ("own", "hybrid"):
+        for result in four:
+            assert result[mesh]["scales"] == four[0][mesh]["scales"], "bit for bit"
+            for name, rates in alone["rates"].items():
+                assert result[mesh]["rates"][name][0] == pytest.approx(rates[0], rel=1e-5), name
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(four[0][mesh]["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
     # And two take up what four have saved.
     two = launch(two_shards, PAIR, tmp_path / "c", tmp_path)
@@ -630,11 +631,14 @@ def four_shards(folder: Path) -> dict[str, Any]:
         resume = folder / "early" / "checkpoint-3"
         resumed = matched_run(folder / "four", "full", resume=resume, **options, **SAVED_IN_SHARDS)
         own = matched_run(folder / "own", "full", save_strategy="steps", save_steps=3, **options, **FSDP)
+        mesh = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+        hybrid = matched_run(folder / "hybrid", "full", parallelism_config=mesh, **options, **FSDP)
+        assert AcceleratorState().device_mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
             make_trainer(folder, gpt2(), FLeRMConfig(estimator="exact"), **FSDP).train()
     with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
         plan(gpt2(), arguments(folder), Rows(), base_of("full"))
-    return {"resumed": resumed, "own": own}
+    return {"resumed": resumed, "own": own, "hybrid": hybrid}
 
 
 def examples(
