@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -39,6 +40,13 @@ class Study:
     def wanted(self) -> float:
         """What to multiply the learning rate by: the target's best over the base's, each between its sweep's points."""
         return optimum(self.plain) / optimum(self.base)
+
+    @property
+    def wanted_range(self) -> tuple[float, float]:
+        """Where `wanted` lies for nine tenths of all resamplings of the seeds, base and target each by itself."""
+        bases, targets = resampled(self.base), resampled(self.plain)
+        found = sorted(target / base for base in bases for target in targets)
+        return found[len(found) // 20], found[-1 - len(found) // 20]
 
     def planned(self, metric: str) -> float:
         """What `plan` multiplies the learning rate by, a geometric mean over seeds.
@@ -126,6 +134,13 @@ def optimum(sweep: Sweep) -> float:
     return rates[best] * math.exp(offset * step)
 
 
+def resampled(sweep: Sweep) -> list[float]:
+    """The optimum of a sweep for every way of drawing as many seeds as there are, with replacement."""
+    seeds = range(len(next(iter(sweep.values()))))
+    draws = product(seeds, repeat=len(seeds))
+    return [optimum({rate: [losses[seed] for seed in draw] for rate, losses in sweep.items()}) for draw in draws]
+
+
 def edge(sweep: Sweep) -> str:
     """The largest learning rate of a sweep up to which training is stable: less than `STABLE` above its best."""
     limit = mean(sweep[best_rate(sweep)]) + STABLE
@@ -199,23 +214,32 @@ def _plans(studies: Sequence[Study]) -> list[str]:
     metrics = list(dict.fromkeys(metric for study in studies for metric in study.plans))
     heads = " | ".join(f"planned, {metric} | / wanted" for metric in metrics)
     lines = [
-        f"| axis | base's best lr | target's best lr | wanted | {heads} |",
-        "|---|---|---|---|" + "---|---|" * len(metrics),
+        f"| axis | base's best lr | target's best lr | wanted | 90 % of resampled seeds | {heads} |",
+        "|---|---|---|---|---|" + "---|---|" * len(metrics),
     ]
     for study in studies:
-        rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g} | {study.wanted:.3g}"
+        low, high = study.wanted_range
+        rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g} | {study.wanted:.3g} | {low:.2g} to {high:.2g}"
         cells = [_plan_cells(study, metric) for metric in metrics]
         lines.append(f"| {study.axis} | {rates} | {' | '.join(cells)} |")
     for metric in metrics:
         planned = [study for study in studies if metric in study.plans]
         near = [study for study in planned if _near(study.planned(metric) / study.wanted)]
+        open_ = [study for study in planned if _near(study.planned(metric) / _nearest(study, metric))]
         rough = [study for study in planned if _near(study.planned(metric) * study.base_rate / optimum(study.plain))]
         lines += [
             "",
-            f"By {metric} rates within a factor of {NEAR} on {len(near)} of {len(planned)} axes; from the best point "
-            f"of the base's sweep as it is, a quarter of a decade from the next, on {len(rough)}.",
+            f"By {metric} rates within a factor of {NEAR} on {len(near)} of {len(planned)} axes, and of what seeds "
+            f"leave open on {len(open_)}; from the best point of the base's sweep as it is, a quarter of a decade from "
+            f"the next, on {len(rough)}.",
         ]
     return lines
+
+
+def _nearest(study: Study, metric: str) -> float:
+    """What of the range of wanted factors is nearest to the planned one."""
+    low, high = study.wanted_range
+    return min(max(study.planned(metric), low), high)
 
 
 def _plan_cells(study: Study, metric: str) -> str:
