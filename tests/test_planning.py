@@ -85,6 +85,23 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
         assert 0.2 < multiplier.value / factor < 5.0
 
 
+def test_the_first_half_of_the_steps_does_not_count(tmp_path: Path) -> None:
+    """Of a training that moves next to nothing, so that the scale of the first steps cannot act on what is measured later."""
+    base = recorded(tmp_path, gpt2())
+    told = {**base.metadata, "training_arguments": {**base.metadata["training_arguments"], "learning_rate": 1e-5}}
+
+    def times(factors: list[float]) -> RateProfile:
+        by_step = torch.tensor([*factors, *[1.0] * (len(base.steps) - len(factors))], dtype=torch.float64)
+        joint = {key: {p: rates * by_step for p, rates in of.items()} for key, of in base.joint_rates.items()}
+        return RateProfile(base.steps, {n: rates * by_step for n, rates in base.rates.items()}, told, joint)
+
+    plain, early, later = (planned(tmp_path, gpt2(), times(f)) for f in ([1.0], [9.0] * 3, [9.0] * 4))
+    assert early.overall.value == pytest.approx(plain.overall.value, rel=1e-2)
+    assert later.overall.value > 1.5 * plain.overall.value
+    for kind, multiplier in plain.multipliers.items():
+        assert early.multipliers[kind].value == pytest.approx(multiplier.value, rel=0.1)
+
+
 class Drawn(Rows):
     """Rows by random numbers of the data set's own."""
 
