@@ -125,7 +125,8 @@ class Evidence:
             Less evidence, with the same scales.
         """
         kept = [index for index, measured in enumerate(self.steps) if measured >= step]
-        steps, weights = (tuple(values[index] for index in kept) for values in (self.steps, self.weights))
+        steps = tuple(self.steps[index] for index in kept)
+        weights = tuple(self.weights[index] for index in kept)
         return replace(self, steps=steps, weights=weights, logs=self.logs[kept], errors=self.errors[kept])
 
     def appended(self, step: int, mapped: ProfileMap, measurement: Measurement, weight: float = 1.0) -> Evidence:

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import find_batch_size
+from accelerate.utils import find_batch_size, send_to_device
 from torch import Tensor, nn
+from transformers.utils import logging
+
+from .modes import undisturbed
+
+logger = logging.get_logger(__name__)
 
 Batch = Mapping[str, Any]
 OutputFunction = Callable[[nn.Module, Batch], Tensor]
@@ -171,6 +176,27 @@ class Outputs:
             )
         shape = (*values.shape[:-1], 1) if values.ndim > 1 else values.shape
         return Output(values, weight.to(values.dtype).expand(shape), METRICS[self.metric])
+
+    def check(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
+        """Refuse a model that has no such outputs, by running it once; it is left as it was.
+
+        Whatever else goes wrong in the model says nothing yet: of autocast and its like only a step knows.
+
+        Args:
+            model: The model.
+            batch: Its inputs.
+            device: Where it runs.
+
+        Raises:
+            ValueError: As for a call.
+        """
+        with undisturbed(model, device), torch.no_grad():
+            try:
+                self(model, send_to_device(dict(batch), device)).omega(torch.Generator(device))
+            except ValueError:
+                raise
+            except Exception as error:
+                logger.debug(f"the model could not be run before training: {error!r}")
 
 
 def num_examples(batch: Batch) -> int:

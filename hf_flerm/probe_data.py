@@ -47,6 +47,7 @@ class ProbeData:
         target_error: What relative error a process may stop at: that of P together is smaller by sqrt(P). None: it
             takes all batches.
         fingerprint: Of the data set, if it has one.
+        example: A batch; None if that takes the second stage of a `Staged` function.
         training_batch: Examples in a training batch of one process.
         accumulation_steps: Batches per optimizer step.
 
@@ -107,11 +108,12 @@ class ProbeData:
         self._examples = examples
         self._collate = collate_fn or dataloader.collate_fn
         self._drawing = (examples, self._collate, getattr(dataloader, "collate_fn", None))
-        if collate_fn is None or dataset is not None or isinstance(collate_fn, Staged):
-            batch = self._first_batch(getattr(training, "column_names", None))
-            wants_labels = config.positions == "labels" and dataset is not None and not isinstance(collate_fn, Staged)
-            if wants_labels and not isinstance(batch.get("labels"), Tensor):
-                raise ValueError(f"positions 'labels' needs labels; a probe batch has {sorted(batch)}.")
+        batch = self._first_batch(getattr(training, "column_names", None))
+        staged = isinstance(collate_fn, Staged)
+        self.example = None if staged else batch
+        own_labels = dataset is None or staged or isinstance(batch.get("labels"), Tensor)
+        if config.positions == "labels" and not own_labels:
+            raise ValueError(f"positions 'labels' needs labels; a probe batch has {sorted(batch)}.")
 
     def drawn(self, step: int, device: torch.device) -> tuple[Iterator[Batch], torch.Generator]:
         """Draw for the measurement of a step; every process of a training draws its own.

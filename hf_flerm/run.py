@@ -32,7 +32,7 @@ from .probes import RateProbe
 from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from .scaling import Scaling
-from .sharding import runs_on
+from .sharding import is_sharded, runs_on
 from .updates import Snapshot
 from .zero import stepping
 
@@ -113,9 +113,10 @@ class FLeRMRun:
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         self._probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
-        self._probe = RateProbe(
-            model, estimator=config.estimator, probes_per_batch=config.probes_per_batch, outputs=outputs
-        )
+        probes = config.probes_per_batch
+        self._probe = RateProbe(model, estimator=config.estimator, probes_per_batch=probes, outputs=outputs)
+        if self._probe_data.example is not None and not is_sharded(model):
+            outputs.check(model, self._probe_data.example, runs_on(next(iter(self._parameters.values()))))
         self._groups = joint_groups(model, self._parameters)
         described = provenance(model, self._parameters, self._optimizer, config, self._probe_data, arguments)
         self._profile = begun_profile(described, self._groups)

@@ -86,7 +86,7 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
 
 
 def test_the_first_half_of_the_steps_does_not_count(tmp_path: Path) -> None:
-    """Of a training that moves next to nothing, so that the scale of the first steps cannot act on what is measured later."""
+    """Of a training that moves next to nothing: its first scales cannot act on what is measured later."""
     base = recorded(tmp_path, gpt2())
     told = {**base.metadata, "training_arguments": {**base.metadata["training_arguments"], "learning_rate": 1e-5}}
 

@@ -247,8 +247,8 @@ def test_recording_changes_nothing_with_a_collator_that_draws(folder: Path) -> N
     trainer = make_trainer(folder, gpt2(DROPOUT), FLeRMConfig(probes=2, probe_batch_size=3), extra=extra)
     assert_same_run(train(trainer), plain)
     assert trainer.rate_profile.steps.tolist() == MEASURED
-    assert len(calls) == 2 * by_training + 2 * len(MEASURED)
-    assert calls.count(3) == 2 * len(MEASURED)
+    assert len(calls) == 2 * by_training + 1 + 2 * len(MEASURED), "one before training, to see whether it can be probed"
+    assert calls.count(3) == 1 + 2 * len(MEASURED)
 
 
 class Masking:
@@ -1215,6 +1215,20 @@ def match(profile: Any, **changes: Any) -> FLeRMConfig:
     return FLeRMConfig(mode="match", profile=profile, **changes)
 
 
+class Headless(nn.Module):
+    """A model that makes its loss by itself, and shows nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Embedding(training.VOCABULARY, 1)
+
+    def score(self, batch: Mapping[str, Any]) -> Tensor:
+        return self.head(batch["input_ids"]).mean(1)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"loss": self.score({"input_ids": input_ids}).square().mean()}
+
+
 BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "profile of another model": (
         lambda: {"flerm": match(other_model())},
@@ -1254,6 +1268,17 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
             ).to_iterable_dataset(),
         },
         "stream .* pass probe_dataset",
+    ),
+    "model without logits": (
+        lambda: {"model": Headless(), "flerm": FLeRMConfig()},
+        "Headless returned dict without logits.*Pass output='hidden' or output=",
+    ),
+    "metric of classes without any": (
+        lambda: {
+            "model": Headless(),
+            "flerm": FLeRMConfig(metric="fisher", output=lambda model, batch: model.score(batch)),
+        },
+        "metric 'fisher' needs the logits of at least two classes",
     ),
     "probe dataset of texts": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": datasets.Dataset.from_dict({"text": ["a"] * 8})},
