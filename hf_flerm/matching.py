@@ -115,20 +115,6 @@ class Evidence:
             "scales": dict(zip(self.units, self.scales.tolist(), strict=True)),
         }
 
-    def since(self, step: int) -> Evidence:
-        """Leave out what was measured before.
-
-        Args:
-            step: The first step that counts.
-
-        Returns:
-            Less evidence, with the same scales.
-        """
-        kept = [index for index, measured in enumerate(self.steps) if measured >= step]
-        steps = tuple(self.steps[index] for index in kept)
-        weights = tuple(self.weights[index] for index in kept)
-        return replace(self, steps=steps, weights=weights, logs=self.logs[kept], errors=self.errors[kept])
-
     def appended(self, step: int, mapped: ProfileMap, measurement: Measurement, weight: float = 1.0) -> Evidence:
         """Add a measurement.
 

@@ -159,9 +159,8 @@ def plan(
     """Find the learning rate that a model wants, before it is trained.
 
     A copy of the model trains for a few steps, from the base's learning rate, with one scale for all tensors; what it
-    would take for each kind is estimated from the same measurements. Those of the second half of the steps count: at
-    its start a wide or strongly initialized network is more sensitive than it remains. Model, random numbers and disk
-    stay as they are.
+    would take for each kind is estimated from the same measurements. The later ones count more: at its start a wide or
+    strongly initialized network is more sensitive than it remains. Model, random numbers and disk stay as they are.
 
     Args:
         model: The target, as it will be trained.
@@ -218,11 +217,10 @@ def plan(
         follower.source = trainer.flerm_callback
         trainer.train()
     evidence = trainer.flerm_callback.evidence
-    settled = trainer.state.global_step // 2
-    overall = evidence.since(settled).levels(everything, "kind").get("")
+    overall = _growing(evidence).levels(everything, "kind").get("")
     if overall is None:
         raise ValueError(f"nothing could be measured in {steps} steps: is the learning rate 0 for so long?")
-    by_kind = follower.by_kind.since(settled).levels(mapped, "kind")
+    by_kind = _growing(follower.by_kind).levels(mapped, "kind")
     return Plan(
         float(base_rate),
         Multiplier(math.exp(overall[0]), overall[1]),
@@ -232,6 +230,12 @@ def plan(
         trainer.state.global_step,
         evidence,
     )
+
+
+def _growing(evidence: Evidence) -> Evidence:
+    """The same with weights that grow with the step, beside the learning rate that they are."""
+    weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
+    return replace(evidence, weights=tuple(weights))
 
 
 def recorded_learning_rate(base: RateProfile) -> float | None:

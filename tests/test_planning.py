@@ -85,21 +85,24 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
         assert 0.2 < multiplier.value / factor < 5.0
 
 
-def test_the_first_half_of_the_steps_does_not_count(tmp_path: Path) -> None:
+def test_measurements_count_by_learning_rate_and_step(tmp_path: Path) -> None:
     """Of a training that moves next to nothing: its first scales cannot act on what is measured later."""
     base = recorded(tmp_path, gpt2())
     told = {**base.metadata, "training_arguments": {**base.metadata["training_arguments"], "learning_rate": 1e-5}}
+    steps, factor = 6, 9.0
+    weights = [(step + 1) * (1 - step / 8) for step in range(steps)]  # of a linear schedule over 8 steps
 
-    def times(factors: list[float]) -> RateProfile:
-        by_step = torch.tensor([*factors, *[1.0] * (len(base.steps) - len(factors))], dtype=torch.float64)
+    def times(step: int | None) -> RateProfile:
+        by_step = torch.ones(len(base.steps), dtype=torch.float64)
+        if step is not None:
+            by_step[step] = factor
         joint = {key: {p: rates * by_step for p, rates in of.items()} for key, of in base.joint_rates.items()}
         return RateProfile(base.steps, {n: rates * by_step for n, rates in base.rates.items()}, told, joint)
 
-    plain, early, later = (planned(tmp_path, gpt2(), times(f)) for f in ([1.0], [9.0] * 3, [9.0] * 4))
-    assert early.overall.value == pytest.approx(plain.overall.value, rel=1e-2)
-    assert later.overall.value > 1.5 * plain.overall.value
-    for kind, multiplier in plain.multipliers.items():
-        assert early.multipliers[kind].value == pytest.approx(multiplier.value, rel=0.1)
+    plain = planned(tmp_path, gpt2(), times(None)).overall.value
+    for step in (0, steps - 1):
+        found = math.log(planned(tmp_path, gpt2(), times(step)).overall.value / plain) / math.log(factor)
+        assert found == pytest.approx(weights[step] / sum(weights), rel=0.15)
 
 
 class Drawn(Rows):
