@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -197,6 +198,7 @@ class Outputs:
                 raise
             except Exception as error:
                 logger.debug(f"the model could not be run before training: {error!r}")
+        clear_device_cache()  # training starts with as much memory as it would have
 
 
 def num_examples(batch: Batch) -> int:
