@@ -28,7 +28,7 @@ from .trainer import FLeRMTrainer
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 _DENSE_UNTIL = 8
 _NOISE = 2.0  # standard errors within which a multiplier may be 1
-_FACTOR = 1.7  # up to which rates miss what sweeps want however well they are measured (examples/results/studies.md)
+_FACTOR = 1.8  # up to which rates miss what sweeps want however well they are measured (examples/results/studies.md)
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("value", "error", "is_one"),
-    [(2.0, 0.4, True), (2.0, 0.3, False), (0.5, 0.4, True), (1.6, 0.0, True), (1.8, 0.0, False), (0.5, 0.0, False)],
+    [(2.0, 0.4, True), (2.0, 0.3, False), (0.5, 0.4, True), (1.7, 0.0, True), (1.9, 0.0, False), (0.5, 0.0, False)],
 )
 def test_a_multiplier_is_one_within_two_standard_errors_or_what_the_method_misses_by(
     value: float, error: float, is_one: bool

@@ -25,10 +25,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = [f"h.{i}.w" for i in range(options.tensors)]
 
-    def make(scales: dict[str, float] | None, split: bool) -> torch.optim.Optimizer:
+    def made() -> dict[str, nn.Parameter]:
         parameters = {name: nn.Parameter(torch.randn(SHAPE, device=device)) for name in names}
         for parameter in parameters.values():
             parameter.grad = torch.randn_like(parameter)
+        return parameters
+
+    def make(scales: dict[str, float] | None, split: bool) -> torch.optim.Optimizer:
+        parameters = made()
         optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, fused=True)
         if split:
             split_param_groups(optimizer, parameters)
@@ -36,9 +40,16 @@ def main() -> None:
             StepScales(optimizer, parameters).scales = scales
         return optimizer
 
+    def grouped(scales: dict[str, float]) -> torch.optim.Optimizer:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in made().items():
+            groups.setdefault(scales[name], []).append(parameter)
+        return torch.optim.AdamW([{"params": p, "lr": 1e-3 * scale} for scale, p in groups.items()], fused=True)
+
     kinds = {name: 1.0 + (i % 8) / 8 for i, name in enumerate(names)}
     optimizers = {
         "usual groups": make(None, split=False),
+        "8 groups that torch was given": grouped(kinds),
         "a group per tensor, as it is": make(None, split=True),
         "a group per tensor, 8 scales (`pool='kind'`)": make(kinds, split=True),
         "a group per tensor, 400 scales (`pool='unit'`)": make(
