@@ -12,7 +12,7 @@ import torch
 from cases import seconds
 from torch import nn
 
-from hf_flerm.optimizer import StepScales, split_param_groups
+from hf_flerm.optimizer.step_scales import StepScales, split_param_groups
 
 SHAPE = (8, 1024)
 
