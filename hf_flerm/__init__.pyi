@@ -1,18 +1,18 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
 
-from .rates.alignment import log_alignments as log_alignments
-from .training.arguments import FLeRMArguments as FLeRMArguments
-from .training.callback import FLeRMCallback as FLeRMCallback
 from .config import FLeRMConfig as FLeRMConfig
-from .transfer.mapping import map_profile as map_profile
-from .transfer.evidence import match_rates as match_rates
-from .rates.measurement import Measurement as Measurement
 from .planning.plan import Plan as Plan
 from .planning.plan import plan as plan
-from .rates.probe import measure_rates as measure_rates
 from .profile.rate_profile import RateProfile as RateProfile
 from .profile.rate_profile import RateProfileError as RateProfileError
-from .transfer.rules import mup_param_groups as mup_param_groups
+from .rates.alignment import log_alignments as log_alignments
+from .rates.measurement import Measurement as Measurement
+from .rates.probe import measure_rates as measure_rates
+from .training.arguments import FLeRMArguments as FLeRMArguments
+from .training.callback import FLeRMCallback as FLeRMCallback
 from .training.run import FLeRMRun as FLeRMRun
 from .training.trainer import FLeRMMixin as FLeRMMixin
 from .training.trainer import FLeRMTrainer as FLeRMTrainer
+from .transfer.evidence import match_rates as match_rates
+from .transfer.mapping import map_profile as map_profile
+from .transfer.rules import mup_param_groups as mup_param_groups

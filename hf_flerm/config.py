@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .rates.estimators import ESTIMATORS
-from .transfer.mapping import DEPTHS, GRANULARITIES, UNMATCHED
-from .transfer.evidence import POOLS
-from .rates.outputs import OutputFunction, Outputs
 from .profile.rate_profile import RateProfile
+from .rates.estimators import ESTIMATORS
+from .rates.outputs import OutputFunction, Outputs
+from .transfer.evidence import POOLS
+from .transfer.mapping import DEPTHS, GRANULARITIES, UNMATCHED
 
 _ALLOWED = {
     "mode": ("record", "match"),

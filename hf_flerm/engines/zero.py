@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from .distributed import anywhere
 from ..model.names import preview
 from ..optimizer.step import NO_DECAY, Snapshot, Stepping, decayed
+from .processes import anywhere
 from .zero3 import is_partitioned, rewritten
 
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"

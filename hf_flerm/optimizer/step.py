@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..engines.distributed import agreement
+from ..engines.processes import agreement
 from ..engines.sharding import gathered, in_parts, runs_on, shard, whole_shape
 
 NO_DECAY: Mapping[str, float] = MappingProxyType({})

@@ -15,15 +15,15 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..training.callback import FLeRMCallback
 from ..config import FLeRMConfig
-from ..transfer.mapping import ProfileMap, map_profile
-from ..transfer.evidence import Evidence
 from ..model.isolation import kept_random_state, own_generators
-from ..training.provenance import recorded_units
 from ..profile.rate_profile import RateProfile, RateProfileError
-from ..transfer.rules import RULES, Change, Rule, change_between
+from ..training.callback import FLeRMCallback
+from ..training.provenance import recorded_units
 from ..training.trainer import FLeRMTrainer
+from ..transfer.evidence import Evidence
+from ..transfer.mapping import ProfileMap, map_profile
+from ..transfer.rules import RULES, Change, Rule, change_between
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 _DENSE_UNTIL = 8

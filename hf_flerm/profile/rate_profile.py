@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hub import SharedProfile
 from ..model.names import preview
 from .file import (
     PROFILE_NAME,
@@ -21,6 +20,7 @@ from .file import (
     check_name,
     serialize,
 )
+from .hub import SharedProfile
 
 UNITS = ("output", "positions", "metric")  # what rates are rates of, under "flerm" in the metadata
 _OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metadata

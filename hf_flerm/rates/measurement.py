@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .estimators import from_examples, from_weight_gradients, rates_from
 from ..model.names import preview
+from .estimators import from_examples, from_weight_gradients, rates_from
 from .totals import Draws, Group, Totals, group_key
 
 UNUSED = "unused"

@@ -16,18 +16,18 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from ..engines.distributed import agreement
-from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
-from .per_example.gates import Gates, Site
-from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_cast
-from .measurement import Measurement, Samples
+from ..engines.processes import agreement
+from ..engines.sharding import is_sharded, reshard, runs_on, whole_shape
 from ..model.isolation import checkpointed, trainable, undisturbed
 from ..model.names import resolve_names
+from ..optimizer.step import UnitUpdates
+from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
+from .measurement import Measurement, Samples
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from ..engines.sharding import is_sharded, reshard, runs_on, whole_shape
+from .per_example.gates import Gates, Site
+from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_cast
 from .per_example.sites import VerifiedSites, owners
 from .per_example.tangents import jvp
-from ..optimizer.step import UnitUpdates
 
 _LAYOUTS_PER_BATCH = 3  # one to meet a new layout, one to measure it, one for what verifying it has widened
 

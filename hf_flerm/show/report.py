@@ -15,8 +15,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ..model.names import without_prefix
-from .plotting import COLORS, OUTSIDE, RATE, STEP, layer_of, layer_table, units_by_kind
 from ..profile.rate_profile import RateProfile
+from .plotting import COLORS, OUTSIDE, RATE, STEP, layer_of, layer_table, units_by_kind
 from .summary import KindRates, described, matched_quotients, matched_scales, rates_by_kind
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..config import FLeRMConfig, checked
-from ..engines.distributed import are_several, common_profile
-from ..transfer.evidence import Evidence
-from ..rates.measurement import Measurement
+from ..engines.processes import are_several
+from ..profile.common import common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
+from ..rates.measurement import Measurement
+from ..transfer.evidence import Evidence
 from .run import FLeRMRun
 from .trl_tasks import trl_task
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..config import FLeRMConfig
-from ..rates.measurement import Measurement
 from ..model.isolation import kept_random_state, own_generators
+from ..rates.measurement import Measurement
 from ..rates.outputs import Batch
 
 

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..config import FLeRMConfig
-from ..model.names import tensor_kinds
-from .probe_data import ProbeData
-from ..profile.rate_profile import UNITS, RateProfile, RateProfileError, check_names
 from ..engines.sharding import own_type, whole_shape
+from ..model.names import tensor_kinds
+from ..profile.rate_profile import UNITS, RateProfile, RateProfileError, check_names
 from ..show.summary import matched_scales
+from .probe_data import ProbeData
 
 logger = logging.get_logger(__name__)
 _PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")

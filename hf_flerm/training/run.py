@@ -18,23 +18,25 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..config import FLeRMConfig, checked
-from ..engines.distributed import Pool, check_engine, check_loop, common_profile
-from .failures import Failures
-from ..transfer.mapping import joint_groups
-from ..transfer.evidence import Evidence
-from ..rates.measurement import UNUSED, Measurement
-from ..model.names import means_by_kind, preview, tensor_kinds, trainable_parameters
-from ..optimizer.step_scales import learning_rates, raw_optimizer
-from ..optimizer.behavior import check_optimizer, weight_decays
-from ..rates.outputs import Batch, Outputs
-from .probe_data import ProbeData
-from ..rates.probe import RateProbe
-from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
-from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
-from .scaling import Scaling
+from ..engines.processes import check_engine, check_loop
 from ..engines.sharding import is_sharded, runs_on
-from ..optimizer.step import Snapshot
 from ..engines.zero import stepping
+from ..model.names import means_by_kind, preview, tensor_kinds, trainable_parameters
+from ..optimizer.behavior import check_optimizer, weight_decays
+from ..optimizer.param_groups import learning_rates, raw_optimizer
+from ..optimizer.step import Snapshot
+from ..profile.common import common_profile
+from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
+from ..rates.measurement import UNUSED, Measurement
+from ..rates.outputs import Batch, Outputs
+from ..rates.probe import RateProbe
+from ..rates.process_sum import Pool
+from ..transfer.evidence import Evidence
+from ..transfer.mapping import joint_groups
+from .failures import Failures
+from .probe_data import ProbeData
+from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
+from .scaling import Scaling
 
 logger = logging.get_logger(__name__)
 

@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..config import FLeRMConfig
-from ..transfer.mapping import map_profile
-from ..transfer.evidence import Evidence
-from ..rates.measurement import Measurement
 from ..model.names import preview
 from ..optimizer.step_scales import StepScales
 from ..profile.file import serialize
-from .provenance import check_units, check_unscaled
 from ..profile.rate_profile import RateProfile, RateProfileError
+from ..rates.measurement import Measurement
+from ..transfer.evidence import Evidence
+from ..transfer.mapping import map_profile
+from .provenance import check_units, check_unscaled
 
 logger = logging.get_logger(__name__)
 _EVIDENCE = "matching"

@@ -10,13 +10,13 @@ from huggingface_hub.constants import REPOCARD_NAME
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from .callback import FLeRMCallback
-from ..show.card import profile_files
 from ..config import FLeRMConfig
-from ..model.names import trainable_parameters
-from ..optimizer.step_scales import joined_scheduler, raw_optimizer, split_param_groups
-from ..profile.rate_profile import PROFILE_NAME, RateProfile
 from ..engines.zero import check_deepspeed
+from ..model.names import trainable_parameters
+from ..optimizer.param_groups import joined_scheduler, raw_optimizer, split_param_groups
+from ..profile.rate_profile import PROFILE_NAME, RateProfile
+from ..show.card import profile_files
+from .callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
 

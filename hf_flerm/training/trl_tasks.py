@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainingArguments, default_data_collator
 
+from ..engines.sharding import is_sharded
 from ..rates.outputs import Batch
 from .probe_data import Staged
-from ..engines.sharding import is_sharded
 
 Collate = Callable[[list[Any]], Batch]
 _IGNORED = -100

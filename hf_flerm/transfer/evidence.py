@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rates.estimators import average_weights
-from .mapping import ProfileMap
-from ..rates.measurement import Measurement
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
+from ..rates.estimators import average_weights
+from ..rates.measurement import Measurement
+from .mapping import ProfileMap
 
 POOLS = ("kind", "unit")
 _LEAST_VARIANCE = 1e-12  # of a measurement without error (`exact`)

@@ -11,10 +11,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from .blocks import block_indices, names_of_kind, overlapping, stack_blocks, with_indices
+from ..engines.sharding import whole_shape
 from ..model.names import Place, preview, tensor_places, trainable_parameters, without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
-from ..engines.sharding import whole_shape
+from .blocks import block_indices, names_of_kind, overlapping, stack_blocks, with_indices
 
 GRANULARITIES = ("tensor", "module", "block", "global")
 DEPTHS = ("joint", "equal", "sqrt", "copy")

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .mapping import recorded_shapes
+from ..engines.sharding import whole_shape
 from ..model.names import resolve_names, tensor_kinds, trainable_parameters, without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
-from ..engines.sharding import whole_shape
+from .mapping import recorded_shapes
 
 _LORA_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 

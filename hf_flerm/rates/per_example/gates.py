@@ -22,11 +22,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...engines.distributed import Agree
-from .readers import Kept, Reader, Readers
+from ...engines.processes import Agree
 from ...engines.sharding import gathered_leaves, runs_on
-from .tangents import Affine
 from ...engines.zero3 import repeatable
+from .readers import Kept, Reader, Readers
+from .tangents import Affine
 
 _PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
 

@@ -12,11 +12,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...engines.distributed import agreement
-from .gates import Gates, Passage, Site, itself, layouts
+from ...engines.processes import agreement
+from ...engines.sharding import reshard
 from ...model.isolation import trainable
 from ..outputs import Batch, Output, Outputs, num_examples
-from ...engines.sharding import reshard
+from .gates import Gates, Passage, Site, itself, layouts
 from .tangents import Affine
 
 logger = logging.get_logger(__name__)
