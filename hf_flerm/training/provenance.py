@@ -131,10 +131,10 @@ def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMCon
 def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
     return {
         "mode": config.mode,
-        "estimator": config.estimator,
+        "estimator": config.research.estimator,
         **_units(config),
         "probes": probe_data.num_batches,
-        "probes_per_batch": config.probes_per_batch,
+        "probes_per_batch": config.research.probes_per_batch,
         "probe_batch_size": probe_data.batch_size,
         "seed": config.seed,
     }
