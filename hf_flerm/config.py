@@ -83,25 +83,25 @@ class Research:
     pool: str = field(
         default="kind",
         metadata={
-            "help": "What the logarithms of scales are averaged over: all tensors of one 'kind' (the same name but for "
-            "the index of its block), or not at all ('unit')."
+            "help": "What the logarithms of scales are averaged over: all tensors of one 'kind' (the same name but "
+            "for the index of its block), or not at all ('unit')."
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
             "help": "How the logarithms of scales are averaged over measurements. None: weighted by their errors. A "
-            "number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the value of the paper, "
-            "0 the latest measurement."
+            "number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the value of the "
+            "paper, 0 the latest measurement."
         },
     )
     probes: int | str | None = field(
         default=None,
         metadata={
-            "help": "Probe batches of one measurement. None: as many as it takes for half as many draws of omega as an "
-            "optimizer step sees examples on one device, at most 8; a measurement then costs about a third of a "
-            "training step. 'auto': until the relative standard error of every rate is at most `target_error`, at"
-            " most `max_probes`."
+            "help": "Probe batches of one measurement. None: as many as it takes for half as many draws of omega as "
+            "an optimizer step sees examples on one device, at most 8; a measurement then costs about a "
+            "third of a training step. 'auto': until the relative standard error of every rate is at most "
+            "`target_error`, at most `max_probes`."
         },
     )
     target_error: float = field(
@@ -115,8 +115,8 @@ class Research:
     probes_per_batch: int = field(
         default=2,
         metadata={
-            "help": "Draws of omega that share one forward pass of a probe batch: cheaper than more batches, over fewer "
-            "examples."
+            "help": "Draws of omega that share one forward pass of a probe batch: cheaper than more batches, over "
+            "fewer examples."
         },
     )
     probe_batch_size: int | None = field(
@@ -183,31 +183,31 @@ class FLeRMConfig:
     mode: str = field(
         default="record",
         metadata={
-            "help": "'record' measures and changes nothing. 'match' also sets one learning rate per tensor, so that every"
-            " tensor moves the outputs as far as it did in the run of `profile`."
+            "help": "'record' measures and changes nothing. 'match' also sets one learning rate per tensor, so that "
+            "every tensor moves the outputs as far as it did in the run of `profile`."
         },
     )
     profile: RateProfile | str | os.PathLike[str] | None = field(
         default=None,
         metadata={
-            "help": "For 'match': the profile of the base run, as a `RateProfile`, a folder, a file, or a repository on "
-            "the Hub."
+            "help": "For 'match': the profile of the base run, as a `RateProfile`, a folder, a file, or a "
+            "repository on the Hub."
         },
     )
     granularity: str = field(
         default="tensor",
         metadata={
-            "help": "What is matched and has a scale of its own: each 'tensor', each 'module' (the joint rate of all that"
-            " is trained of it; for another adapter or full fine-tuning), each 'block', or everything together "
-            "('global')."
+            "help": "What is matched and has a scale of its own: each 'tensor', each 'module' (the joint rate of "
+            "all that is trained of it; for another adapter or full fine-tuning), each 'block', or "
+            "everything together ('global')."
         },
     )
     unmatched: str = field(
         default="error",
         metadata={
-            "help": "What happens to tensors that the profile has no rate for: 'error' refuses them, 'global' gives them "
-            "the scale of everything together, 'nominal' leaves their learning rate as it is, 'freeze' does not "
-            "train them."
+            "help": "What happens to tensors that the profile has no rate for: 'error' refuses them, 'global' gives "
+            "them the scale of everything together, 'nominal' leaves their learning rate as it is, "
+            "'freeze' does not train them."
         },
     )
     metric: str = field(
@@ -221,8 +221,8 @@ class FLeRMConfig:
     positions: str | None = field(
         default=None,
         metadata={
-            "help": "Which positions count; see `measure_rates`. None: 'attention_mask', but 'labels' in TRL's trainers "
-            "of language models."
+            "help": "Which positions count; see `measure_rates`. None: 'attention_mask', but 'labels' in TRL's "
+            "trainers of language models."
         },
     )
     measure_every: int = field(
@@ -232,8 +232,8 @@ class FLeRMConfig:
     measure_steps: Sequence[int] | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps to measure at (0 is the first update). None: 0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64 "
-            "and then every `measure_every`."
+            "help": "Optimizer steps to measure at (0 is the first update). None: 0, 1, 2, 4, 8, 12, 16, 24, 32, "
+            "48, 64 and then every `measure_every`."
         },
     )
     max_scale: float = field(
@@ -247,8 +247,8 @@ class FLeRMConfig:
     snapshot_device: str | None = field(
         default=None,
         metadata={
-            "help": "Device of the copy of the weights from before a measured update, for instance 'cpu' where a second "
-            "copy of the trainable weights does not fit. None: the device of the weights."
+            "help": "Device of the copy of the weights from before a measured update, for instance 'cpu' where a "
+            "second copy of the trainable weights does not fit. None: the device of the weights."
         },
     )
     seed: int = field(

@@ -34,7 +34,7 @@ class StepUpdate:
         return moved
 
     def unit_updates(self) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Context manager: give the model its weights from before the step; yields the updates per unit learning rate."""
+        """Context manager: put the weights from before the step back; yields updates per unit learning rate."""
         return self.snapshot.put_back(self.learning_rates, self.decays)
 
     def rescale(self, ratios: Mapping[str, float]) -> None:

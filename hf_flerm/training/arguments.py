@@ -43,7 +43,7 @@ _entries: list[tuple[str, Any, Any]] = [
     for entry in _OPTIONS
 ]
 FLeRMArguments = make_dataclass("FLeRMArguments", _entries, bases=(_Prefixed,), namespace={"__module__": __name__})
-FLeRMArguments.__doc__ = """Every field of `FLeRMConfig` and `Research` with `flerm_` before its name, for `HfArgumentParser`.
+FLeRMArguments.__doc__ = """Options of `FLeRMConfig` and `Research`, with the prefix `flerm_`, for `HfArgumentParser`.
 
     parser = HfArgumentParser((TrainingArguments, FLeRMArguments))
     args, flerm = parser.parse_args_into_dataclasses()  # --flerm_mode match --flerm_measure_steps 0,10,20

@@ -86,22 +86,21 @@ class ProbeData:
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
                 "(a few hundred examples will do)."
             )
+        research = config.research
         self.training_batch = training_batch = batch_size or _batch_size(dataloader)
         self.accumulation_steps = accumulation_steps
         draws = min(8, math.ceil(training_batch * accumulation_steps / 2))
-        wanted = math.ceil(draws / config.research.probes_per_batch)
-        self.batch_size = config.research.probe_batch_size or min(wanted, training_batch)
+        wanted = math.ceil(draws / research.probes_per_batch)
+        self.batch_size = research.probe_batch_size or min(wanted, training_batch)
         if len(examples) < self.batch_size:
             raise ValueError(
                 f"the probe data set has {len(examples)} examples, a batch to probe with needs {self.batch_size}. "
                 "Pass a larger probe_dataset, or set probe_batch_size."
             )
-        probes = config.research.max_probes if config.research.probes == "auto" else config.research.probes
+        probes = research.max_probes if research.probes == "auto" else research.probes
         self.num_batches = int(probes or math.ceil(wanted / self.batch_size))
         self.target_error = (
-            config.research.target_error * math.sqrt(PartialState().num_processes)
-            if config.research.probes == "auto"
-            else None
+            research.target_error * math.sqrt(PartialState().num_processes) if research.probes == "auto" else None
         )
         self.fingerprint = getattr(examples, "_fingerprint", None)
         self._seed = config.seed

@@ -340,6 +340,6 @@ def _check_unfollowed(optimizer: Optimizer) -> None:
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), FLeRMRun) for hook in hooks):
         raise ValueError(
-            "this training has two FLeRMCallbacks (or FLeRMRuns): scales would be applied twice. Leave one; FLeRMTrainer "
+            "this training has two FLeRMCallbacks or FLeRMRuns: scales would be applied twice. Leave one: FLeRMTrainer "
             "and FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). Call close() on a run that has ended."
         )
