@@ -14,6 +14,7 @@ from ..config import FLeRMConfig
 from ..model.names import preview
 from ..optimizer.step_scales import StepScales
 from ..profile.file import serialize
+from ..profile.metadata import MATCHING
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
@@ -21,7 +22,6 @@ from ..transfer.mapping import map_profile
 from .provenance import check_units, check_unscaled
 
 logger = logging.get_logger(__name__)
-_EVIDENCE = "matching"
 
 
 class Scaling:
@@ -74,7 +74,7 @@ class Scaling:
         Raises:
             RateProfileError: If its record of the matching is not whole.
         """
-        record = profile.metadata.get(_EVIDENCE)
+        record = profile.about.matching
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
@@ -110,7 +110,7 @@ class Scaling:
         """
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, _EVIDENCE: {**self._base, **self.evidence.record()}}
+        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def held(self) -> str:
