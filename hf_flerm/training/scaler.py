@@ -14,6 +14,7 @@ from ..config import FLeRMConfig
 from ..model.names import preview
 from ..optimizer.step_scales import StepScales
 from ..profile.file import serialize
+from ..profile.metadata import MATCHING
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
@@ -21,7 +22,6 @@ from ..transfer.mapping import map_profile
 from .provenance import check_units, check_unscaled
 
 logger = logging.get_logger(__name__)
-_EVIDENCE = "matching"
 
 
 class Scaler:
@@ -74,7 +74,7 @@ class Scaler:
         Raises:
             RateProfileError: If its record of the matching is incomplete.
         """
-        record = profile.metadata.get(_EVIDENCE)
+        record = profile.about.matching
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
@@ -107,7 +107,7 @@ class Scaler:
         """Return the profile with the evidence in its metadata, from which a resumed run continues."""
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, _EVIDENCE: {**self._base, **self.evidence.record()}}
+        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def at_limit(self) -> str:
