@@ -100,12 +100,11 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     for index, (one, style) in enumerate(zip(series, _styles(), strict=False)):
         # Error bars of different kinds at the same layer are drawn side by side, so that they do not hide each other.
         aside = _SPREAD * ((index + 0.5) / len(series) - 0.5)
-        places = [layers.index(layer) for layer in one.layers]
-        if len(places) == 1:  # a line through one point would not be seen
-            places, line = [places[0] + aside], {"marker": "_", "markersize": 16}
-        else:
-            line = {"linestyle": style["linestyle"]}
-        axes.plot(places, one.multipliers, label=one.kind, color=style["color"], **line)
+        places: list[float] = [layers.index(layer) for layer in one.layers]
+        line = {"color": style["color"], "linestyle": style["linestyle"]}
+        if len(places) == 1:  # a line through one point cannot be seen
+            places, line = [places[0] + aside], {"color": style["color"], "marker": "_", "markersize": 16}
+        axes.plot(places, one.multipliers, label=one.kind, **line)
         if one.measured:
             x = [layers.index(point.layer) + aside for point in one.measured]
             y = [point.multiplier for point in one.measured]
