@@ -37,8 +37,8 @@ class RateProfile:
         steps: Optimizer steps at which the rates were measured (0 = the first update), strictly increasing, int64 [S].
         rates: `{canonical parameter name: float64 [S]}` in output units per unit learning rate, finite and >= 0.
         metadata: How the rates were measured, anything that JSON can hold; `about` reads them.
-        joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all trained tensors of a module, a block or
-            the model.
+        joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all trained tensors of a module, a block
+            or the model.
 
     Attributes:
         commit_hash: The commit of the repository that the profile was read from; None for a profile from anywhere else.
@@ -61,10 +61,10 @@ class RateProfile:
         self.metadata = dict(metadata or {})
         self.commit_hash: str | None = None
         if not torch.equal(self.steps.double(), torch.as_tensor(steps).double()):
-            raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()}.")
+            raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()!s:.200}.")
         if self.steps.ndim != 1 or bool((self.steps < 0).any()) or bool((self.steps.diff() <= 0).any()):
             raise RateProfileError(
-                f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()}."
+                f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()!s:.200}."
             )
         check_metadata(self.metadata)
         if not self.rates:
@@ -88,7 +88,9 @@ class RateProfile:
         wrong = (~table.isfinite() | (table < 0)).any(1)
         if bool(wrong.any()):
             name, values = list(rows.items())[int(wrong.int().argmax())]
-            raise RateProfileError(f"the rates of {name!r} must be finite and not negative; got {values.tolist()}.")
+            raise RateProfileError(
+                f"the rates of {name!r} must be finite and not negative; got {values.tolist()!s:.200}."
+            )
 
     @property
     def names(self) -> list[str]:
