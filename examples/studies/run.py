@@ -48,7 +48,7 @@ def equal_rates(folder: Path) -> RateProfile:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of matching: fields of `FLeRMConfig` and `Research`, how the base's profile is read, and how it was recorded."""
+    """A way of matching: options of `FLeRMConfig` and `Research`, and how the base is recorded and its profile read."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Path], RateProfile] = RateProfile.from_pretrained
