@@ -10,10 +10,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.mapping import map_profile
-from hf_flerm.names import without_prefix
-from hf_flerm.summary import sweep
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.transfer.mapping import map_profile
+from hf_flerm.model.names import without_prefix
+from hf_flerm.show.summary import sweep
 from tests.shared import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -92,7 +92,7 @@ def test_the_run_that_was_recorded_asks_for_scales_of_one(monkeypatch: pytest.Mo
     """By the profile's address in the card; the run's first update is the same, so its rates are."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(collection.STEPS, "pretrain", 2)
-    flerm = FLeRMConfig(mode="match", profile=f"profiles/{AGAIN}", probes=8, measure_steps=(0,))
+    flerm = FLeRMConfig(mode="match", profile=f"profiles/{AGAIN}", measure_steps=(0,), research=Research(probes=8))
     _, trainer = collection.run(collection.ENTRIES[AGAIN], MANIFEST[AGAIN]["learning_rate"], flerm=flerm)
     logs = trainer.flerm_callback.evidence.logs
     assert logs.shape == (1, len(profile(AGAIN).names))

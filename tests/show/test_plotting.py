@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
-from hf_flerm.summary import matched_scales, rates_by_kind
+from hf_flerm.show.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
+from hf_flerm.show.summary import matched_scales, rates_by_kind
 from tests.shared.profiles import profile
 from tests.shared.training import gpt2, make_trainer, recorded
 
