@@ -16,3 +16,4 @@ from .rules import mup_param_groups as mup_param_groups
 from .run import FLeRMRun as FLeRMRun
 from .trainer import FLeRMMixin as FLeRMMixin
 from .trainer import FLeRMTrainer as FLeRMTrainer
+from .version import __version__ as __version__
