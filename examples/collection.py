@@ -37,9 +37,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from workload import in_parallel, processes, quiet, trained
 
 from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.card import profile_files
-from hf_flerm.names import tensor_places
-from hf_flerm.summary import rates_by_kind, sweep
+from hf_flerm.model.names import tensor_places
+from hf_flerm.show.card import profile_files
+from hf_flerm.show.summary import rates_by_kind, sweep
 
 FOLDER = Path(__file__).parents[1] / "profiles"
 MANIFEST = "manifest.json"

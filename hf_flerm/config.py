@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from .estimators import ESTIMATORS
-from .mapping import DEPTHS, GRANULARITIES, UNMATCHED
-from .matching import POOLS
-from .outputs import OutputFunction, Outputs
-from .rate_profile import RateProfile
+from .profile.rate_profile import RateProfile
+from .rates.estimators import ESTIMATORS
+from .rates.outputs import OutputFunction, Outputs
+from .transfer.evidence import POOLS
+from .transfer.mapping import DEPTHS, GRANULARITIES, UNMATCHED
 
 _ALLOWED = {
     "mode": ("record", "match"),

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_see
 from transformers.utils import logging
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer
-from hf_flerm.plotting import plot_interactions
+from hf_flerm.show.plotting import plot_interactions
 
 LENGTH = 64
 OPTIMIZERS = {

@@ -1,0 +1,232 @@
+"""Where rates come from: what a reader of a profile must know to judge them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ..config import FLeRMConfig
+from ..engines.sharding import own_type, whole_shape
+from ..model.names import tensor_kinds
+from ..profile.rate_profile import UNITS, RateProfile, RateProfileError, check_names
+from ..show.summary import matched_scales
+from .probe_data import ProbeData
+
+logger = logging.get_logger(__name__)
+_PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
+_RECORDED_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+def provenance(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    config: FLeRMConfig,
+    probe_data: ProbeData,
+    arguments: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Describe a run by what determines its rates; nothing that differs between two equal runs.
+
+    Args:
+        model: What is trained.
+        parameters: `{canonical name: parameter}` of what is trained of it.
+        optimizer: The optimizer that steps.
+        config: What is measured.
+        probe_data: With what it probes.
+        arguments: The training's settings; None: those that can be seen here.
+
+    Returns:
+        What JSON can hold.
+    """
+    model_config: Any = getattr(model, "config", None)
+    adapters = getattr(model, "peft_config", None) or {}
+    if arguments is None:
+        arguments = {
+            "learning_rate": max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
+            "per_device_train_batch_size": probe_data.training_batch,
+            "gradient_accumulation_steps": probe_data.accumulation_steps,
+        }
+    description: dict[str, Any] = _plain(
+        {
+            "packages": {name: version(name) for name in _PACKAGES},
+            "model": own_type(model).__name__,
+            "model_config": model_config.to_diff_dict() if hasattr(model_config, "to_diff_dict") else None,
+            "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+            "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
+            "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
+            "shapes": {name: list(whole_shape(parameter)) for name, parameter in parameters.items()},
+            "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
+            "dataset_fingerprint": probe_data.fingerprint,
+            "flerm": _measuring_settings(config, probe_data),
+        }
+    )
+    return description
+
+
+def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
+    """Make the profile of a run that has measured nothing yet.
+
+    Args:
+        metadata: Its `provenance`.
+        groups: Which joint rates it will have: `{granularity: {path: {name: share}}}`.
+
+    Returns:
+        A profile of no steps.
+    """
+    joint: dict[str, dict[str, list[float]]] = {
+        granularity: {path: [] for path in of} for granularity, of in groups.items()
+    }
+    return RateProfile([], {name: [] for name in metadata["shapes"]}, metadata, joint)
+
+
+def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMConfig) -> RateProfile:
+    """Put a checkpoint's rates under the provenance of the run that goes on from it.
+
+    Args:
+        resumed: The checkpoint's profile.
+        begun: The run's, with the same tensors.
+        config: The run's.
+
+    Returns:
+        The profile to go on with.
+
+    Raises:
+        RateProfileError: If tensors or units differ.
+    """
+    check_names(resumed.rates, begun.rates, "the checkpoint's profile", "the model")
+    check_units(resumed, config, "the checkpoint's profile")
+    recorded, settings = (profile.metadata.get("flerm", {}) for profile in (resumed, begun))
+    changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
+    if changed:
+        was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
+        logger.warning(f"the profile was measured with {was} up to the checkpoint, and is with {now} from here on.")
+    return RateProfile(resumed.steps, resumed.rates, begun.metadata, resumed.joint_rates)
+
+
+def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
+    return {
+        "mode": config.mode,
+        "estimator": config.estimator,
+        **_units(config),
+        "probes": probe_data.num_batches,
+        "probes_per_batch": config.probes_per_batch,
+        "probe_batch_size": probe_data.batch_size,
+        "seed": config.seed,
+    }
+
+
+def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
+    """Refuse a profile whose rates are rates of something else than a run's.
+
+    Args:
+        profile: Was recorded before.
+        config: The run's.
+        which: What to call the profile in the message.
+
+    Raises:
+        RateProfileError: If output, positions or metric differ.
+    """
+    recorded = profile.metadata.get("flerm", {})
+    for name, value in _units(config).items():
+        if recorded.get(name, value) != value:
+            raise RateProfileError(
+                f"{which} was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
+                "their rates cannot be compared. Use the profile's."
+            )
+
+
+def check_unscaled(profile: RateProfile, which: str) -> None:
+    """Refuse the profile of a run whose learning rates were scaled: how far it moved the outputs is not in its rates.
+
+    Args:
+        profile: Was recorded before.
+        which: What to call the profile in the message.
+
+    Raises:
+        RateProfileError: If its run was matched, at scales other than 1.
+    """
+    scales = matched_scales(profile).values()
+    unknown = profile.metadata.get("flerm", {}).get("mode") == "match" and not scales
+    if unknown or any(scale != 1.0 for scale in scales):
+        by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
+        raise RateProfileError(
+            f"{which} is that of a run that was matched itself: its learning rates were scaled{by}, and its rates are "
+            "per unit of these. Match to the profile that it was matched to."
+        )
+
+
+def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> None:
+    """Warn of a run that is matched at another learning rate than its base's, which the scales are relative to.
+
+    Args:
+        profile: The base's.
+        described: The run's `provenance`.
+    """
+    was, now = (of.get("training_arguments", {}).get("learning_rate") for of in (profile.metadata, described))
+    if isinstance(was, float) and isinstance(now, float) and not math.isclose(was, now, rel_tol=1e-6):
+        logger.warning(
+            f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "
+            "far as the base's did. Give the target the base's learning rate; the scales do the rest."
+        )
+
+
+def recorded_units(profile: RateProfile) -> dict[str, Any]:
+    """Read what a profile's rates are rates of.
+
+    Args:
+        profile: A profile.
+
+    Returns:
+        Fields of `FLeRMConfig`; without what the profile does not tell, as a callable.
+    """
+    recorded = profile.metadata.get("flerm", {})
+    return {name: recorded[name] for name in UNITS if recorded.get(name, "callable") != "callable"}
+
+
+def _units(config: FLeRMConfig) -> dict[str, str]:
+    output = "callable" if callable(config.output) else config.output or "logits"
+    return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
+
+
+def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, (bool, int, float, str, tuple))}
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: sets sorted, everything unknown as text, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(getattr(value, "value", value))
