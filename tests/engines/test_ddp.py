@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, Research
-from hf_flerm.rates.process_sum import ProcessSum
-from hf_flerm.rates.probe import RateProbe
 from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.rates.probe import RateProbe
+from hf_flerm.rates.process_sum import ProcessSum
 from tests.shared.distributed import (
     ACCUMULATED,
     DATA,
@@ -74,15 +74,15 @@ def ddp_runs(folder: Path) -> dict[str, Any]:
 def bytes_of(folder: Path, model: nn.Module) -> tuple[int, list[list[int]]]:
     with pytest.MonkeyPatch.context() as patch:
         measured = []
-        original = Pool.measurement
+        original = ProcessSum.__call__
 
-        def measurement(self: Pool, measure: Any) -> Measurement:
+        def add_up(self: ProcessSum, *own: Any) -> Measurement | None:
             before = len(traffic.sizes)
-            result = original(self, measure)
+            result = original(self, *own)
             measured.append(traffic.sizes[before:])
             return result
 
-        patch.setattr(Pool, "measurement", measurement)
+        patch.setattr(ProcessSum, "__call__", add_up)
         traffic = Traffic(patch)
         base = recorded(folder / "base", model, max_steps=3)
         config = FLeRMConfig(mode="match", profile=base)

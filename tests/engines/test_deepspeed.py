@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, Research
-from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.distributed import (
     ACCUMULATED,

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_flerm import FLeRMConfig, plan, updates, Research
-from hf_flerm.rates.per_example.linear_head import LinearHead
+from hf_flerm import FLeRMConfig, Research, plan
+from hf_flerm.optimizer import step as updates
 from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.training.probe_data import ProbeData
 from tests.shared.distributed import (
     ACCUMULATED,

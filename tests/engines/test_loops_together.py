@@ -12,8 +12,8 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor import DTensor
 
 from hf_flerm import FLeRMConfig, FLeRMRun, RateProfile, Research
-from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.rates.per_example.linear_head import LinearHead
 from tests.shared.distributed import as_on_gpus, drawn_by_all, whole
 from tests.shared.loops import Loop
 from tests.shared.processes import launch

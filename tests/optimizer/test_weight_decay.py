@@ -87,7 +87,9 @@ def test_a_matched_run_decays_at_its_nominal_rate(tmp_path: Path, name: str, alo
         expected = weights_of(net)
 
         net = model()
-        match = FLeRMConfig(mode="match", profile=scaled(own, factors), measure_steps=(0,), research=Research(pool="unit", beta=1.0))
+        match = FLeRMConfig(
+            mode="match", profile=scaled(own, factors), measure_steps=(0,), research=Research(pool="unit", beta=1.0)
+        )
         trainer = make_trainer(
             tmp_path,
             net,
@@ -127,7 +129,9 @@ def test_a_step_that_had_scales_is_redone_at_its_nominal_decay(tmp_path: Path) -
     own = recorded(tmp_path, net, max_steps=1, **OPTIONS, **given("adamw", parameters))
     factors = {key: factor**3 for key, factor in some_factors(net).items()}
     net = model()
-    match = FLeRMConfig(mode="match", profile=scaled(own, factors), measure_steps=(0, 1), research=Research(pool="unit", beta=0.0))
+    match = FLeRMConfig(
+        mode="match", profile=scaled(own, factors), measure_steps=(0, 1), research=Research(pool="unit", beta=0.0)
+    )
     options = given("adamw", list(trainable_parameters(net).values()))
     trainer = make_trainer(tmp_path, net, match, max_steps=2, **OPTIONS, **options)
     trainer.train()

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hf_flerm import RateProfile
-from hf_flerm.transfer.mapping import map_profile
 from hf_flerm.profile.rate_profile import PROFILE_NAME, RateProfileError
+from hf_flerm.transfer.mapping import map_profile
 from hf_flerm.transfer.rules import change_between
 from tests.shared.training import gpt2
 

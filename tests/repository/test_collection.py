@@ -11,9 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_flerm import FLeRMConfig, RateProfile, Research
-from hf_flerm.transfer.mapping import map_profile
 from hf_flerm.model.names import without_prefix
-from hf_flerm.show.summary import sweep
+from hf_flerm.transfer.mapping import map_profile
 from tests.shared import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -60,7 +59,7 @@ def test_every_profile_fits_its_model_and_was_recorded_at_the_best_of_its_sweep(
     mapped = map_profile(found, collection.build(entry))
     assert (mapped.unmatched, mapped.unused) == ((), ())
     assert set(mapped.units) == set(map(without_prefix, found.names))
-    losses = sweep(found)
+    losses = found.about.sweep
     rates = list(losses)
     assert about["learning_rate"] == found.metadata["training_arguments"]["learning_rate"]
     assert about["learning_rate"] == collection.best_rate(losses)

@@ -74,7 +74,9 @@ def matched_run(
     folder: Path, kind: str, resume: Path | None = None, steps: Sequence[int] | None = None, **options: Any
 ) -> dict[str, Any]:
     model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
-    config = FLeRMConfig(mode="match", profile=base_of(kind), max_change=1e6, measure_steps=steps, research=Research(probe_batch_size=4))
+    config = FLeRMConfig(
+        mode="match", profile=base_of(kind), max_change=1e6, measure_steps=steps, research=Research(probe_batch_size=4)
+    )
     trainer = make_trainer(folder, model, config, **STABLE, **options)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return {

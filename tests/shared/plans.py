@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from transformers import TrainingArguments
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, plan, Research
+from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, Research, plan
 from hf_flerm.planning.plan import Plan
 from tests.shared.training import Rows, gpt2
 
@@ -40,4 +40,6 @@ def recorded(folder: Path, model: nn.Module, metric: str = "euclidean", **extra:
 
 
 def planned(folder: Path, model: nn.Module, base: RateProfile, **options: Any) -> Plan:
-    return plan(model, arguments(folder), Rows(), base, steps=6, config=FLeRMConfig(research=Research(probes=4)), **options)
+    return plan(
+        model, arguments(folder), Rows(), base, steps=6, config=FLeRMConfig(research=Research(probes=4)), **options
+    )

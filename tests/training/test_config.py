@@ -23,7 +23,18 @@ def logits(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     "config",
     [
         FLeRMConfig(),
-        FLeRMConfig(mode="match", profile="runs/base", measure_every=7, measure_steps=(5, 0, 5), unmatched="freeze", granularity="module", max_scale=10.0, max_change=2, seed=11, research=Research(estimator="kronecker", pool="unit", beta=0.9, probes=3, probe_batch_size=2, depth="sqrt")),
+        FLeRMConfig(
+            mode="match",
+            profile="runs/base",
+            measure_every=7,
+            measure_steps=(5, 0, 5),
+            unmatched="freeze",
+            granularity="module",
+            max_scale=10.0,
+            max_change=2,
+            seed=11,
+            research=Research(estimator="kronecker", pool="unit", beta=0.9, probes=3, probe_batch_size=2, depth="sqrt"),
+        ),
     ],
     ids=["default", "every field"],
 )

@@ -201,10 +201,19 @@ def test_choices_from_the_command_line_and_from_yaml(tmp_path: Path) -> None:
     given += ["--flerm_measure_steps", "20,0", "--flerm_probes", "4", "--flerm_beta", "0.5", "--flerm_output", "hidden"]
     args, flerm = parser.parse_args_into_dataclasses(given)
     assert args.seed == 3
-    assert flerm.config == FLeRMConfig(mode="match", profile="base", seed=5, measure_steps=(0, 20), output="hidden", research=Research(probes=4, beta=0.5))
+    assert flerm.config == FLeRMConfig(
+        mode="match",
+        profile="base",
+        seed=5,
+        measure_steps=(0, 20),
+        output="hidden",
+        research=Research(probes=4, beta=0.5),
+    )
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"output_dir": "x", "flerm_measure_steps": [0, 20], "flerm_probes": "auto"}))
-    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(measure_steps=(0, 20), research=Research(probes="auto"))
+    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(
+        measure_steps=(0, 20), research=Research(probes="auto")
+    )
     file.write_text("output_dir: x\nflerm_max_scale: 1e3\nflerm_beta: 5e-1\n")  # which PyYAML reads as text
     assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(max_scale=1e3, research=Research(beta=0.5))
     file.write_text("output_dir: x\nflerm_max_scale: wide\n")

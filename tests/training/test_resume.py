@@ -164,7 +164,9 @@ def test_another_schedule_counts_from_the_last_measurement(
 
 
 def test_other_settings_are_named_and_used(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
-    _, resumed = whole_and_resumed(tmp_path, FLeRMConfig(), FLeRMConfig(research=Research(estimator="kronecker", probes=3)))
+    _, resumed = whole_and_resumed(
+        tmp_path, FLeRMConfig(), FLeRMConfig(research=Research(estimator="kronecker", probes=3))
+    )
     (warning,) = warnings_of()
     assert "measured with {'estimator': 'per_example', 'probes': 1} up to the checkpoint" in warning
     assert "{'estimator': 'kronecker', 'probes': 3} from here on" in warning

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, measure_rates, Research
-from hf_flerm.transfer.mapping import ProfileMap
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, Research, measure_rates
 from hf_flerm.model.names import canonical_names, trainable_parameters
 from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared.trainer_runs import SpyRates, known_base, match_known
 from tests.shared.training import (
     BATCH,

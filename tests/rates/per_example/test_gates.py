@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.rates.outputs import Output, Outputs
+from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import (
     OTHERS,
