@@ -30,7 +30,7 @@ STEP = "optimizer step + 1"  # so that a logarithmic axis has a place for step 0
 RATE = "rate (output units per unit learning rate)"
 OUTSIDE = "outside"  # the layer of units that are in no layer, such as embeddings
 EVERYTHING = "everything"  # the kind of the one unit of granularity "global", whose name is empty
-_LARGEST_LOG = 700.0  # math.exp overflows above 709
+_LARGEST_LOG = 300.0  # of an error bar: math.exp overflows above 709, and the axis of a picture needs some room
 
 
 @dataclass(frozen=True)
