@@ -1,7 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LOWEST := $(addprefix tests/test_,trainer.py rate_profile.py mapping.py heads.py resume.py hub.py cli_profiles.py outputs.py)
+LOWEST := $(addsuffix .py,$(addprefix tests/training/test_,bad_input checkpoints failing_probes given_profiles logs \
+	param_groups probe_data provenance recording resume saving scales scales_of_one schedules) \
+	$(addprefix tests/profile/test_,hub rate_profile) tests/transfer/test_mapping tests/cli/test_profiles \
+	tests/rates/test_outputs tests/rates/per_example/test_linear_head)
 
 .PHONY: demo test test-lowest docs clean
 
