@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
-from hf_flerm.names import trainable_parameters
-from hf_flerm.updates import Snapshot
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.step import Snapshot
 
 LEARNING_RATE = 1e-3
 logging.set_verbosity_error()

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_flerm.names import trainable_parameters
-from hf_flerm.probes import RateProbe
-from hf_flerm.updates import Snapshot
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.rates.probe import RateProbe
 
 MB = 1e6
 REPEATS = 9  # the least counts: how many layers are gathered ahead is a matter of timing

@@ -12,7 +12,8 @@ import torch
 from cases import seconds
 from torch import nn
 
-from hf_flerm.optimizer import StepScales, split_param_groups
+from hf_flerm.optimizer.param_groups import split_param_groups
+from hf_flerm.optimizer.step_scales import StepScales
 
 SHAPE = (8, 1024)
 

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from workload import Run, adapted, python_data, quiet
 
-from hf_flerm.probes import RateProbe
-from hf_flerm.updates import Snapshot
+from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.rates.probe import RateProbe
 
 SMALL = {
     "GPT-2, 4 layers, d = 128, LoRA r = 8": lambda: on_random_tokens(lora(gpt2(128, 4, 4096), 8), 8, 128),

@@ -12,7 +12,7 @@ from statistics import mean
 
 from workload import spread, standard_error
 
-from hf_flerm.planning import Multiplier
+from hf_flerm.planning.plan import Multiplier
 
 STABLE = 1.0  # nats per token above the best of a sweep
 WORTH = 0.05  # a regret, in nats per token, that is worth something

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_see
 from transformers.utils import logging
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile
-from hf_flerm.card import profile_files
+from hf_flerm.show.card import profile_files
 
 LENGTH = 64
 

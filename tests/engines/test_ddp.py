@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError
-from hf_flerm.distributed import Pool
-from hf_flerm.probes import RateProbe
-from hf_flerm.updates import Snapshot
+from hf_flerm import FLeRMConfig, Measurement, RateProfile, RateProfileError, Research
+from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.rates.probe import RateProbe
+from hf_flerm.rates.process_sum import ProcessSum
 from tests.shared.distributed import (
     ACCUMULATED,
     DATA,
@@ -74,15 +74,15 @@ def ddp_runs(folder: Path) -> dict[str, Any]:
 def bytes_of(folder: Path, model: nn.Module) -> tuple[int, list[list[int]]]:
     with pytest.MonkeyPatch.context() as patch:
         measured = []
-        original = Pool.measurement
+        original = ProcessSum.__call__
 
-        def measurement(self: Pool, measure: Any) -> Measurement:
+        def add_up(self: ProcessSum, *own: Any) -> Measurement | None:
             before = len(traffic.sizes)
-            result = original(self, measure)
+            result = original(self, *own)
             measured.append(traffic.sizes[before:])
             return result
 
-        patch.setattr(Pool, "measurement", measurement)
+        patch.setattr(ProcessSum, "__call__", add_up)
         traffic = Traffic(patch)
         base = recorded(folder / "base", model, max_steps=3)
         config = FLeRMConfig(mode="match", profile=base)
@@ -170,7 +170,7 @@ def saving_runs(folder: Path) -> dict[str, Any]:
         saved = matched_run(folder / "two", "full", save_strategy="steps", save_steps=3, per_device_train_batch_size=2)
     steps = {}
     for name, options in DATA.items():
-        config = FLeRMConfig(probes="auto", max_probes=4) if name == "auto" else FLeRMConfig()
+        config = FLeRMConfig(research=Research(probes="auto", max_probes=4)) if name == "auto" else FLeRMConfig()
         trainer = make_trainer(folder / name, gpt2(), config, max_steps=3, **options)
         trainer.train()
         steps[name] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes())
@@ -210,7 +210,7 @@ def test_files_are_written_once_and_read_by_any_number_of_processes(
 
 
 def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
-    config = FLeRMConfig(mode="match", profile=base_of("full"), probe_batch_size=4, max_change=1e6)
+    config = FLeRMConfig(mode="match", profile=base_of("full"), max_change=1e6, research=Research(probe_batch_size=4))
     trainer = make_trainer(folder, gpt2(), config, **STABLE, per_device_train_batch_size=batch)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return {

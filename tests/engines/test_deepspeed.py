@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer
-from hf_flerm.heads import LinearHead
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import raw_optimizer
-from hf_flerm.probes import RateProbe
+from hf_flerm import FLeRMConfig, FLeRMTrainer, Research
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.rates.per_example.linear_head import LinearHead
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.distributed import (
     ACCUMULATED,
     DROPOUT,
@@ -100,7 +100,7 @@ def recordings(folder: Path, name: str) -> dict[str, Any]:
         for alone in (False, True):
             trainer: Any = trained(flerm=FLeRMConfig(), alone=alone)
             assert_identical(state_of(trainer), plain)
-        trainer = trained(flerm=FLeRMConfig(probes="auto", max_probes=4, snapshot_device="cpu"))
+        trainer = trained(flerm=FLeRMConfig(snapshot_device="cpu", research=Research(probes="auto", max_probes=4)))
         assert_identical(state_of(trainer), plain)
         found[kind] = (trainer.rate_profile.steps.tolist(), trainer.rate_profile.to_bytes())
     return found
@@ -293,7 +293,7 @@ IN_PARTS: dict[str, tuple[LoraConfig | None, dict[str, Any]]] = {
     "checkpointed": (None, {"gradient_checkpointing": True}),
     "DoRA": (LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=True), {}),
 }
-TWICE = FLeRMConfig(probe_batch_size=4, probes_per_batch=2)
+TWICE = FLeRMConfig(research=Research(probe_batch_size=4, probes_per_batch=2))
 
 
 @contextmanager

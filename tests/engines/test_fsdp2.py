@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_flerm import FLeRMConfig, plan, updates
-from hf_flerm.heads import LinearHead
-from hf_flerm.optimizer import raw_optimizer
-from hf_flerm.probe_data import ProbeData
+from hf_flerm import FLeRMConfig, Research, plan
+from hf_flerm.optimizer import step as updates
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.rates.per_example.linear_head import LinearHead
+from hf_flerm.training.probe_data import ProbeData
 from tests.shared.distributed import (
     ACCUMULATED,
     DATA,
@@ -87,7 +88,7 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
         found["early"] = matched_run(
             folder / "early", "full", steps=EARLY, save_strategy="steps", save_steps=3, **TWO_EACH, **SAVED_IN_SHARDS
         )
-        auto = FLeRMConfig(probes="auto", target_error=0.3, max_probes=16, measure_steps=(0, 2))
+        auto = FLeRMConfig(measure_steps=(0, 2), research=Research(probes="auto", target_error=0.3, max_probes=16))
         streamed = {**DATA["streamed and dispatched"], **FSDP}
         trainer = make_trainer(folder, gpt2(), auto, max_steps=3, **streamed)
         trainer.train()
@@ -179,7 +180,7 @@ def test_shards_in_half_precision_or_offloaded_are_measured(tmp_path: Path) -> N
 
 def failing_shards(folder: Path) -> dict[str, Any]:
     """The second process alone cannot make the batch of the second measurement."""
-    config = FLeRMConfig(measure_steps=(0, 1), probe_batch_size=2)
+    config = FLeRMConfig(measure_steps=(0, 1), research=Research(probe_batch_size=2))
     found = {}
     original = ProbeData._batches
     for name, error in (("examples", ValueError("no text")), ("memory", torch.OutOfMemoryError("CUDA out of memory."))):
@@ -227,7 +228,7 @@ def four_shards(folder: Path) -> dict[str, Any]:
         hybrid = matched_run(folder / "hybrid", "full", parallelism_config=mesh, **options, **FSDP)
         assert AcceleratorState().device_mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
-            make_trainer(folder, gpt2(), FLeRMConfig(estimator="exact"), **FSDP).train()
+            make_trainer(folder, gpt2(), FLeRMConfig(research=Research(estimator="exact")), **FSDP).train()
     with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
         plan(gpt2(), arguments(folder), Rows(), base_of("full"))
     return {"resumed": resumed, "own": own, "hybrid": hybrid}

@@ -11,9 +11,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_
 from torch.distributed.algorithms.join import Join
 from torch.distributed.tensor import DTensor
 
-from hf_flerm import FLeRMConfig, FLeRMRun, RateProfile
-from hf_flerm.heads import LinearHead
-from hf_flerm.optimizer import raw_optimizer
+from hf_flerm import FLeRMConfig, FLeRMRun, RateProfile, Research
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.rates.per_example.linear_head import LinearHead
 from tests.shared.distributed import as_on_gpus, drawn_by_all, whole
 from tests.shared.loops import Loop
 from tests.shared.processes import launch
@@ -46,7 +46,7 @@ def lies_here(followed: Loop) -> list[Any]:
 
 
 def matching(base: RateProfile) -> FLeRMConfig:
-    return FLeRMConfig(mode="match", profile=base, probe_batch_size=BATCH, max_change=1e6)
+    return FLeRMConfig(mode="match", profile=base, max_change=1e6, research=Research(probe_batch_size=BATCH))
 
 
 def starting(kind: str) -> dict[str, Any]:

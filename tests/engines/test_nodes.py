@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.processes import launch
 from tests.shared.training import flerm_callback, gpt2, make_trainer, scaled, some_factors, weights_of
 

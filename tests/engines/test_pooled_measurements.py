@@ -14,11 +14,11 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from hf_flerm import Measurement
-from hf_flerm.distributed import Pool
-from hf_flerm.estimators import ESTIMATORS
-from hf_flerm.mapping import joint_groups
-from hf_flerm.names import trainable_parameters
-from hf_flerm.probes import RateProbe
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.rates.estimators import ESTIMATORS
+from hf_flerm.rates.probe import RateProbe
+from hf_flerm.rates.process_sum import ProcessSum
+from hf_flerm.transfer.mapping import joint_groups
 from tests.shared.distributed import PAIR
 from tests.shared.processes import launch
 from tests.shared.training import MODELS
@@ -67,8 +67,8 @@ def probe_together(kind: str, estimator: str, count: int) -> dict[str, Any]:
     rank = dist.get_rank()
     model, moves = moving(kind)
     probe = RateProbe(model, estimator=estimator)
-    pool = Pool(trainable_parameters(model), estimator, groups_of(model))
-    result = pool.measurement(lambda: probe.measure(moves, batches_of(rank, count), seeded(rank)))
+    sum_over_processes = ProcessSum(trainable_parameters(model), estimator, groups_of(model))
+    result = sum_over_processes(probe.measure(moves, batches_of(rank, count), seeded(rank)))
     return summary(model, result)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_flerm.optimizer import StepScales, split_param_groups
-from hf_flerm.optimizer_table import TABLE, check_optimizer, weight_decays
-from hf_flerm.updates import Snapshot, Stepping
+from hf_flerm.optimizer.behavior import TABLE, check_optimizer, weight_decays
+from hf_flerm.optimizer.param_groups import split_param_groups
+from hf_flerm.optimizer.step import Snapshot, Stepping
+from hf_flerm.optimizer.step_scales import StepScales
 
 LR = 1e-3
 DECAY = 0.3

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import StepScales, learning_rates, raw_optimizer, split_param_groups
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import learning_rates, raw_optimizer, split_param_groups
+from hf_flerm.optimizer.step_scales import StepScales
 from tests.shared.optimizers import NAMES, OPTIMIZERS, ORDER, backward, bits, net, rates, sgd, stepped, two_groups
 from tests.shared.training import assert_identical
 

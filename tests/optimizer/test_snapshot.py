@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_flerm.updates import Snapshot
+from hf_flerm.optimizer.step import Snapshot
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from transformers.optimization import Adafactor, GreedyLR
 
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import StepScales, split_param_groups
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import split_param_groups
+from hf_flerm.optimizer.step_scales import StepScales
 from tests.shared.optimizers import NAMES, OPTIMIZERS, backward, bits, net, rates, sgd, spy, stepped, two_groups
 from tests.shared.training import assert_identical
 

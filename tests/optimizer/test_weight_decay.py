@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.names import trainable_parameters
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.model.names import trainable_parameters
 from tests.shared.training import (
     BATCH,
     Rows,
@@ -61,7 +61,7 @@ def test_rates_do_not_see_decay(tmp_path: Path, name: str) -> None:
     for decay in (0.0, DECAY):
         net = model()
         options = given(name, list(trainable_parameters(net).values()), decay)
-        config = FLeRMConfig(measure_steps=(0,), estimator="exact")
+        config = FLeRMConfig(measure_steps=(0,), research=Research(estimator="exact"))
         profiles.append(recorded(tmp_path, net, flerm=config, max_steps=1, **OPTIONS, **options).at(0))
     assert profiles[1] == pytest.approx(profiles[0], rel=1e-3)
 
@@ -87,7 +87,9 @@ def test_a_matched_run_decays_at_its_nominal_rate(tmp_path: Path, name: str, alo
         expected = weights_of(net)
 
         net = model()
-        match = FLeRMConfig(mode="match", profile=scaled(own, factors), pool="unit", beta=1.0, measure_steps=(0,))
+        match = FLeRMConfig(
+            mode="match", profile=scaled(own, factors), measure_steps=(0,), research=Research(pool="unit", beta=1.0)
+        )
         trainer = make_trainer(
             tmp_path,
             net,
@@ -127,7 +129,9 @@ def test_a_step_that_had_scales_is_redone_at_its_nominal_decay(tmp_path: Path) -
     own = recorded(tmp_path, net, max_steps=1, **OPTIONS, **given("adamw", parameters))
     factors = {key: factor**3 for key, factor in some_factors(net).items()}
     net = model()
-    match = FLeRMConfig(mode="match", profile=scaled(own, factors), pool="unit", measure_steps=(0, 1), beta=0.0)
+    match = FLeRMConfig(
+        mode="match", profile=scaled(own, factors), measure_steps=(0, 1), research=Research(pool="unit", beta=0.0)
+    )
     options = given("adamw", list(trainable_parameters(net).values()))
     trainer = make_trainer(tmp_path, net, match, max_steps=2, **OPTIONS, **options)
     trainer.train()

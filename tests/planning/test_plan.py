@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, plan
-from hf_flerm.planning import Multiplier
+from hf_flerm.planning.plan import Multiplier
 from tests.shared.plans import LEARNING_RATE, arguments, lora, planned, recorded, sgd
 from tests.shared.training import Rows, gpt2
 

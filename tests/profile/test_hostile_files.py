@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from hf_flerm import RateProfile
-from hf_flerm.mapping import map_profile
-from hf_flerm.rate_profile import PROFILE_NAME, RateProfileError
-from hf_flerm.rules import change_between
+from hf_flerm.profile.rate_profile import PROFILE_NAME, RateProfileError
+from hf_flerm.transfer.mapping import map_profile
+from hf_flerm.transfer.rules import change_between
 from tests.shared.training import gpt2
 
 CASES = int(os.environ.get("HF_FLERM_FUZZ_CASES", 5000))  # four in five of bytes, the others of JSON

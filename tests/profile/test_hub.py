@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import PeftModel
 from transformers import GPT2LMHeadModel
 
-import hf_flerm.hub
+import hf_flerm.profile.hub
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.hub_server import READ, WRITE, Fault, Hub
 from tests.shared.profiles import REPO, profile
 from tests.shared.training import flerm_callback, gpt2, lora, make_trainer, recorded
@@ -27,7 +27,7 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What our own retries would have waited for."""
     waited: list[float] = []
-    monkeypatch.setattr(hf_flerm.hub.time, "sleep", waited.append)
+    monkeypatch.setattr(hf_flerm.profile.hub.time, "sleep", waited.append)
     return waited
 
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import hf_flerm.profile_file
+import hf_flerm.profile.file
 from hf_flerm import RateProfile, RateProfileError
-from hf_flerm.rate_profile import PROFILE_NAME, SCHEMA_VERSION
+from hf_flerm.profile.rate_profile import PROFILE_NAME, SCHEMA_VERSION
 
 RATES = {"h.1.w": [0.1, 1 / 3, 7e-12], "h.0.w": [0.0, 5e300, math.pi]}
 
@@ -242,7 +242,7 @@ def test_missing_repository(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked.items() <= kwargs.items()
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(hf_flerm.hub, "hf_hub_download", offline)
+    monkeypatch.setattr(hf_flerm.profile.hub, "hf_hub_download", offline)
     with pytest.raises(RateProfileError, match=r"'someone/somewhere' .*no network") as caught:
         RateProfile.from_pretrained("someone/somewhere", subfolder="sub", revision="v1", token="secret")
     assert "secret" not in str(caught.value)

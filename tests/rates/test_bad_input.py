@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm import measure_rates
-from hf_flerm.estimators import ESTIMATORS
+from hf_flerm.rates.estimators import ESTIMATORS
 from tests.shared.cases import case, features, mlp
 from tests.shared.reference import Batch, OutputFunction
 

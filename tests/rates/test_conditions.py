@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_flerm import Measurement, measure_rates
-from hf_flerm.heads import LinearHead
+from hf_flerm.rates.per_example.linear_head import LinearHead
 from tests.shared.cases import WIDTH, features, gpt2, llama, perturb, seeded, text, updates_of
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_flerm.estimators import (
+from hf_flerm.rates.estimators import (
     ESTIMATORS,
     average_weights,
     combined,
@@ -20,7 +20,7 @@ from hf_flerm.estimators import (
     kronecker_statistics,
     rates_from,
 )
-from hf_flerm.measurement import Draws, Measurement, Samples
+from hf_flerm.rates.measurement import Draws, Measurement, Samples
 from tests.shared.reference import kronecker_loop
 
 SHAPES = {"0-d": (), "1-D": (5,), "one": (1, 1), "2-D": (4, 3), "3-D": (2, 4, 3)}

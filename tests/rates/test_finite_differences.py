@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hf_flerm import measure_rates
-from hf_flerm.estimators import ESTIMATORS
-from hf_flerm.probes import RateProbe
+from hf_flerm.rates.estimators import ESTIMATORS
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import CASES, Case, Wrap, case, changes, features, seeded
 from tests.shared.reference import finite_difference
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_flerm.outputs import Outputs
-from hf_flerm.probes import RateProbe
+from hf_flerm.rates.outputs import Outputs
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import canonical, case, changes, features, seeded
 from tests.shared.reference import Batch, finite_difference
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_flerm.names import trainable_parameters
-from hf_flerm.probes import RateProbe
-from hf_flerm.updates import Snapshot
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import seeded, updates_of
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm import measure_rates
-from hf_flerm.estimators import ESTIMATORS
+from hf_flerm.rates.estimators import ESTIMATORS
 from tests.shared.cases import GPT2_TARGETS, VOCABULARY, Case, case, gpt2, llama, lora, perturb, text
 from tests.shared.reference import Batch
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification, T5Config, T5ForConditionalGeneration
 
 from hf_flerm import measure_rates
-from hf_flerm.outputs import METRICS, OUTPUTS, POSITIONS, Outputs
+from hf_flerm.rates.outputs import METRICS, OUTPUTS, POSITIONS, Outputs
 from tests.shared.cases import gpt2, llama, perturb, seeded, text
 from tests.shared.reference import Batch, Change, OutputFunction, finite_difference, float64_copy
 

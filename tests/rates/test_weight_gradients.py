@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm import measure_rates
-from hf_flerm.outputs import Output
-from hf_flerm.probes import RateProbe
+from hf_flerm.rates.outputs import Output
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import VOCABULARY, Wrap, case, changes, seeded
 from tests.shared.reference import finite_difference, kronecker_loop, weight_gradient_products
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.mapping import map_profile
-from hf_flerm.names import without_prefix
-from hf_flerm.summary import sweep
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.model.names import without_prefix
+from hf_flerm.transfer.mapping import map_profile
 from tests.shared import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -60,7 +59,7 @@ def test_every_profile_fits_its_model_and_was_recorded_at_the_best_of_its_sweep(
     mapped = map_profile(found, collection.build(entry))
     assert (mapped.unmatched, mapped.unused) == ((), ())
     assert set(mapped.units) == set(map(without_prefix, found.names))
-    losses = sweep(found)
+    losses = found.about.sweep
     rates = list(losses)
     assert about["learning_rate"] == found.metadata["training_arguments"]["learning_rate"]
     assert about["learning_rate"] == collection.best_rate(losses)
@@ -92,7 +91,7 @@ def test_the_run_that_was_recorded_asks_for_scales_of_one(monkeypatch: pytest.Mo
     """By the profile's address in the card; the run's first update is the same, so its rates are."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(collection.STEPS, "pretrain", 2)
-    flerm = FLeRMConfig(mode="match", profile=f"profiles/{AGAIN}", probes=8, measure_steps=(0,))
+    flerm = FLeRMConfig(mode="match", profile=f"profiles/{AGAIN}", measure_steps=(0,), research=Research(probes=8))
     _, trainer = collection.run(collection.ENTRIES[AGAIN], MANIFEST[AGAIN]["learning_rate"], flerm=flerm)
     logs = trainer.flerm_callback.evidence.logs
     assert logs.shape == (1, len(profile(AGAIN).names))

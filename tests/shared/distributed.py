@@ -20,9 +20,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.names import trainable_parameters
-from hf_flerm.probe_data import ProbeData
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.training.probe_data import ProbeData
 from tests.shared import ROOT
 from tests.shared.training import MODELS, Rows, Stream, flerm_callback, make_trainer, some_factors
 
@@ -74,7 +74,9 @@ def matched_run(
     folder: Path, kind: str, resume: Path | None = None, steps: Sequence[int] | None = None, **options: Any
 ) -> dict[str, Any]:
     model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
-    config = FLeRMConfig(mode="match", profile=base_of(kind), probe_batch_size=4, max_change=1e6, measure_steps=steps)
+    config = FLeRMConfig(
+        mode="match", profile=base_of(kind), max_change=1e6, measure_steps=steps, research=Research(probe_batch_size=4)
+    )
     trainer = make_trainer(folder, model, config, **STABLE, **options)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return {

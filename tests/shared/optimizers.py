@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 from transformers.optimization import Adafactor
 
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import learning_rates
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import learning_rates
 
 NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
 ORDER = ["0.weight", "1.weight", "0.bias", "1.bias"]  # the optimizer's: matrices first

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from transformers import TrainingArguments
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, plan
-from hf_flerm.planning import Plan
+from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, Research, plan
+from hf_flerm.planning.plan import Plan
 from tests.shared.training import Rows, gpt2
 
 LEARNING_RATE = 1e-2
@@ -33,11 +33,13 @@ def sgd(model: nn.Module) -> Optimizer:
 
 
 def recorded(folder: Path, model: nn.Module, metric: str = "euclidean", **extra: Any) -> RateProfile:
-    config = FLeRMConfig(probes=4, measure_steps=range(8), metric=metric)
+    config = FLeRMConfig(measure_steps=range(8), metric=metric, research=Research(probes=4))
     trainer = FLeRMTrainer(model=model, args=arguments(folder), train_dataset=Rows(), flerm=config, **extra)
     trainer.train()
     return trainer.rate_profile
 
 
 def planned(folder: Path, model: nn.Module, base: RateProfile, **options: Any) -> Plan:
-    return plan(model, arguments(folder), Rows(), base, steps=6, config=FLeRMConfig(probes=4), **options)
+    return plan(
+        model, arguments(folder), Rows(), base, steps=6, config=FLeRMConfig(research=Research(probes=4)), **options
+    )

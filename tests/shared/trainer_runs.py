@@ -13,9 +13,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.mapping import ProfileMap
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import learning_rates, raw_optimizer
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import learning_rates, raw_optimizer
+from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared import training
 from tests.shared.training import MODELS, Outcome, make_trainer, recorded, scaled, some_factors, train
 

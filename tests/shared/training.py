@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import raw_optimizer
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import raw_optimizer
 
 VOCABULARY = 32
 LENGTH = 8

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hf_flerm import RateProfile, RateProfileError
-from hf_flerm.card import profile_files, updated_card
-from hf_flerm.plotting import COLORS
+from hf_flerm.show.card import profile_files, updated_card
+from hf_flerm.show.plotting import COLORS
 
 
 def test_a_cards_picture_is_small_and_keeps_the_colors_of_the_lines() -> None:

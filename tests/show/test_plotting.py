@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
-from hf_flerm.summary import matched_scales, rates_by_kind
+from hf_flerm.show.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
+from hf_flerm.show.summary import rates_by_kind
 from tests.shared.profiles import profile
 from tests.shared.training import gpt2, make_trainer, recorded
 
@@ -50,7 +50,7 @@ def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: 
         plot_layers(profile())
     trainer = make_trainer(tmp_path, gpt2(width=32), FLeRMConfig("match", base))
     trainer.train()
-    scales = matched_scales(trainer.rate_profile)
+    scales = trainer.rate_profile.about.matched_scales
     assert scales == pytest.approx({name: trainer.flerm_callback.scales[name] for name in scales})
     figure = plot_multipliers(trainer.rate_profile)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.report import report
+from hf_flerm.show.report import report
 from tests.shared.training import gpt2, make_trainer, recorded
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"

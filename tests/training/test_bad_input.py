@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMArguments, FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, RateProfileError
-from hf_flerm.optimizer import raw_optimizer
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm import FLeRMArguments, FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, RateProfileError, Research
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared import training
 from tests.shared.trainer_runs import match, ones
 from tests.shared.training import STEPS, Rows, Stream, arguments, assert_identical, gpt2, make_trainer, weights_of
@@ -86,11 +86,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         "probe data set has 0 examples, a batch to probe with needs 1",
     ),
     "probe dataset smaller than a batch": (
-        lambda: {"flerm": FLeRMConfig(probe_batch_size=4), "probe_dataset": Rows(3)},
+        lambda: {"flerm": FLeRMConfig(research=Research(probe_batch_size=4)), "probe_dataset": Rows(3)},
         "probe data set has 3 examples, a batch to probe with needs 4",
     ),
     "training set smaller than a probe batch": (
-        lambda: {"flerm": FLeRMConfig(probe_batch_size=17)},
+        lambda: {"flerm": FLeRMConfig(research=Research(probe_batch_size=17))},
         "probe data set has 16 examples, a batch to probe with needs 17",
     ),
     "stream": (lambda: {"flerm": FLeRMConfig(), "data": Stream()}, "stream .* pass probe_dataset"),

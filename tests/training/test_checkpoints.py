@@ -10,9 +10,9 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.mapping import ProfileMap
-from hf_flerm.names import trainable_parameters
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.profile.rate_profile import PROFILE_NAME
+from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared.trainer_runs import DROPOUT, all_ones, known_base, match_known
 from tests.shared.training import MODELS, assert_identical, flerm_callback, gpt2, make_trainer, train
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.estimators import ESTIMATORS
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.rates.estimators import ESTIMATORS
 
 EARLY = {0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64}
 
@@ -26,19 +26,14 @@ def logits(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         FLeRMConfig(
             mode="match",
             profile="runs/base",
-            estimator="kronecker",
-            pool="unit",
-            beta=0.9,
             measure_every=7,
             measure_steps=(5, 0, 5),
-            probes=3,
-            probe_batch_size=2,
             unmatched="freeze",
             granularity="module",
-            depth="sqrt",
             max_scale=10.0,
             max_change=2,
             seed=11,
+            research=Research(estimator="kronecker", pool="unit", beta=0.9, probes=3, probe_batch_size=2, depth="sqrt"),
         ),
     ],
     ids=["default", "every field"],

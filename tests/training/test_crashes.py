@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_flerm import RateProfile
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared import ROOT
 from tests.shared.killed_run import STEPS, train, whole_checkpoint
 from tests.shared.training import MODELS, assert_identical, recorded, scaled, some_factors

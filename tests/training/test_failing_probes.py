@@ -13,8 +13,8 @@ import torch
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-from hf_flerm import FLeRMConfig
-from hf_flerm.probes import RateProbe
+from hf_flerm import FLeRMConfig, Research
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.trainer_runs import DROPOUT, OPTIMIZERS, known_base, plain_run
 from tests.shared.training import MODELS, Rows, assert_same_run, gpt2, make_trainer, train
 
@@ -65,7 +65,7 @@ def test_a_probe_that_raises_changes_nothing(
     message = f"broken at {place} of {model}"
     break_measurements(monkeypatch, place, range(2, 3), message)
     options = {"gradient_accumulation_steps": 2, **OPTIMIZERS["adamw-fused"]}
-    trainer = make_trainer(folder, MODELS[model](DROPOUT), FLeRMConfig(probes=2), **options)
+    trainer = make_trainer(folder, MODELS[model](DROPOUT), FLeRMConfig(research=Research(probes=2)), **options)
     outcome = train(trainer)
     assert_same_run(outcome, plain_run(folder, model, "adamw-fused"))
     assert trainer.rate_profile.steps.tolist() == [0, 1, 3, 4]

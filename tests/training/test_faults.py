@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, TrainerCallback
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.optimizer import raw_optimizer
-from hf_flerm.probes import RateProbe
-from hf_flerm.rate_profile import PROFILE_NAME
-from hf_flerm.updates import Snapshot
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.profile.rate_profile import PROFILE_NAME
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.training import (
     MODELS,
     STEPS,
@@ -43,7 +43,9 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 def matching(folder: Path, make: Callable[..., nn.Module] = gpt2, **options: Any) -> FLeRMConfig:
     base = recorded(folder / "base", make())
-    return FLeRMConfig(mode="match", profile=scaled(base, some_factors(make())), pool="unit", **options)
+    return FLeRMConfig(
+        mode="match", profile=scaled(base, some_factors(make())), research=Research(pool="unit"), **options
+    )
 
 
 # --- disks --------------------------------------------------------------------------------------------------------
@@ -120,7 +122,9 @@ def test_too_little_memory_makes_smaller_probes(tmp_path: Path, warnings_of: Cal
     trainer = make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig(output=Greedy(1), **options))
     assert_same_run(train(trainer), plain)
     assert warnings_of() == []
-    small = make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig(output=Greedy(1), probe_batch_size=1, probes=8))
+    small = make_trainer(
+        tmp_path, gpt2(DROPOUT), FLeRMConfig(output=Greedy(1), research=Research(probe_batch_size=1, probes=8))
+    )
     small.train()
     assert_identical(trainer.rate_profile.rates, small.rate_profile.rates)
 
@@ -154,7 +158,7 @@ def test_memory_for_a_snapshot_may_be_missing_too(
         def __init__(self, *args: Any) -> None:
             torch.empty(2**50)
 
-    monkeypatch.setattr("hf_flerm.updates.Snapshot", Missing)
+    monkeypatch.setattr("hf_flerm.optimizer.step.Snapshot", Missing)
     assert_same_run(train(make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig())), plain)
     (warning,) = warnings_of()
     assert "snapshot_device='cpu'" in warning

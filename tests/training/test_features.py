@@ -23,7 +23,7 @@ from transformers import (
 from transformers.trainer import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_flerm import FLeRMArguments, FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile
+from hf_flerm import FLeRMArguments, FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, Research
 from tests.shared.training import (
     BATCH,
     MEASURED,
@@ -202,13 +202,20 @@ def test_choices_from_the_command_line_and_from_yaml(tmp_path: Path) -> None:
     args, flerm = parser.parse_args_into_dataclasses(given)
     assert args.seed == 3
     assert flerm.config == FLeRMConfig(
-        mode="match", profile="base", seed=5, measure_steps=(0, 20), probes=4, beta=0.5, output="hidden"
+        mode="match",
+        profile="base",
+        seed=5,
+        measure_steps=(0, 20),
+        output="hidden",
+        research=Research(probes=4, beta=0.5),
     )
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"output_dir": "x", "flerm_measure_steps": [0, 20], "flerm_probes": "auto"}))
-    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(measure_steps=(0, 20), probes="auto")
+    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(
+        measure_steps=(0, 20), research=Research(probes="auto")
+    )
     file.write_text("output_dir: x\nflerm_max_scale: 1e3\nflerm_beta: 5e-1\n")  # which PyYAML reads as text
-    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(max_scale=1e3, beta=0.5)
+    assert parser.parse_yaml_file(file)[1].config == FLeRMConfig(max_scale=1e3, research=Research(beta=0.5))
     file.write_text("output_dir: x\nflerm_max_scale: wide\n")
     with pytest.raises(ValueError, match=r"max_scale is 'wide'; it must be a number of at least 1"):
         _ = parser.parse_yaml_file(file)[1].config

@@ -11,7 +11,7 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_flerm import FLeRMConfig
-from hf_flerm.names import tensor_kinds
+from hf_flerm.model.names import tensor_kinds
 from tests.shared.training import (
     BATCH,
     STEPS,

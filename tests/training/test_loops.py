@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from hf_flerm import FLeRMConfig, FLeRMRun, RateProfile, RateProfileError
-from hf_flerm.optimizer import raw_optimizer
+from hf_flerm.optimizer.param_groups import raw_optimizer
 from tests.shared.loops import LEARNING_RATE, Loop
 from tests.shared.training import (
     BATCH,

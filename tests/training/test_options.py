@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from hf_flerm import FLeRMConfig, RateProfileError
-from hf_flerm.names import trainable_parameters
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm import FLeRMConfig, RateProfileError, Research
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.training import MEASURED, assert_same_run, flerm_callback, gpt2, lora, make_trainer, recorded, train
 
 
@@ -67,7 +67,7 @@ def test_where_the_snapshot_lies_does_not_matter_to_a_matched_run(tmp_path: Path
 
 @pytest.mark.parametrize(("target_error", "probes"), [(10.0, 2), (1e-9, 10)])
 def test_probes_are_taken_until_the_target_or_the_cap(tmp_path: Path, target_error: float, probes: int) -> None:
-    config = FLeRMConfig(probes="auto", target_error=target_error, max_probes=5, measure_steps=(2,))
+    config = FLeRMConfig(measure_steps=(2,), research=Research(probes="auto", target_error=target_error, max_probes=5))
     trainer = make_trainer(tmp_path, gpt2(), config)
     trainer.train()
     measurement = flerm_callback(trainer).last_measurement
@@ -110,7 +110,7 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_training(
     def too_large(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("header too large")
 
-    monkeypatch.setattr("hf_flerm.profile_file.save", too_large)
+    monkeypatch.setattr("hf_flerm.profile.file.save", too_large)
     caplog.set_level(logging.WARNING, "hf_flerm")
     assert_same_run(train(make_trainer(tmp_path / "recorded", gpt2(), FLeRMConfig(), **options)), plain)
     (said,) = [record.getMessage() for record in caplog.records]
@@ -147,6 +147,6 @@ def test_a_failed_measurement_leaves_the_snapshot_behind(tmp_path: Path, monkeyp
         seen.append(next(iter(trainable_parameters(trainer.model).values())).detach().clone())
         raise RuntimeError("no probe today")
 
-    monkeypatch.setattr("hf_flerm.probes.RateProbe.measure", fail)
+    monkeypatch.setattr("hf_flerm.rates.probe.RateProbe.measure", fail)
     assert_same_run(train(trainer), plain)
     assert len(seen) == 3  # then it is given up

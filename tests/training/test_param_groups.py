@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import raw_optimizer
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import raw_optimizer
 from tests.shared.trainer_runs import SpyRates, known_base, llama, match_known, weight_decays
 from tests.shared.training import assert_identical, flerm_callback, gpt2, lora, make_trainer
 

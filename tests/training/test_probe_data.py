@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_flerm import FLeRMConfig
-from hf_flerm.probes import RateProbe
+from hf_flerm import FLeRMConfig, Research
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.trainer_runs import DROPOUT
 from tests.shared.training import MEASURED, Rows, Stream, assert_identical, assert_same_run, gpt2, make_trainer, train
 
@@ -42,7 +42,7 @@ def probed(folder: Path, patch: pytest.MonkeyPatch, data: Rows, config: FLeRMCon
 
 def test_probes_draw_from_the_probe_dataset_by_their_own_seed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Rows(7, seed=3)
-    config = FLeRMConfig(probes=3, probe_batch_size=5)
+    config = FLeRMConfig(research=Research(probes=3, probe_batch_size=5))
     batches = probed(folder, monkeypatch, data, config)
     assert [len(batch) for batch in batches] == [5] * 6
     rows = [[tuple(row) for row in batch.tolist()] for batch in batches]
@@ -50,7 +50,7 @@ def test_probes_draw_from_the_probe_dataset_by_their_own_seed(folder: Path, monk
     assert all(len(set(batch)) == 5 for batch in rows), "an example came twice in one batch"
     assert len({tuple(batch) for batch in rows}) == 6, "steps or probes share their batch"
     assert_identical(probed(folder, monkeypatch, data, config, seed=1), batches)
-    other = probed(folder, monkeypatch, data, FLeRMConfig(probes=3, probe_batch_size=5, seed=1))
+    other = probed(folder, monkeypatch, data, FLeRMConfig(seed=1, research=Research(probes=3, probe_batch_size=5)))
     assert not any(torch.equal(left, right) for left, right in zip(other, batches, strict=True))
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import datasets
 from safetensors import safe_open
 
-from hf_flerm import FLeRMConfig
-from hf_flerm.names import tensor_kinds, trainable_parameters
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm import FLeRMConfig, Research
+from hf_flerm.model.names import tensor_kinds, trainable_parameters
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.training import Rows, gpt2, lora, make_trainer, recorded
 
 
 def test_provenance(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"input_ids": Rows().tokens.tolist(), "labels": Rows().tokens.tolist()})
-    config = FLeRMConfig(probes=2, probe_batch_size=3, seed=7)
+    config = FLeRMConfig(seed=7, research=Research(probes=2, probe_batch_size=3))
     trainer = make_trainer(tmp_path, lora(), config, data=data, max_steps=1, warmup_steps=0, seed=5)
     trainer.train()
     metadata = trainer.rate_profile.metadata

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
-from hf_flerm import FLeRMConfig
-from hf_flerm.optimizer import raw_optimizer
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm import FLeRMConfig, Research
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared import training
 from tests.shared.trainer_runs import DROPOUT, OPTIMIZERS, known_base, llama, plain_run
 from tests.shared.training import (
@@ -78,7 +78,7 @@ def test_recording_changes_nothing_whatever_else_goes_on(folder: Path, options: 
 @pytest.mark.parametrize("estimator", ["kronecker", "full", "exact"])
 def test_recording_changes_nothing_with_any_estimator(folder: Path, estimator: str) -> None:
     options = {"gradient_accumulation_steps": 2, **OPTIMIZERS["adamw-fused"]}
-    trainer = make_trainer(folder, lora(DROPOUT), FLeRMConfig(estimator=estimator), **options)
+    trainer = make_trainer(folder, lora(DROPOUT), FLeRMConfig(research=Research(estimator=estimator)), **options)
     assert_same_run(train(trainer), plain_run(folder, "lora", "adamw-fused"))
     assert trainer.rate_profile.steps.tolist() == MEASURED
 
@@ -99,7 +99,9 @@ def test_recording_changes_nothing_with_a_collator_that_draws(folder: Path) -> N
     extra = {"data_collator": collate}
     plain = train(make_trainer(folder, gpt2(DROPOUT), extra=extra))
     by_training = len(calls)
-    trainer = make_trainer(folder, gpt2(DROPOUT), FLeRMConfig(probes=2, probe_batch_size=3), extra=extra)
+    trainer = make_trainer(
+        folder, gpt2(DROPOUT), FLeRMConfig(research=Research(probes=2, probe_batch_size=3)), extra=extra
+    )
     assert_same_run(train(trainer), plain)
     assert trainer.rate_profile.steps.tolist() == MEASURED
     assert len(calls) == 2 * by_training + 1 + 2 * len(MEASURED), "one before training, to see whether it can be probed"

@@ -14,10 +14,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import split_param_groups
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, Research
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import split_param_groups
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.training import (
     Rows,
     assert_identical,
@@ -164,7 +164,9 @@ def test_another_schedule_counts_from_the_last_measurement(
 
 
 def test_other_settings_are_named_and_used(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
-    _, resumed = whole_and_resumed(tmp_path, FLeRMConfig(), FLeRMConfig(estimator="kronecker", probes=3))
+    _, resumed = whole_and_resumed(
+        tmp_path, FLeRMConfig(), FLeRMConfig(research=Research(estimator="kronecker", probes=3))
+    )
     (warning,) = warnings_of()
     assert "measured with {'estimator': 'per_example', 'probes': 1} up to the checkpoint" in warning
     assert "{'estimator': 'kronecker', 'probes': 3} from here on" in warning

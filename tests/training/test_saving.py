@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.rate_profile import PROFILE_NAME
+from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.trainer_runs import DROPOUT
 from tests.shared.training import Rows, flerm_callback, gpt2, lora, make_trainer
 

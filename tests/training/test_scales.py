@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, measure_rates
-from hf_flerm.mapping import ProfileMap
-from hf_flerm.names import canonical_names, trainable_parameters
-from hf_flerm.optimizer import raw_optimizer
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, Research, measure_rates
+from hf_flerm.model.names import canonical_names, trainable_parameters
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared.trainer_runs import SpyRates, known_base, match_known
 from tests.shared.training import (
     BATCH,
@@ -138,7 +138,7 @@ def test_recorded_rates_are_those_of_the_steps_that_were_made(folder: Path) -> N
     profile = recorded(
         folder,
         model,
-        flerm=FLeRMConfig(estimator="exact", probe_batch_size=BATCH, measure_steps=range(4)),
+        flerm=FLeRMConfig(measure_steps=range(4), research=Research(estimator="exact", probe_batch_size=BATCH)),
         extra=loraplus(model),
         **options,
     )

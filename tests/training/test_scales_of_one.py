@@ -12,10 +12,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from hf_flerm import FLeRMConfig, RateProfile
-from hf_flerm.mapping import ProfileMap
-from hf_flerm.names import trainable_parameters
-from hf_flerm.optimizer import raw_optimizer
+from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import raw_optimizer
+from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared.trainer_runs import DROPOUT, OPTIMIZERS, all_ones, plain_run, weight_decays
 from tests.shared.training import (
     MEASURED,
@@ -104,7 +104,10 @@ def test_matching_a_run_with_itself_by_other_probes_is_as_exact_as_its_noise(fol
     base.train()
     profile = base.rate_profile
     target = make_trainer(
-        folder, make(), FLeRMConfig(mode="match", profile=profile, pool="unit", seed=1, **shared), **options
+        folder,
+        make(),
+        FLeRMConfig(mode="match", profile=profile, seed=1, research=Research(pool="unit"), **shared),
+        **options,
     )
     target.train()
     scales = flerm_callback(target).scales

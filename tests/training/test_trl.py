@@ -35,8 +35,8 @@ from trl import (
 )
 
 from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMMixin, FLeRMRun, RateProfile
-from hf_flerm.rate_profile import PROFILE_NAME
-from hf_flerm.trl_tasks import trl_task
+from hf_flerm.profile.rate_profile import PROFILE_NAME
+from hf_flerm.training.trl_tasks import trl_task
 from tests.shared.processes import launch
 from tests.shared.training import Outcome, assert_identical, flerm_callback, gpt2, scaled, train, weights_of
 
@@ -456,7 +456,7 @@ def test_grpo_needs_prompts_or_completions_to_probe_with(tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_completions_are_not_sampled_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_flerm.trl_tasks.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_flerm.training.trl_tasks.is_sharded", lambda model: True)
     trainer = made(grpo(tmp_path), CONFIG)
     with pytest.raises(ValueError, match=r"from a model in shards: pass probe_dataset, rows of input_ids and labels"):
         trainer.train()

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hf_flerm import Measurement, RateProfile, RateProfileError, map_profile, match_rates
-from hf_flerm.mapping import ProfileMap
-from hf_flerm.matching import POOLS, Evidence, random_effects_mean
+from hf_flerm.transfer.evidence import POOLS, Evidence, random_effects_mean
+from hf_flerm.transfer.mapping import ProfileMap
 
 
 class Blocks(nn.Module):

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, map_profile, measure_rates
-from hf_flerm.mapping import DEPTHS, GRANULARITIES, joint_groups
-from hf_flerm.names import tensor_places, trainable_parameters
+from hf_flerm.model.names import tensor_places, trainable_parameters
+from hf_flerm.transfer.mapping import DEPTHS, GRANULARITIES, joint_groups
 
 
 class Stacks(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import TrainingArguments
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile
-from hf_flerm.names import tensor_kinds, trainable_parameters
+from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, Research
+from hf_flerm.model.names import tensor_kinds, trainable_parameters
 from tests.shared.training import Rows, gpt2
 
 
@@ -123,7 +123,7 @@ def test_rates_carry_over_from_one_optimizer_to_another(tmp_path: Path) -> None:
     """SGD at lr 1 has its own unit: the scales make its step as large in function space as AdamW's was."""
     base = recorded(tmp_path, gpt2())
     model = gpt2()
-    config = FLeRMConfig(mode="match", profile=base, pool="unit", beta=0.0, measure_steps=(0,))
+    config = FLeRMConfig(mode="match", profile=base, measure_steps=(0,), research=Research(pool="unit", beta=0.0))
     trainer = trainer_of(tmp_path, model, config, optimizer=SGD(model.parameters(), lr=1e-2), max_steps=1)
     trainer.train()
     measured, scales = trainer.flerm_callback.last_measurement, trainer.flerm_callback.scales

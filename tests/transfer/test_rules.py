@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_flerm import RateProfile, RateProfileError, mup_param_groups
-from hf_flerm.names import trainable_parameters
-from hf_flerm.rules import RULES, Change, change_between
+from hf_flerm.model.names import trainable_parameters
+from hf_flerm.transfer.rules import RULES, Change, change_between
 from tests.shared.plans import lora, recorded
 from tests.shared.training import gpt2
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from hf_flerm import measure_rates
-from hf_flerm.heads import LinearHead
-from hf_flerm.outputs import Output, Outputs
-from hf_flerm.probes import RateProbe
+from hf_flerm.rates.outputs import Output, Outputs
+from hf_flerm.rates.per_example.linear_head import LinearHead
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import (
     OTHERS,
     VOCABULARY,

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_flerm import Measurement, measure_rates
-from hf_flerm.heads import LinearHead
-from hf_flerm.outputs import Output
-from hf_flerm.probes import RateProbe
+from hf_flerm.rates.outputs import Output
+from hf_flerm.rates.per_example.linear_head import LinearHead
+from hf_flerm.rates.probe import RateProbe
 from tests.shared.reference import Batch, OutputFunction, finite_difference
 
 VOCABULARY, WIDTH = 60, 6

@@ -1,0 +1,3 @@
+"""The `hf-flerm` command."""
+
+from .main import app as app

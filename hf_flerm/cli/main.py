@@ -1,0 +1,147 @@
+"""`hf-flerm` on the command line."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import hf_flerm
+
+from .profiles import AsJson, Granularity, adapted, commands, explained, show
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+_WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")  # the latter are refused: they are pickled
+
+app = typer.Typer(no_args_is_help=True)
+app.add_typer(commands)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_flerm {hf_flerm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Function-space learning rates: profiles of runs, and the learning rates that they ask of other models.
+
+    Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with what was given.
+    """
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder or repository; a folder with a config alone is untrained.")],
+    data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or one on the Hub.")],
+    profile: Annotated[str, typer.Argument(help="The base's profile: a folder, a file or a repository.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
+    ] = None,
+    optim: Annotated[str, typer.Option(help="The optimizer, as TrainingArguments names it.")] = "adamw_torch",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per example, where the data is text.")] = 512,
+    max_steps: Annotated[int, typer.Option(min=1, help="Of the training that is planned: its schedule.")] = 1000,
+    warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
+    scheduler: Annotated[str, typer.Option(help="The schedule, as TrainingArguments names it.")] = "linear",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to train a copy for.")] = 32,
+    granularity: Annotated[Granularity | None, typer.Option(help="What is matched.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
+    from huggingface_hub.utils import tqdm
+    from transformers import TrainingArguments, set_seed
+
+    set_seed(seed)  # of the weights that nothing was loaded for, too
+    with explained(), tempfile.TemporaryDirectory() as scratch:
+        base = hf_flerm.RateProfile.from_pretrained(profile)
+        if base.about.learning_rate is None:
+            raise ValueError(
+                f"{profile} does not tell the learning rate of its run, which this starts from (an average does if all "
+                "its runs had the same one). Call hf_flerm.plan with arguments that have it."
+            )
+        args = TrainingArguments(
+            output_dir=scratch,
+            optim=optim,
+            per_device_train_batch_size=batch_size,
+            max_steps=max_steps,
+            warmup_steps=warmup_steps,
+            lr_scheduler_type=scheduler,
+            seed=seed,
+        )
+        target = _model(model)
+        if adapter is not None:
+            target = adapted(target, adapter)
+        examples, collator = _examples(data, model, length)
+        with tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:
+            found = hf_flerm.plan(
+                target,
+                args,
+                examples,
+                base,
+                steps=steps,
+                granularity=granularity,
+                data_collator=collator,
+                callbacks=[_progress(bar)],
+            )
+    show(found.to_dict(), [str(found)], as_json)
+
+
+def _progress(bar: Any) -> TrainerCallback:
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        """Moves a bar on standard error, where that is a terminal."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            bar.update()
+
+    return Progress()
+
+
+def _model(source: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(source)
+    has_weights = any(file for kind in _WEIGHTS for file in folder.glob(kind))
+    if folder.is_dir() and not has_weights:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    return AutoModelForCausalLM.from_pretrained(source, use_safetensors=True)
+
+
+def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
+    """Training examples and their collator; a data set with `input_ids` is taken as it is."""
+    from datasets import Dataset, load_dataset, load_from_disk
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
+
+    path = Path(source)
+    if path.is_file():
+        examples = load_dataset("text", data_files=str(path), split="train")
+    else:
+        examples = load_from_disk(path) if path.is_dir() else load_dataset(source, split="train")
+    if not isinstance(examples, Dataset):
+        raise typer.BadParameter(f"{source} holds several data sets: {', '.join(examples)}. Give one of them.")
+    if "input_ids" in examples.column_names:
+        return examples, default_data_collator
+    if "text" not in examples.column_names:
+        raise typer.BadParameter(f"{source} has no column 'text' or 'input_ids'; it has {examples.column_names}.")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids = [token for row in tokenizer(rows["text"])["input_ids"] for token in row]
+        return {"input_ids": [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]}
+
+    tokenized = examples.map(blocks, batched=True, remove_columns=examples.column_names)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenized, DataCollatorForLanguageModeling(tokenizer, mlm=False)

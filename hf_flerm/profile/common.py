@@ -1,0 +1,63 @@
+"""One profile for all processes of a run, though each node may have a disk of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers.utils import logging
+
+from ..engines.processes import anywhere, broadcast_bytes
+from .file import parse_bytes
+from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
+
+logger = logging.get_logger(__name__)
+
+
+def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RateProfile | None:
+    """Read a profile that is one for all processes, though each node may have a disk of its own; a collective call.
+
+    Args:
+        what: What it is.
+        read: Reads it on this process; None if there is none.
+
+    Returns:
+        The first process's, also where it could not be read; None if it has none.
+
+    Raises:
+        RateProfileError: On every process: if the first cannot read it, or another has one with other rates.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return read()
+    own, content, failure = None, b"", None
+    try:
+        own = read()
+        content = own.to_bytes() if own is not None else b""
+    except Exception as error:  # which the others must not wait for
+        failure = error
+    commit = (own is not None and own.commit_hash) or ""
+    content, told_commit, reason = (
+        broadcast_bytes(part) for part in (content, commit.encode(), str(failure or "").encode())
+    )
+    if reason:
+        raise RateProfileError(f"{what} cannot be read on the first process: {reason.decode()}") from failure
+    first = RateProfile(*parse_bytes(content, Path(PROFILE_NAME))) if content else None
+    (differs,) = anywhere([own is not None and (first is None or _rates(own) != _rates(first))])
+    if differs:
+        raise RateProfileError(
+            f"{what} is not the same on all {state.num_processes} processes: every node needs the same file, or the "
+            "first node alone has one."
+        )
+    if first is not None:
+        first.commit_hash = told_commit.decode() or None
+        if own is None:
+            because = f": {failure}" if failure else "."
+            logger.warning(f"{what} is not on this node, and that of the first process is used{because}")
+    return first
+
+
+def _rates(profile: RateProfile) -> bytes:
+    """A profile but for its metadata, in which nodes may differ: a data set's fingerprint may be random."""
+    return RateProfile(profile.steps, profile.rates, None, profile.joint_rates).to_bytes()

@@ -1,0 +1,194 @@
+"""Profiles on disk and on the Hub as bytes: find a file, upload files in one commit. Nothing here knows `RateProfile`.
+
+`huggingface_hub.ModelHubMixin` is not used: it writes a `config.json` and a card, which in a model's repository would
+replace the model's, and it reads a model's `config.json` as the arguments of the profile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, HfUri, ModelCard, hf_hub_download, parse_hf_uri
+from huggingface_hub.constants import REPOCARD_NAME
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers.utils import logging
+
+from .file import PROFILE_NAME, RateProfileError
+
+logger = logging.get_logger(__name__)
+
+_LOG_IN = "log in with `hf auth login`, or give a token"
+# The first class that fits decides. Subclasses come first: GatedRepoError is a RepositoryNotFoundError, and
+# LocalEntryNotFoundError is an EntryNotFoundError.
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (GatedRepoError, f"the repository is gated. Ask for access on its page, then {_LOG_IN}"),
+    (
+        RepositoryNotFoundError,
+        f"there is no such repository, or it is private. Check its name, or {_LOG_IN}",
+    ),
+    (RevisionNotFoundError, "the repository has no such revision. Check the name of the branch, tag or commit"),
+    (LocalEntryNotFoundError, "it is not in the cache, and the Hub could not be asked"),
+    (EntryNotFoundError, "the repository has no such file. Was its run recorded with FLeRM?"),
+)
+_REFUSALS = {401: f"the Hub does not know who you are: {_LOG_IN}", 403: "the token may not do this: use another one"}
+_TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the same request may succeed
+_WAITS = (1, 2, 4)  # seconds before each further try
+
+Result = TypeVar("Result")
+
+
+def find(source: str, *, revision: str | None = None, subfolder: str | None = None, **download: Any) -> Path:
+    """Return the path of a profile's file; a file on the Hub is downloaded into the cache.
+
+    Args:
+        source: A folder, a file, or a repository on the Hub: its id, its id with a revision and subfolder
+            (`org/repo@revision/subfolder`), an `hf://` address or one of the website.
+        revision: Branch, tag or commit of the repository.
+        subfolder: Folder inside the folder or repository.
+        **download: Further arguments of `hf_hub_download`.
+
+    Raises:
+        RateProfileError: If there is no such file.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        path = path / (subfolder or "") / PROFILE_NAME
+        if not path.is_file():
+            raise RateProfileError(
+                f"there is no {PROFILE_NAME} in {path.parent}. A run that is recorded writes it into its output folder "
+                "and checkpoints; so does save_model of FLeRMTrainer and FLeRMMixin, but not with FLeRMCallback alone, "
+                "whose save(folder) does."
+            )
+        return path
+    with _explained(f"{source!r} is no folder, no file and no repository that holds {PROFILE_NAME}"):
+        repo_id, own_revision, own_subfolder = _address(source)
+        for what, given, own in (("revision", revision, own_revision), ("subfolder", subfolder, own_subfolder)):
+            if given and own and given != own:
+                raise ValueError(f"it names {what} {own!r}, and {what}={given!r} was given as well. Give one of them")
+        return Path(
+            hf_hub_download(
+                repo_id,
+                PROFILE_NAME,
+                subfolder=subfolder or own_subfolder,
+                revision=revision or own_revision,
+                **download,
+            )
+        )
+
+
+def upload(
+    repo_id: str,
+    make_files: Callable[[str, ModelCard | None], Mapping[str, bytes]],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    **commit: Any,
+) -> CommitInfo:
+    """Upload files in one commit: the repository then has all of them or none.
+
+    Args:
+        repo_id: The repository; created if it does not exist.
+        make_files: Called with the address under which others will find the files and the card that is there already
+            (None if there is none). Returns `{file name: content}`.
+        subfolder: Folder inside the repository for all of the files; its card is the README.md there.
+        revision: Branch to commit to; created if it does not exist.
+        private: Whether a new repository is private. None: the default of its owner.
+        token: Hub token. None: the token of the logged-in user.
+        create_pr: Open a pull request with the commit.
+        **commit: Further arguments of `HfApi.create_commit`.
+
+    Raises:
+        RateProfileError: If the Hub refuses the commit or cannot be reached.
+    """
+    api = HfApi(token=token)
+    folder = PurePosixPath(subfolder or "")
+    with _explained(f"{repo_id!r} could not be pushed to"):
+        repo_id = _with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            _with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        card = _card(repo_id, str(folder / REPOCARD_NAME), revision, token)
+        files = make_files(_written(repo_id, revision, subfolder), card)
+        additions = [CommitOperationAdd(str(folder / name), content) for name, content in files.items()]
+        pushed: CommitInfo = _with_retries(
+            lambda: api.create_commit(repo_id, additions, revision=revision, create_pr=create_pr, **commit)
+        )
+    return pushed
+
+
+def _address(source: str) -> tuple[str, str | None, str | None]:
+    """Split the address of a profile on the Hub into repository, revision and subfolder."""
+    is_address = source.startswith(("hf://", "http://", "https://"))
+    if not is_address and "@" not in source:
+        return source, None, None
+    address = parse_hf_uri(source if is_address else f"hf://{source}")
+    if address.type != "model":
+        raise ValueError(f"profiles are stored in model repositories, and this is a {address.type}")
+    inside = PurePosixPath(address.path_in_repo)
+    folder = inside.parent if inside.name == PROFILE_NAME else inside
+    return address.id, address.revision, None if folder == PurePosixPath() else str(folder)
+
+
+def _written(repo_id: str, revision: str | None, subfolder: str | None) -> str:
+    """The address that `_address` splits into these parts."""
+    if revision is None and subfolder is None:
+        return repo_id
+    return HfUri("model", repo_id, revision, subfolder or "").to_uri()
+
+
+def _card(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> ModelCard | None:
+    """Download the card of a repository; None if it has none.
+
+    The cache is bypassed: a card that someone else has edited since must not be overwritten with the cached one.
+    """
+    try:
+        file = hf_hub_download(repo_id, path, revision=revision, token=token, force_download=True)
+    except LocalEntryNotFoundError:  # an EntryNotFoundError, but the Hub could not be asked
+        raise
+    except EntryNotFoundError:
+        return None
+    card: ModelCard = ModelCard.load(file)
+    return card
+
+
+@contextmanager
+def _explained(failed: str) -> Iterator[None]:
+    """Raise RateProfileError with what failed, why and what to do.
+
+    Every exception is caught: which class is raised depends on the client's version and its HTTP library.
+    """
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), _REFUSALS.get(status))
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise RateProfileError(f"{failed}: {advice or reason}." + (f" ({reason:.500})" if advice else "")) from error
+
+
+def _with_retries(call: Callable[[], Result]) -> Result:
+    """Call the Hub, again after a while if it answers that it is busy or broken."""
+    for wait in _WAITS:
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _TRANSIENT:
+                raise
+            logger.warning(f"the Hub answered {error.response.status_code}; trying again in {wait} s.")
+            time.sleep(wait)
+    return call()

@@ -1,0 +1,1 @@
+"""The mathematics: tensors and modules in, rates out. Start with `reference.py`."""

@@ -1,0 +1,108 @@
+"""How far updates are aligned with the activations that they act on, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..model.isolation import undisturbed
+from ..model.names import resolve_names
+from .outputs import Batch, OutputFunction, Outputs
+from .per_example.sites import owners
+from .per_example.tangents import Tangent, linear_tangent
+
+
+def log_alignments(
+    model: nn.Module,
+    updates: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    *,
+    output: str | OutputFunction | None = None,
+) -> dict[str, float]:
+    """Measure the log-alignment of update and activations in every linear layer: forward passes alone.
+
+    For a layer with fan-in n, update U and input x this is log_n(RMS(U x) / (RMS(U) RMS(x))): 1/2 where they know
+    nothing of each other, 1 where U x adds up coherently. muP assumes 1 for updates. Source: Everett et al., "Scaling
+    Exponents Across Parameterizations and Optimizers" (arXiv 2407.05872).
+
+    Args:
+        model: Any `nn.Module`. It runs in eval mode and is left exactly as it was.
+        updates: `{parameter name: update}` as for `measure_rates`; their size does not matter.
+        batches: As for `measure_rates`. Padding is left out where a layer's input has the shape of the mask.
+        output: How the model is run; see `measure_rates`.
+
+    Returns:
+        `{canonical name: log-alignment}` of those that are the weight of a linear layer with a fan-in above 1; nan for
+        a layer that was not called, or whose update or input is 0.
+
+    Raises:
+        ValueError: If a name is unknown or there is no batch.
+    """
+    outputs = Outputs(output)
+    raw = resolve_names(model, updates)
+    own = dict(zip(raw, updates.values(), strict=True))
+    layers: dict[str, list[nn.Module]] = {}
+    tangents: dict[str, Tangent] = {}
+    for name, path in raw.items():
+        holders = [
+            model.get_submodule(site.module)
+            for site in owners(model, model.get_parameter(path))
+            if site.attribute == "weight"
+        ]
+        tangent = linear_tangent(holders[0], "weight") if holders else None
+        if tangent is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
+            layers[name], tangents[name] = holders, tangent
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of (U x)^2, of x^2, and of their rows
+    mask: Any = None
+
+    def add(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+            (x,) = [value.detach() for value in (*args, *kwargs.values())]
+            if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
+                x = x[mask.bool()]
+            x = x.reshape(-1, x.shape[-1])
+            moved = tangents[name](module, own[name].to(x), x)
+            sizes = [value.float().square().mean(-1).sum().item() for value in (moved, x)]
+            sums[name] += torch.tensor([*sizes, float(len(x))], dtype=torch.float64)
+
+        return hook
+
+    device = next(model.parameters()).device
+    handles = [
+        module.register_forward_hook(add(name), with_kwargs=True)
+        for name, modules in layers.items()
+        for module in modules
+    ]
+    empty = True
+    try:
+        with undisturbed(model, device), torch.no_grad():
+            for batch in batches:
+                empty = False
+                sent = send_to_device(dict(batch), device)
+                mask = sent.get("attention_mask")
+                outputs(model, sent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if empty:
+        raise ValueError("there was no probe batch: batches is empty.")
+    fan_in = {name: _fan_in(modules[0]) for name, modules in layers.items()}
+    return {name: _log_alignment(sums[name], own[name], fan_in[name]) for name in layers if fan_in[name] > 1}
+
+
+def _fan_in(module: Any) -> int:
+    return int(module.in_features if isinstance(module, nn.Linear) else module.nx)
+
+
+def _log_alignment(sums: Tensor, update: Tensor, fan_in: int) -> float:
+    moved, x, rows = sums.tolist()
+    size = update.double().square().mean().item()
+    if not moved or not x or not size:
+        return math.nan
+    return 0.5 * math.log((moved / rows) / (size * x / rows)) / math.log(fan_in)

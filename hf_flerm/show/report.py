@@ -1,0 +1,273 @@
+"""One HTML file that shows a profile, offline and zoomable (needs plotly: `pip install 'hf_flerm[report]'`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import cycle
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import Environment
+from markupsafe import Markup
+from torch import Tensor
+
+from ..model.names import without_prefix
+from ..profile.rate_profile import RateProfile
+from .plotting import COLORS, OUTSIDE, RATE, STEP, layer_of, layer_table, units_by_kind
+from .summary import KindRates, described, rates_by_kind
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "triangle-up", "diamond")
+_ROW = 18  # pixels of a heat map's row
+_TALLEST = 4000  # pixels
+
+_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { text-align: left; padding: 0.2rem 0.8rem 0.2rem 0; border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+</style>
+<script>{{ library }}</script>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p>How far the updates of each tensor moved the outputs of the model, per unit learning rate. Drag over a picture to
+zoom, double-click to see all of it again; click on a name to hide it, double-click to see it alone.</p>
+<table>
+{% for what, text in about.items() %}
+<tr><th>{{ what }}</th><td>{{ text }}</td></tr>
+{% endfor %}
+</table>
+{% for heading, about_it, picture in pictures %}
+<h2>{{ heading }}</h2>
+<p>{{ about_it }}</p>
+{{ picture }}
+{% endfor %}
+<h2>Rates in numbers</h2>
+<p>Geometric means over the tensors of a kind; ± is one standard error over them.</p>
+<table>
+<tr><th>kind of tensor</th><th class="number">tensors</th><th class="number">at the first measured step</th>
+<th class="number">at the last</th></tr>
+{% for kind, count, first, last in rows %}
+<tr><td>{{ kind }}</td><td class="number">{{ count }}</td><td class="number">{{ first }}</td>
+<td class="number">{{ last }}</td></tr>
+{% endfor %}
+</table>
+</body>
+</html>
+"""
+)
+
+
+def report(profile: RateProfile) -> str:
+    """Show a profile in one HTML page that needs nothing else: no network, no other file.
+
+    Args:
+        profile: The profile.
+
+    Returns:
+        The page: where the profile comes from; rates over training by kind of tensor, of each layer and of each tensor;
+        of a matched run its multipliers; a table. The same profile gives the same page.
+
+    Raises:
+        ImportError: If plotly is not installed.
+    """
+    plotly = _plotly()
+    pictures = [
+        (heading, about, Markup(_embedded(figure, f"picture-{index}")))  # plotly escapes what it embeds
+        for index, (heading, about, figure) in enumerate(_pictures(profile))
+    ]
+    about = described(profile)
+    if profile.commit_hash:
+        about["commit"] = profile.commit_hash
+    kinds = rates_by_kind(profile).items()
+    rows = [(kind, len(rates.names), *_ends(rates)) for kind, rates in kinds]
+    title = f"Function-space learning rates of {about.get('model', 'a model')}"
+    library = Markup(plotly.offline.get_plotlyjs())
+    return _PAGE.render(title=title, about=about, pictures=pictures, rows=rows, library=library)
+
+
+def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
+    """Headings, what is to be seen, and figures."""
+    yield (
+        "Rates over training",
+        "A line for each kind of tensor, in a band of one standard error over its tensors.",
+        _rates(profile),
+    )
+    steps = profile.steps.tolist()
+    if profile.joint_rates.get("block") and steps:
+        layers, steps, table = layer_table(profile)
+        yield "Layers", "The joint rate of all tensors of a layer.", _heat_map(layers, steps, table)
+    if steps:
+        names = [without_prefix(name) for name in profile.names]
+        table = torch.stack([profile.rates[name] for name in profile.names])
+        yield "Tensors", "The rate of each tensor; zoom in where there are many.", _heat_map(names, steps, table)
+    if profile.about.matched_scales:
+        yield (
+            "Learning-rate multipliers",
+            "Lines are the multipliers that were used; marks with a standard error are what the measurements of each "
+            "layer alone say (base rate / own rate).",
+            _multipliers(profile),
+        )
+
+
+def _rates(profile: RateProfile) -> Figure:
+    graph, figure = _figure(height=520)
+    steps = profile.steps.tolist()
+    for (kind, rates), style in zip(rates_by_kind(profile).items(), _styles(), strict=False):
+        known = rates.mean.isfinite()
+        x = [step + 1 for step, there in zip(steps, known.tolist(), strict=True) if there]
+        low, high = (bound[known].tolist() for bound in rates.band)
+        group = {"legendgroup": kind, "name": escape(kind)}
+        figure.add_trace(
+            graph.Scatter(
+                x=[*x, *reversed(x)],
+                y=[*high, *reversed(low)],
+                fill="toself",
+                fillcolor=style["line"]["color"],
+                opacity=0.2,
+                line={"width": 0},
+                mode="lines",
+                hoverinfo="skip",
+                showlegend=False,
+                **group,
+            )
+        )
+        figure.add_trace(
+            graph.Scatter(
+                x=x,
+                y=rates.mean[known].tolist(),
+                customdata=[step - 1 for step in x],
+                hovertemplate=f"step %{{customdata}}<br>rate %{{y:.3g}}<br>{len(rates.names)} tensors",
+                mode="lines+markers",
+                **group,
+                **style,
+            )
+        )
+    figure.update_xaxes(type="log", title=STEP)
+    figure.update_yaxes(type="log", title=RATE, exponentformat="power")
+    return figure
+
+
+def _heat_map(rows: Sequence[str], steps: Sequence[int], table: Tensor) -> Figure:
+    """Rates on a logarithmic scale of colors; 0 is left white.
+
+    Args:
+        rows: What the rates are of, [R].
+        steps: Optimizer steps, [S].
+        table: Rates, [R, S].
+    """
+    graph, figure = _figure(height=min(180 + _ROW * len(rows), _TALLEST))
+    logs = table.log10()
+    known = logs[logs.isfinite()]
+    ticks = range(math.floor(known.min()), math.ceil(known.max()) + 1) if len(known) else range(0)
+    figure.add_trace(
+        graph.Heatmap(
+            x=[str(step) for step in steps],
+            y=list(range(len(rows))),
+            z=[[value if math.isfinite(value) else None for value in row] for row in logs.tolist()],
+            customdata=table.tolist(),
+            text=[[escape(row)] * len(steps) for row in rows],
+            hovertemplate="%{text}<br>step %{x}<br>rate %{customdata:.3g}<extra></extra>",
+            colorscale="Viridis",
+            colorbar={"title": "rate", "tickvals": [*ticks], "ticktext": [f"1e{tick}" for tick in ticks]},
+        )
+    )
+    figure.update_xaxes(type="category", title="optimizer step")
+    step = max(1, math.ceil(_ROW * len(rows) / _TALLEST))
+    shown = list(range(0, len(rows), step))
+    figure.update_yaxes(
+        autorange="reversed", tickvals=shown, ticktext=[escape(rows[index]) for index in shown], automargin=True
+    )
+    return figure
+
+
+def _multipliers(profile: RateProfile) -> Figure:
+    graph, figure = _figure(height=520)
+    scales, quotients = profile.about.matched_scales, profile.about.matched_quotients
+    for (kind, units), style in zip(units_by_kind(scales).items(), _styles(), strict=False):
+        layers = [layer_of(unit) for unit in units]
+        group = {"legendgroup": kind, "name": escape(kind)}
+        figure.add_trace(
+            graph.Scatter(
+                x=layers,
+                y=[scales[unit] for unit in units],
+                hovertemplate="layer %{x}<br>multiplier %{y:.3g}",
+                mode="lines+markers" if layers == [OUTSIDE] else "lines",
+                **group,
+                **style,
+            )
+        )
+        seen = [(layer, *quotients[unit]) for layer, unit in zip(layers, units, strict=True) if unit in quotients]
+        figure.add_trace(
+            graph.Scatter(
+                x=[layer for layer, _, _ in seen],
+                y=[level for _, level, _ in seen],
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [level * math.exp(error) - level for _, level, error in seen],
+                    "arrayminus": [level - level / math.exp(error) for _, level, error in seen],
+                },
+                hovertemplate="layer %{x}<br>measured %{y:.3g}",
+                mode="markers",
+                showlegend=False,
+                marker=style["marker"] | {"color": style["line"]["color"]},
+                **group,
+            )
+        )
+    figure.add_hline(1, line={"color": "#999999", "dash": "dot", "width": 1})
+    figure.update_xaxes(type="category", title="layer")
+    figure.update_yaxes(type="log", title="learning-rate multiplier", exponentformat="power")
+    return figure
+
+
+def _figure(height: int) -> tuple[ModuleType, Figure]:
+    from plotly import graph_objects
+
+    layout = {"template": "plotly_white", "height": height, "margin": {"t": 30, "b": 60}, "hovermode": "closest"}
+    return graph_objects, graph_objects.Figure(layout=layout)
+
+
+def _embedded(figure: Figure, name: str) -> str:
+    config = {"displaylogo": False, "responsive": True}
+    return str(figure.to_html(config=config, full_html=False, include_plotlyjs=False, div_id=name))
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    for symbol, dash in cycle(zip(_SYMBOLS, _DASHES, strict=True)):
+        for color in COLORS:
+            yield {"line": {"color": color, "dash": dash, "width": 1.5}, "marker": {"symbol": symbol, "size": 6}}
+
+
+def _ends(rates: KindRates) -> list[str]:
+    """The first rate and the last, with their errors."""
+    pairs = list(zip(rates.mean.tolist(), rates.log_error.tolist(), strict=True)) or [(math.nan, math.nan)]
+    return [_number(mean, log_error) for mean, log_error in (pairs[0], pairs[-1])]
+
+
+def _number(mean: float, log_error: float) -> str:
+    if not math.isfinite(mean):
+        return "0"
+    return f"{mean:.3g} ± {mean * log_error:.2g}" if math.isfinite(log_error) else f"{mean:.3g}"
+
+
+def _plotly() -> ModuleType:
+    try:
+        import plotly.offline
+    except ImportError as error:
+        raise ImportError("the report needs plotly: pip install 'hf_flerm[report]'.") from error
+    return plotly  # type: ignore[no-any-return]

@@ -1,0 +1,211 @@
+"""The provenance of a profile: which model, data, optimizer and settings its rates were measured with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ..config import FLeRMConfig
+from ..engines.sharding import own_type, whole_shape
+from ..model.names import tensor_kinds
+from ..profile.metadata import CALLABLE, SETTINGS, UNITS, ProfileMetadata
+from ..profile.rate_profile import RateProfile, RateProfileError, check_names
+from .probe_data import ProbeData
+
+logger = logging.get_logger(__name__)
+_PACKAGES = ("hf_flerm", "torch", "transformers", "peft", "accelerate")
+_RECORDED_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+def provenance(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    config: FLeRMConfig,
+    probe_data: ProbeData,
+    arguments: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the metadata of a run's profile: everything that determines its rates.
+
+    Nothing is in it that differs between two equal runs (time, host name, paths), so that they write the same bytes.
+
+    Args:
+        model: The trained model.
+        parameters: `{canonical name: parameter}` of its trained parameters.
+        optimizer: The optimizer that steps.
+        config: The options of the run.
+        probe_data: The examples it probes with.
+        arguments: Settings of the training. None: learning rate, batch size and accumulation, as far as known.
+
+    Returns:
+        Metadata that JSON can hold.
+    """
+    model_config: Any = getattr(model, "config", None)
+    adapters = getattr(model, "peft_config", None) or {}
+    if arguments is None:
+        arguments = {
+            "learning_rate": max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
+            "per_device_train_batch_size": probe_data.training_batch,
+            "gradient_accumulation_steps": probe_data.accumulation_steps,
+        }
+    description: dict[str, Any] = _plain(
+        {
+            "packages": {name: version(name) for name in _PACKAGES},
+            "model": own_type(model).__name__,
+            "model_config": model_config.to_diff_dict() if hasattr(model_config, "to_diff_dict") else None,
+            "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
+            "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
+            "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
+            "shapes": {name: list(whole_shape(parameter)) for name, parameter in parameters.items()},
+            "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
+            "dataset_fingerprint": probe_data.fingerprint,
+            SETTINGS: _measuring_settings(config, probe_data),
+        }
+    )
+    return description
+
+
+def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
+    """Return a profile without steps, for a run that has measured nothing yet.
+
+    Args:
+        metadata: The `provenance` of the run.
+        groups: The joint rates that it will have: `{granularity: {path: {canonical name: share of its update}}}`.
+    """
+    joint: dict[str, dict[str, list[float]]] = {
+        granularity: {path: [] for path in of} for granularity, of in groups.items()
+    }
+    return RateProfile([], {name: [] for name in metadata["shapes"]}, metadata, joint)
+
+
+def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMConfig) -> RateProfile:
+    """Return a checkpoint's rates with the provenance of the run that resumes from it.
+
+    Args:
+        resumed: The profile of the checkpoint.
+        begun: The profile of the run, from `begun_profile`.
+        config: The options of the run.
+
+    Raises:
+        RateProfileError: If tensors or units differ.
+    """
+    check_names(resumed.rates, begun.rates, "the checkpoint's profile", "the model")
+    check_units(resumed, config, "the checkpoint's profile")
+    recorded, settings = (profile.about.settings for profile in (resumed, begun))
+    changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
+    if changed:
+        was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
+        logger.warning(f"the profile was measured with {was} up to the checkpoint, and is with {now} from here on.")
+    return RateProfile(resumed.steps, resumed.rates, begun.metadata, resumed.joint_rates)
+
+
+def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
+    return {
+        "mode": config.mode,
+        "estimator": config.research.estimator,
+        **_units(config),
+        "probes": probe_data.num_batches,
+        "probes_per_batch": config.research.probes_per_batch,
+        "probe_batch_size": probe_data.batch_size,
+        "seed": config.seed,
+    }
+
+
+def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
+    """Raise RateProfileError if the rates of a profile have other units (output, positions, metric) than a run's.
+
+    Args:
+        profile: The profile.
+        config: The options of the run.
+        which: What to call the profile in the message.
+    """
+    recorded = profile.about.units
+    for name, value in _units(config).items():
+        if recorded.get(name, value) != value:
+            raise RateProfileError(
+                f"{which} was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
+                "their rates cannot be compared. Use the profile's."
+            )
+
+
+def check_unscaled(profile: RateProfile, which: str) -> None:
+    """Raise RateProfileError if a profile was recorded in a matched run with scales other than 1.
+
+    Its rates are per unit of scaled learning rates, which are not in the profile at every step.
+
+    Args:
+        profile: The profile.
+        which: What to call the profile in the message.
+    """
+    scales = profile.about.matched_scales.values()
+    unknown = profile.about.is_matched and not scales
+    if unknown or any(scale != 1.0 for scale in scales):
+        by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
+        raise RateProfileError(
+            f"{which} is that of a run that was matched itself: its learning rates were scaled{by}, and its rates are "
+            "per unit of these. Match to the profile that it was matched to."
+        )
+
+
+def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> None:
+    """Warn if a matched run has another learning rate than its base: scales are relative to that of the base.
+
+    Args:
+        profile: The profile of the base run.
+        described: The `provenance` of the matched run.
+    """
+    was, now = profile.about.learning_rate, ProfileMetadata(described).learning_rate
+    if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
+        logger.warning(
+            f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "
+            "far as the base's did. Give the target the base's learning rate; the scales do the rest."
+        )
+
+
+def _units(config: FLeRMConfig) -> dict[str, str]:
+    output = CALLABLE if callable(config.output) else config.output or "logits"
+    return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
+
+
+def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, (bool, int, float, str, tuple))}
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON can hold it: sets sorted, unknown types as text, non-finite numbers as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(getattr(value, "value", value))

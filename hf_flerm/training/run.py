@@ -1,0 +1,345 @@
+"""`FLeRMRun`: one training run, recorded or matched step by step, whoever wrote its loop."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
+
+from ..config import FLeRMConfig, check_config
+from ..engines.processes import check_engine, check_loop
+from ..engines.sharding import is_sharded, runs_on
+from ..engines.zero import stepping
+from ..model.names import tensor_kinds, trainable_parameters
+from ..optimizer.behavior import check_optimizer, weight_decays
+from ..optimizer.param_groups import learning_rates, raw_optimizer
+from ..optimizer.step import Snapshot
+from ..optimizer.step_update import StepUpdate, runs_step_hooks
+from ..profile.common import common_profile
+from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
+from ..rates.measurement import Measurement
+from ..rates.outputs import Batch, Outputs
+from ..rates.probe import RateProbe
+from ..transfer.evidence import Evidence
+from ..transfer.mapping import joint_groups
+from .failures import Attempt, Failures
+from .probe_data import ProbeData
+from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
+from .recorder import Recorder
+from .scaler import Scaler
+from .schedule import Schedule
+
+
+class FLeRMRun:
+    """Records the updates of a training run on a schedule; in `match` mode also sets the learning-rate scales.
+
+    The conductor of three parts: a `Schedule` says when to measure, a `Recorder` measures and keeps the profile, a
+    `Scaler` turns measurements into scales. An update is what happens between the pre-hooks and the post-hooks of
+    `optimizer.step`, so that weights which others change around the step (merged adapters, pruning, averages) are not
+    taken for it. A measurement that fails leaves the training as it would have been without it.
+
+    `FLeRMCallback` drives one of these. So does a loop of your own, in plain PyTorch or with what Accelerate has
+    prepared:
+
+        run = FLeRMRun(model, optimizer, FLeRMConfig(), dataloader)
+        for batch in dataloader:
+            loss = model(**batch).loss
+            loss.backward()
+            with run.step():
+                optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        run.save("base")
+
+    Probes run inside `optimizer.step`: a loop that enters `torch.autocast` itself does so around that call as well.
+
+    Attributes:
+        steps: Optimizer steps so far, counted by `step`; steps that a gradient scaler skips count, as in a `Trainer`.
+        seconds: Wall time that measuring has taken since the run was made.
+
+    Args:
+        model: The trained model, bare or wrapped by Accelerate, DDP or `torch.compile`.
+        optimizer: The optimizer, bare or wrapped by Accelerate.
+        config: What to measure, when, and what to do with it.
+        dataloader: The training data loader: probes take their examples, collation and batch size from it.
+        probe_dataset: Examples to probe with. None: those of the training set.
+        collate_fn: Makes model inputs, a dict, of a list of examples. None: that of the data loader.
+        batch_size: Examples in a training batch on one process. None: that of the data loader.
+        gradient_accumulation_steps: Batches per optimizer step. None: what Accelerate was told, else 1.
+        arguments: Settings of the training for the profile's metadata. None: learning rate, batch and accumulation.
+
+    Raises:
+        RateProfileError: If the profile to match cannot be loaded, or does not belong to the model.
+        ValueError: If the optimizer cannot be followed, or there is nothing to probe with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: FLeRMConfig,
+        dataloader: Any,
+        *,
+        probe_dataset: Dataset[Any] | None = None,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        batch_size: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._config = config = replace(check_config(config), positions=config.positions or "attention_mask")
+        check_engine(model, config.research.estimator)
+        self._wrapped = model
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self._parameters = parameters = trainable_parameters(model)
+        self._optimizer = raw_optimizer(optimizer)
+        _check_unfollowed(self._optimizer)
+        self._accumulation = getattr(optimizer, "gradient_state", None)
+        self._stepping = stepping(model, optimizer, parameters)
+        with self._stepping.in_groups():
+            learning_rates(self._optimizer, self._stepping.held)
+        check_optimizer(self._optimizer, config.mode)
+
+        accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
+        probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
+        outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
+        device = runs_on(next(iter(parameters.values())))
+        if probe_data.example is not None and not is_sharded(model):
+            outputs.check(model, probe_data.example, device)
+
+        described = provenance(model, parameters, self._optimizer, config, probe_data, arguments)
+        source = config.profile
+        base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
+        self._scaler: Scaler | None = None
+        if base is not None:
+            self._stepping.check_apart()
+            warn_of_other_rate(base, described)
+            self._scaler = Scaler(base, model, self._optimizer, self._stepping.held, config)
+
+        self._schedule = Schedule(config.measure_every, config.measure_steps)
+        groups = joint_groups(model, parameters)
+        self._recorder = Recorder(
+            begun_profile(described, groups),
+            RateProbe(
+                model,
+                estimator=config.research.estimator,
+                probes_per_batch=config.research.probes_per_batch,
+                outputs=outputs,
+            ),
+            probe_data,
+            device,
+            parameters,
+            groups,
+            [] if self._scaler is None else self._scaler.shares,
+            tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters},
+        )
+
+        self.steps = 0
+        self.seconds = 0.0
+        self._step = 0
+        self._is_due = False
+        self._before: tuple[Attempt, Snapshot | None] | None = None
+        self._failures = Failures()
+        self._logs: dict[str, float] = {}
+        self._saved: tuple[Path, RateProfile] | None = None
+        self._hooks: list[RemovableHandle] = []
+        if self._stepping.is_seen_by_hooks and runs_step_hooks(self._optimizer):
+            self._hooks = [  # after those of the scaler, which put the nominal learning rates back
+                self._optimizer.register_step_pre_hook(self._keep_weights),
+                self._optimizer.register_step_post_hook(self._measure_update),
+            ]
+
+    @property
+    def profile(self) -> RateProfile:
+        """The rates so far, with what a resumed run needs to know of its scales."""
+        recorded = self._recorder.profile
+        return recorded if self._scaler is None else self._scaler.recorded(recorded)
+
+    @property
+    def last_measurement(self) -> Measurement | None:
+        """The latest measurement of this run since it was made."""
+        return self._recorder.last_measurement
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """`{canonical name: factor on the learning rate}`, all 1 when recording."""
+        return dict.fromkeys(self._parameters, 1.0) if self._scaler is None else self._scaler.scales
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What was measured of the scales so far; None when recording."""
+        return None if self._scaler is None else self._scaler.evidence
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context manager around `optimizer.step()`.
+
+        While Accelerate accumulates gradients, `optimizer.step()` does nothing, and neither does this.
+
+        Raises:
+            ValueError: If DeepSpeed steps, or processes may run out of batches one before the other.
+        """
+        check_loop(self._wrapped)
+        if self._accumulation is not None and not self._accumulation.sync_gradients:
+            yield
+            return
+        self.before_step(self.steps)
+        yield
+        self.after_step()
+        self.steps += 1
+
+    def before_step(self, step: int) -> None:
+        """Prepare to measure the coming update, if the schedule asks for it.
+
+        Args:
+            step: Optimizer steps that were made before.
+        """
+        steps = self._recorder.profile.steps
+        self._step = step
+        self._before = None  # a step that was cut short may have left one
+        self._is_due = not self._failures.given_up and self._schedule.is_due(
+            step, int(steps[-1]) if len(steps) else None
+        )
+        if not self._hooks:
+            self._keep_weights()
+
+    def after_step(self) -> None:
+        """End the step that `before_step` has begun."""
+        if not self._hooks:
+            self._measure_update()
+        self._is_due = False
+
+    def resume(self, profile: RateProfile, steps: int) -> None:
+        """Continue from a checkpoint's profile and scales, from the next step.
+
+        Args:
+            profile: The profile of the checkpoint.
+            steps: Optimizer steps that were made up to it.
+
+        Raises:
+            RateProfileError: If checkpoint and model do not belong together.
+        """
+        if len(profile.steps) and profile.steps[-1] >= steps:
+            raise RateProfileError(
+                f"the checkpoint's profile holds step {int(profile.steps[-1])}, but training goes on from step "
+                f"{steps}: it belongs to another checkpoint."
+            )
+        self._recorder.profile = continued_profile(profile, self._recorder.profile, self._config)
+        self.steps = steps
+        if self._scaler is not None:
+            self._scaler.resume(profile)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs to continue: numbers, text and tensors.
+
+        `accelerator.register_for_checkpointing(run)` asks for it.
+        """
+        profile = self.profile
+        return {
+            "steps": self.steps,
+            "profile": {name: getattr(profile, name) for name in ("steps", "rates", "metadata", "joint_rates")},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`; see `resume`. A collective call.
+
+        Raises:
+            RateProfileError: If checkpoint and model do not belong together.
+        """
+        profile = common_profile("the checkpoint's profile", lambda: RateProfile(**state["profile"]))
+        if profile is not None:
+            self.resume(profile, state["steps"])
+
+    def take_logs(self) -> dict[str, float]:
+        """Return the log entries since the last call, by kind of tensor or by tensor (`FLeRMConfig.log_by`)."""
+        logs, self._logs = self._logs, {}
+        return logs
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the profile so far into a folder, which is made if it is not there.
+
+        If that fails it warns, once, and training goes on.
+        """
+        file = Path(directory, PROFILE_NAME)
+        if self._saved == (file, self._recorder.profile) and file.is_file():
+            return
+        try:
+            self.profile.save_pretrained(directory)
+            self._saved = file, self._recorder.profile
+        except (OSError, RateProfileError) as error:
+            self._failures.warn_once(
+                "save", f"the profile so far could not be written and will be tried at every save: {error}"
+            )
+
+    def close(self) -> None:
+        """Release the optimizer and all weights, and measure no more; the profile stays."""
+        self._before = None
+        self._failures.given_up = True
+        for hook in self._hooks:
+            hook.remove()
+        if self._scaler is not None:
+            self._scaler.remove()
+
+    def report_unmatched(self) -> None:
+        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
+        if self._scaler is not None:
+            self._scaler.report_unmatched()
+
+    def _keep_weights(self, *_: Any) -> None:
+        if self._is_due and self._before is None:
+            attempt = Attempt(self._stepping.agree)
+            self._before = attempt, attempt.run(partial(self._stepping.snapshot, self._config.snapshot_device))
+
+    def _measure_update(self, *_: Any) -> None:
+        """Measure the update since `_keep_weights`, if there was one; report a failure."""
+        if self._before is None:
+            return
+        (attempt, snapshot), self._before = self._before, None
+        self._is_due = False
+        start = time.perf_counter()
+        try:
+            self._measure(self._step, attempt, snapshot)
+        except Exception as error:
+            self._failures.add(self._step, error)
+        finally:
+            self.seconds += time.perf_counter() - start
+            self._logs["flerm/seconds"] = self.seconds
+
+    def _measure(self, step: int, attempt: Attempt, snapshot: Snapshot | None) -> None:
+        """Record the update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
+        with self._stepping.in_groups():
+            nominal = learning_rates(self._optimizer, self._stepping.held)
+            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
+        used = {name: nominal[name] * scale for name, scale in self.scales.items()}
+        if not any(used.values()):
+            return  # a warm-up begins at learning rate 0; the next step is due
+        update = StepUpdate(snapshot, used, decays, self._stepping.agree) if snapshot is not None else None
+        measurement = self._recorder.record(step, update, attempt)
+        if measurement is None or update is None:
+            return
+        self._failures.clear()
+        self._logs |= self._recorder.logs(measurement)
+        if self._scaler is not None:
+            update.rescale(self._scaler.update(step, measurement, max(nominal.values())))
+            self._failures.warn_once("limit", self._scaler.at_limit())
+            self._logs |= self._recorder.by_kind("scale", self.scales)
+
+
+def _check_unfollowed(optimizer: Optimizer) -> None:
+    """Raise ValueError if another `FLeRMRun` follows this optimizer: its scales would be applied twice."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    if any(isinstance(getattr(hook, "__self__", None), FLeRMRun) for hook in hooks):
+        raise ValueError(
+            "this training has two FLeRMCallbacks or FLeRMRuns: scales would be applied twice. Leave one: FLeRMTrainer "
+            "and FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). Call close() on a run that has ended."
+        )

@@ -1,0 +1,116 @@
+"""`FLeRMTrainer`: `Trainer` that records or matches function-space learning rates; a mixin for other trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.constants import REPOCARD_NAME
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from ..config import FLeRMConfig
+from ..engines.zero import check_deepspeed
+from ..model.names import trainable_parameters
+from ..optimizer.param_groups import joined_scheduler, raw_optimizer, split_param_groups
+from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
+from .callback import FLeRMCallback
+
+_Base: Any = Trainer if TYPE_CHECKING else object
+
+
+class FLeRMMixin(_Base):
+    """Adds function-space learning rates to a trainer's class: `class MyTrainer(FLeRMMixin, SFTTrainer)`.
+
+    Args:
+        *args: As for the trainer's class.
+        flerm: What to measure, when, and what to do with it.
+        probe_dataset: Examples to probe with, prepared as the training set is. None: drawn from the training set.
+        **kwargs: As for the trainer's class.
+
+    Raises:
+        RateProfileError: If the profile to match cannot be loaded.
+    """
+
+    def __init__(
+        self, *args: Any, flerm: FLeRMConfig, probe_dataset: Dataset[Any] | None = None, **kwargs: Any
+    ) -> None:
+        self._flerm = FLeRMCallback(flerm, probe_dataset)
+        self._group_sizes: list[int] = []
+        super().__init__(*args, **kwargs)
+        # First in the list, so that what it adds to a log reaches every tracker.
+        self.callback_handler.callbacks.insert(0, self._flerm)
+
+    @property
+    def flerm_callback(self) -> FLeRMCallback:
+        """The callback that measures and matches."""
+        return self._flerm
+
+    @property
+    def rate_profile(self) -> RateProfile:
+        """The rates that this run has measured so far."""
+        return self._flerm.rate_profile
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; whatever ends it, the optimizer is left as a plain one."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._flerm.close()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own.
+
+        A scheduler that exists already has counted the groups, so then they stay; so they do under FSDP, which saves
+        and loads states by names of its own. The scales apply all the same.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._flerm.config.mode == "match" and self.lr_scheduler is None and not self.is_fsdp_enabled:
+            check_deepspeed()
+            model: Any = self.model
+            sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
+            self._group_sizes = sizes or self._group_sizes  # DeepSpeed has it made twice
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer` does, with `rate_profile.safetensors` beside the weights."""
+        if self.args.should_save:
+            self._flerm.save(str(output_dir if output_dir is not None else self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card as `Trainer` does, with a section on the profile and its picture beside it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero() or not self._flerm.has_begun:
+            return
+        folder = Path(str(self.args.output_dir))
+        address = self.hub_model_id or folder.name
+        files = shared_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
+        for name, content in files.items():
+            if name != PROFILE_NAME:
+                (folder / name).write_bytes(content)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._flerm.resume_from(checkpoint)
+        with joined_scheduler(self.lr_scheduler, self._group_sizes):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with joined_scheduler(self.lr_scheduler, self._group_sizes):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+
+class FLeRMTrainer(FLeRMMixin, Trainer):
+    """`Trainer` with function-space learning rates.
+
+    Args:
+        *args: As for `transformers.Trainer`.
+        flerm: What to measure, when, and what to do with it.
+        probe_dataset: Examples to probe with. None: drawn from the training set.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        RateProfileError: If the profile to match cannot be loaded.
+    """

@@ -1,0 +1,186 @@
+"""What "the function" is in TRL's trainers: how their examples become inputs for a probe, and which positions count.
+
+Known by the name of their arguments' class: TRL is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, TrainingArguments, default_data_collator
+
+from ..engines.sharding import is_sharded
+from ..rates.outputs import Batch
+from .probe_data import Staged
+
+Collate = Callable[[list[Any]], Batch]
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a trainer's examples are probed.
+
+    Attributes:
+        positions: Which positions of the output count, unless the user says otherwise.
+        collate_fn: Makes model inputs of a list of training examples.
+    """
+
+    positions: str
+    collate_fn: Collate
+
+
+def trl_task(args: TrainingArguments, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
+    """Find how the examples of a trainer are probed.
+
+    Args:
+        args: The trainer's arguments.
+        model: What it trains.
+        dataloader: The training set's.
+        processing_class: The trainer's tokenizer.
+
+    Returns:
+        The task; for a trainer that is not TRL's, what is usual.
+
+    Raises:
+        ValueError: If the trainer is one of TRL's that is not known.
+    """
+    names = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl"]
+    if not names:
+        return Task("attention_mask", getattr(dataloader, "collate_fn", None) or default_data_collator)
+    known = next((name for name in names if name in _TASKS), None)
+    if known is None:
+        raise ValueError(
+            f"what the function is in a training with {names[0]} is not known; it is with {', '.join(_TASKS)}. "
+            "Write a loop with FLeRMRun, whose collate_fn and output say it."
+        )
+    return _TASKS[known](args, model, dataloader, processing_class)
+
+
+def _sft(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
+    """Logits where there are labels; rows that training packs or flattens are probed as the documents they hold."""
+    collate: Any = dataloader.collate_fn
+    if not getattr(collate, "padding_free", False):
+        return Task("labels", collate)
+    padded = replace(collate, padding_free=False)
+    return Task("labels", lambda rows: padded([document for row in rows for document in _documents(row)]))
+
+
+def _documents(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    lengths = row.get("seq_lengths")
+    if lengths is None:
+        yield row
+        return
+    columns = {name: values for name, values in row.items() if name != "seq_lengths"}
+    for length, end in zip(lengths, accumulate(lengths), strict=True):
+        if length > 1:  # of a single token nothing is predicted
+            yield {name: values[end - length : end] for name, values in columns.items()}
+
+
+def _dpo(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
+    """Logits on chosen and on rejected completions; each is an example."""
+
+    def collate(rows: Sequence[Any]) -> Batch:
+        batch = dict(dataloader.collate_fn(rows))
+        mask = batch.pop("completion_mask")
+        kept = {name: value for name, value in batch.items() if not name.startswith("ref_")}
+        return {**kept, "labels": batch["input_ids"].masked_fill(mask == 0, _IGNORED)}
+
+    return Task("labels", collate)
+
+
+def _reward(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
+    """The rewards of chosen and of rejected texts."""
+
+    def collate(rows: Sequence[Any]) -> Batch:
+        return {name: value for name, value in dataloader.collate_fn(rows).items() if name != "margin"}
+
+    return Task("attention_mask", collate)
+
+
+def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task:
+    """The policy's logits on completions that it samples itself for a probe, at the weights from before the update."""
+
+    def prompts(rows: Sequence[Any]) -> Batch:
+        if "input_ids" in rows[0]:
+            return _given(rows, processing_class)
+        if is_sharded(model):
+            raise ValueError(
+                "completions are not sampled from a model in shards: pass probe_dataset, rows of input_ids and labels"
+            )
+        texts = [row["prompt"] for row in rows]
+        if isinstance(texts[0], str):
+            ids = processing_class(text=texts)["input_ids"]
+        else:
+            ids = processing_class.apply_chat_template(
+                texts,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **(args.chat_template_kwargs or {}),
+            )["input_ids"]
+        return _padded(ids, processing_class.pad_token_id, "left")
+
+    def completed(batch: Batch) -> Batch:
+        return batch if "labels" in batch else _completed(model, batch, settings)
+
+    settings = GenerationConfig(
+        **{
+            "max_new_tokens": args.max_completion_length,
+            "do_sample": True,
+            "pad_token_id": getattr(processing_class, "pad_token_id", None),
+            "bos_token_id": getattr(processing_class, "bos_token_id", None),
+            "eos_token_id": getattr(processing_class, "eos_token_id", None),
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty,
+            **(args.generation_kwargs or {}),
+        },
+        disable_compile=True,
+    )
+    return Task("labels", Staged(prompts, completed))
+
+
+def _given(rows: Sequence[Any], tokenizer: Any) -> Batch:
+    """Inputs of texts that are there: rows of `input_ids` and `labels`."""
+    batch = _padded([row["input_ids"] for row in rows], tokenizer.pad_token_id, "right")
+    labels = [torch.as_tensor(row["labels"]) for row in rows]
+    return {**batch, "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED)}
+
+
+def _completed(model: Any, prompts: Mapping[str, Tensor], settings: GenerationConfig) -> Batch:
+    """Inputs of prompts with completions, each up to its end-of-text token."""
+    device = next(model.parameters()).device
+    prompts = {name: value.to(device) for name, value in prompts.items()}
+    with torch.no_grad():
+        ids = model.generate(**prompts, generation_config=settings, use_cache=True)
+    start = prompts["input_ids"].shape[1]
+    ends = torch.isin(ids[:, start:], torch.as_tensor(settings.eos_token_id, device=device))
+    mask = torch.cat([prompts["attention_mask"], (ends.cumsum(1) - ends.long() == 0).long()], 1)
+    labels = ids.masked_fill(mask == 0, _IGNORED)
+    labels[:, :start] = _IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _padded(ids: Sequence[Any], pad_token_id: int, side: str) -> dict[str, Tensor]:
+    rows = [torch.as_tensor(row) for row in ids]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side),
+    }
+
+
+_TASKS: Mapping[str, Callable[[Any, nn.Module, Any, Any], Task]] = {
+    "SFTConfig": _sft,
+    "DPOConfig": _dpo,
+    "RewardConfig": _reward,
+    "GRPOConfig": _grpo,
+}

@@ -1,0 +1,1 @@
+"""From the rates of a base run to learning-rate scales on another model."""
