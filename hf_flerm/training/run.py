@@ -18,9 +18,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..config import FLeRMConfig, checked
-from ..engines.processes import check_engine, check_loop
-from ..engines.sharding import is_sharded, runs_on
-from ..engines.zero import stepping
+from ..engines import engine_of
 from ..model.names import means_by_kind, preview, tensor_kinds, trainable_parameters
 from ..optimizer.behavior import check_optimizer, weight_decays
 from ..optimizer.param_groups import learning_rates, raw_optimizer
@@ -97,9 +95,10 @@ class FLeRMRun:
         gradient_accumulation_steps: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        check_engine(model, config.estimator)
         self._wrapped = model
         model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self._engine = engine_of(model)
+        self._engine.check(config.estimator)
         self.steps = 0
         self.last_measurement: Measurement | None = None
         self.seconds = 0.0
@@ -108,17 +107,17 @@ class FLeRMRun:
         self._accumulation = getattr(optimizer, "gradient_state", None)
         self._parameters = trainable_parameters(model)
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in self._parameters}
-        self._stepping = stepping(model, optimizer, self._parameters)
-        with self._stepping.in_groups():
-            learning_rates(self._optimizer, self._stepping.held)
+        self._weights = self._engine.master_weights(optimizer, self._parameters)
+        with self._weights.in_param_groups():
+            learning_rates(self._optimizer, self._weights.in_optimizer)
         check_optimizer(self._optimizer, config.mode)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         self._probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
         probes = config.probes_per_batch
         self._probe = RateProbe(model, estimator=config.estimator, probes_per_batch=probes, outputs=outputs)
-        if self._probe_data.example is not None and not is_sharded(model):
-            outputs.check(model, self._probe_data.example, runs_on(next(iter(self._parameters.values()))))
+        if self._probe_data.example is not None and not self._engine.sharded:
+            outputs.check(model, self._probe_data.example, self._engine.device(next(iter(self._parameters.values()))))
         self._groups = joint_groups(model, self._parameters)
         described = provenance(model, self._parameters, self._optimizer, config, self._probe_data, arguments)
         self._profile = begun_profile(described, self._groups)
@@ -132,11 +131,12 @@ class FLeRMRun:
         base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
         self._scaling: Scaling | None = None
         if base is not None:
-            self._stepping.check_apart()
+            self._weights.check_own_learning_rates()
             warn_of_other_rate(base, described)
-            self._scaling = Scaling(base, model, self._optimizer, self._stepping.held, config)
+            self._scaling = Scaling(base, model, self._optimizer, self._weights.in_optimizer, config)
             asked += self._scaling.shares
-        self._pool = Pool(self._parameters, config.estimator, asked)
+        shapes = {name: self._engine.shape(parameter) for name, parameter in self._parameters.items()}
+        self._pool = Pool(shapes, config.estimator, asked)
 
     @property
     def profile(self) -> RateProfile:
@@ -165,14 +165,14 @@ class FLeRMRun:
         Raises:
             ValueError: If learning rates change in it, gradients do not outlive it, or DeepSpeed or Join takes part.
         """
-        check_loop(self._wrapped)
+        self._engine.check_loop(self._wrapped)
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             yield
             return
         self.before_step(self.steps)
         rates = self._rates()
         yield
-        if self._before is not None and not self._stepping.stepped():
+        if self._before is not None and not self._weights.stepped():
             raise ValueError("there is no gradient after `with run.step()`: call zero_grad() after the block.")
         if self._before is not None and rates != self._rates():
             raise ValueError(
@@ -237,7 +237,7 @@ class FLeRMRun:
         self._step = step
         if not self._failures.given_up and self._due(step):
             try:
-                self._before = self._stepping.snapshot(self._config.snapshot_device)
+                self._before = Snapshot(self._weights, self._config.snapshot_device)
             except Exception as error:  # which all processes hear of when they put together what they measured
                 self._before = error
 
@@ -302,12 +302,12 @@ class FLeRMRun:
         return asked is not None and (not measured or asked > measured[0])
 
     def _measure(self, before: Snapshot | Exception) -> None:
-        with self._stepping.in_groups():
-            nominal = learning_rates(self._optimizer, self._stepping.held)
+        with self._weights.in_param_groups():
+            nominal = learning_rates(self._optimizer, self._weights.in_optimizer)
             used = {name: nominal[name] * scale for name, scale in self.scales.items()}
             if not any(used.values()):
                 return  # warm-up: the next step will do
-            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
+            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._weights.stepped()).items()}
         measurement = self._pool.measurement(lambda: self._probed(before, used, decays))
         if measurement is None or isinstance(before, Exception):
             return
@@ -335,9 +335,9 @@ class FLeRMRun:
         self, before: Snapshot | Exception, used: Mapping[str, float], decays: Mapping[str, float]
     ) -> Measurement | None:
         """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
-        device = runs_on(next(iter(self._parameters.values())))
+        device = self._engine.device(next(iter(self._parameters.values())))
         moved = isinstance(before, Snapshot) and before.moved()
-        failed, moved = self._stepping.agree([isinstance(before, Exception), moved])
+        failed, moved = self._weights.agree([isinstance(before, Exception), moved])
         if isinstance(before, Exception):
             raise before
         if failed or not moved:
