@@ -182,6 +182,7 @@ class MasterWeights:
     Attributes:
         parameters: `{canonical name: parameter of the model}` of all that is trained.
         in_optimizer: `{canonical name: tensor in the optimizer's param groups}`. Several names may share a tensor.
+        is_seen_by_hooks: Whether the update is all that happens between the pre- and post-hooks of `optimizer.step`.
         gathers_together: Whether `gather` is a collective call though processes run the model independently: then all
             updates must be gathered before the first probe.
 
@@ -189,6 +190,7 @@ class MasterWeights:
         parameters: `{canonical name: parameter}`.
     """
 
+    is_seen_by_hooks = True
     gathers_together = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -91,6 +91,10 @@ class DeepSpeed(Engine):
 class _AllStepped(MasterWeights):
     """DeepSpeed makes a gradient of 0 where there is none, so that every tensor is stepped."""
 
+    is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
+
+    is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
+
     def stepped(self) -> dict[str, Tensor]:
         return dict(self.in_optimizer)
 

@@ -14,8 +14,7 @@ from ..config import FLeRMConfig
 from ..engines import engine_of
 from ..model.names import trainable_parameters
 from ..optimizer.param_groups import joined_scheduler, raw_optimizer, split_param_groups
-from ..profile.rate_profile import PROFILE_NAME, RateProfile
-from ..show.card import profile_files
+from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -69,7 +68,7 @@ class FLeRMMixin(_Base):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._flerm.config.mode == "match" and self.lr_scheduler is None and not self.is_fsdp_enabled:
             model: Any = self.model
-            engine_of(model).check(self._flerm.config.estimator)
+            engine_of(model).check(self._flerm.config.research.estimator)
             sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
             self._group_sizes = sizes or self._group_sizes  # DeepSpeed has it made twice
         return optimizer
@@ -87,7 +86,7 @@ class FLeRMMixin(_Base):
             return
         folder = Path(str(self.args.output_dir))
         address = self.hub_model_id or folder.name
-        files = profile_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
+        files = shared_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
         for name, content in files.items():
             if name != PROFILE_NAME:
                 (folder / name).write_bytes(content)
