@@ -74,17 +74,19 @@ class FSDP2(Engine):
 
     def master_weights(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
         """Return the shards."""
-        return _Shards(parameters)
+        return Shards(parameters)
 
 
-class _Shards(MasterWeights):
+class Shards(MasterWeights):
     """The optimizer steps DTensors: each process its shard. A parameter that FSDP2 ignores is whole."""
 
     def local(self, name: str) -> Tensor:
+        """Return the shard."""
         parameter = self.parameters[name]
         return parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
 
     def gather(self, name: str, part: Tensor) -> Tensor:
+        """Put the shards together; a collective call."""
         like = self.parameters[name]
         if not isinstance(like, DTensor):
             return part
@@ -99,10 +101,11 @@ class _Shards(MasterWeights):
         return sharded.full_tensor()
 
     def exchange(self, name: str, part: Tensor) -> Tensor:
-        # By copy: FSDP2 gathers from a flat buffer of which the shard is a view.
+        """Exchange by copy: FSDP2 gathers from a flat buffer of which the shard is a view."""
         return exchange_by_copy(self.local(name), part)
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Decide together: to gather is a collective call."""
         return any_process(flags)
 
 
