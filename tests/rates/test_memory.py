@@ -13,8 +13,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_flerm.model.names import trainable_parameters
 from hf_flerm.engines.engine import MasterWeights
+from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.step import Snapshot
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import seeded, updates_of
