@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers.utils import logging
 
-from ..engines.processes import anywhere, broadcast_bytes
+from ..engines.processes import any_process, broadcast_bytes
 from .file import parse_bytes
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 
@@ -44,7 +44,7 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
     if reason:
         raise RateProfileError(f"{what} cannot be read on the first process: {reason.decode()}") from failure
     first = RateProfile(*parse_bytes(content, Path(PROFILE_NAME))) if content else None
-    (differs,) = anywhere([own is not None and (first is None or _rates(own) != _rates(first))])
+    (differs,) = any_process([own is not None and (first is None or _rates(own) != _rates(first))])
     if differs:
         raise RateProfileError(
             f"{what} is not the same on all {state.num_processes} processes: every node needs the same file, or the "
