@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
+from .choices import Average, Depth, Granularity, Unmatched, values
 from .profile.rate_profile import RateProfile
 from .rates.estimators import ESTIMATORS
 from .rates.outputs import OutputFunction, Outputs
-from .transfer.evidence import POOLS
-from .transfer.mapping import DEPTHS, GRANULARITIES, UNMATCHED
 
 _ALLOWED = {
     "mode": ("record", "match"),
     "estimator": ESTIMATORS,
-    "granularity": GRANULARITIES,
-    "depth": DEPTHS,
-    "pool": POOLS,
-    "unmatched": UNMATCHED,
+    "granularity": values(Granularity),
+    "depth": values(Depth),
+    "pool": values(Average),
+    "unmatched": values(Unmatched),
     "log_by": ("kind", "tensor"),
 }
 
@@ -178,9 +177,9 @@ class FLeRMConfig:
                 "a profile object or an output callable has no JSON form. Save the profile and give its folder; "
                 "set output in code."
             )
-        values = asdict(self)
-        values["profile"] = None if self.profile is None else os.fspath(self.profile)
-        return json.dumps(values, indent=2, sort_keys=True)
+        content = asdict(self)
+        content["profile"] = None if self.profile is None else os.fspath(self.profile)
+        return json.dumps(content, indent=2, sort_keys=True)
 
     @classmethod
     def from_json_string(cls, text: str) -> FLeRMConfig:
@@ -195,13 +194,13 @@ class FLeRMConfig:
         Raises:
             ValueError: If it is not a JSON object of known fields.
         """
-        values: Any = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"an FLeRMConfig is a JSON object, not {type(values).__name__}.")
+        content: Any = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"an FLeRMConfig is a JSON object, not {type(content).__name__}.")
         known = {field.name for field in fields(cls)}
-        if values.keys() - known:
-            raise ValueError(f"unknown fields {sorted(values.keys() - known)}; known are {sorted(known)}.")
-        return cls(**values)
+        if content.keys() - known:
+            raise ValueError(f"unknown fields {sorted(content.keys() - known)}; known are {sorted(known)}.")
+        return cls(**content)
 
 
 def checked(config: object) -> FLeRMConfig:

@@ -61,7 +61,7 @@ class Scaling:
         )
         self._base = _identity(base)
         self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
-        self.evidence = Evidence.recorded(None, self._mapped)
+        self.evidence = Evidence.empty(self._mapped)
         self._step_scales = StepScales(optimizer, held)
         self._set_scales()
 
@@ -78,7 +78,9 @@ class Scaling:
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
-        self.evidence = Evidence.recorded(record, self._mapped)
+        self.evidence = (
+            Evidence.from_record(record, self._mapped) if record is not None else Evidence.empty(self._mapped)
+        )
         self._set_scales()
 
     def update(self, step: int, measurement: Measurement, learning_rate: float) -> dict[str, float]:
@@ -110,7 +112,7 @@ class Scaling:
         """
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, _EVIDENCE: {**self._base, **self.evidence.record()}}
+        metadata = {**profile.metadata, _EVIDENCE: {**self._base, **self.evidence.to_record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def held(self) -> str:
@@ -119,7 +121,7 @@ class Scaling:
         Returns:
             What to warn of; empty if there are none.
         """
-        held = self.evidence.held(self._config.max_scale)
+        held = self.evidence.at_limit(self._config.max_scale)
         if not held:
             return ""
         return (
