@@ -19,7 +19,6 @@ from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
-from ..training.provenance import recorded_units
 from ..training.trainer import FLeRMTrainer
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
@@ -199,9 +198,9 @@ def plan(
     base = RateProfile.from_pretrained(profile)
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")
-    base_rate = recorded_learning_rate(base) or args.learning_rate
+    base_rate = base.about.learning_rate or args.learning_rate
     settings = replace(
-        config or FLeRMConfig(**recorded_units(base)),
+        config or FLeRMConfig(**base.about.config_units),
         mode="match",
         profile=base,
         granularity="global",
@@ -247,12 +246,6 @@ def _weighted_by_step(evidence: Evidence) -> Evidence:
     """The evidence with weights (step + 1) x learning rate in place of the learning rate."""
     weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
     return replace(evidence, weights=tuple(weights))
-
-
-def recorded_learning_rate(base: RateProfile) -> float | None:
-    """Return the learning rate of a profile's run; None if the metadata do not hold it."""
-    found = base.metadata.get("training_arguments", {}).get("learning_rate")
-    return found if isinstance(found, float) and found > 0 else None
 
 
 class _Collector(TrainerCallback):

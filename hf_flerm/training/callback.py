@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..config import FLeRMConfig, checked
+from ..config import FLeRMConfig, check_config
 from ..engines.processes import are_several
 from ..profile.common import common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
@@ -23,7 +22,6 @@ from .run import FLeRMRun
 from .trl_tasks import trl_task
 
 logger = logging.get_logger(__name__)
-_latest: weakref.ref[TrainerState] | None = None  # of the training that a callback has begun to follow
 
 
 class FLeRMCallback(TrainerCallback):
@@ -52,7 +50,7 @@ class FLeRMCallback(TrainerCallback):
     """
 
     def __init__(self, config: FLeRMConfig, probe_dataset: Dataset[Any] | None = None) -> None:
-        self.config = checked(config)
+        self.config = check_config(config)
         self.probe_dataset = probe_dataset
         self.base: RateProfile | None = None
         if config.profile is not None and not are_several():  # several read it together when training begins
@@ -135,13 +133,6 @@ class FLeRMCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check everything that can be wrong, before the first step."""
-        global _latest
-        if _latest is not None and _latest() is state:
-            raise ValueError(
-                "this training has two FLeRMCallbacks: scales would be applied twice. Leave one; FLeRMTrainer and "
-                "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...)."
-            )
-        _latest = weakref.ref(state)
         self.close()
         resumed = self._resumed(args, state)
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from ..config import FLeRMConfig
 from ..engines.sharding import own_type, whole_shape
 from ..model.names import tensor_kinds
-from ..profile.rate_profile import UNITS, RateProfile, RateProfileError, check_names
-from ..show.summary import matched_scales
+from ..profile.metadata import CALLABLE, SETTINGS, UNITS, ProfileMetadata
+from ..profile.rate_profile import RateProfile, RateProfileError, check_names
 from .probe_data import ProbeData
 
 logger = logging.get_logger(__name__)
@@ -82,7 +82,7 @@ def provenance(
             "shapes": {name: list(whole_shape(parameter)) for name, parameter in parameters.items()},
             "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
             "dataset_fingerprint": probe_data.fingerprint,
-            "flerm": _measuring_settings(config, probe_data),
+            SETTINGS: _measuring_settings(config, probe_data),
         }
     )
     return description
@@ -120,7 +120,7 @@ def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMCon
     """
     check_names(resumed.rates, begun.rates, "the checkpoint's profile", "the model")
     check_units(resumed, config, "the checkpoint's profile")
-    recorded, settings = (profile.metadata.get("flerm", {}) for profile in (resumed, begun))
+    recorded, settings = (profile.about.settings for profile in (resumed, begun))
     changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
     if changed:
         was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
@@ -131,10 +131,10 @@ def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMCon
 def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
     return {
         "mode": config.mode,
-        "estimator": config.estimator,
+        "estimator": config.research.estimator,
         **_units(config),
         "probes": probe_data.num_batches,
-        "probes_per_batch": config.probes_per_batch,
+        "probes_per_batch": config.research.probes_per_batch,
         "probe_batch_size": probe_data.batch_size,
         "seed": config.seed,
     }
@@ -151,7 +151,7 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
     Raises:
         RateProfileError: If output, positions or metric differ.
     """
-    recorded = profile.metadata.get("flerm", {})
+    recorded = profile.about.units
     for name, value in _units(config).items():
         if recorded.get(name, value) != value:
             raise RateProfileError(
@@ -170,8 +170,8 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
     Raises:
         RateProfileError: If its run was matched, at scales other than 1.
     """
-    scales = matched_scales(profile).values()
-    unknown = profile.metadata.get("flerm", {}).get("mode") == "match" and not scales
+    scales = profile.about.matched_scales.values()
+    unknown = profile.about.is_matched and not scales
     if unknown or any(scale != 1.0 for scale in scales):
         by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
         raise RateProfileError(
@@ -187,29 +187,16 @@ def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> No
         profile: The base's.
         described: The run's `provenance`.
     """
-    was, now = (of.get("training_arguments", {}).get("learning_rate") for of in (profile.metadata, described))
-    if isinstance(was, float) and isinstance(now, float) and not math.isclose(was, now, rel_tol=1e-6):
+    was, now = profile.about.learning_rate, ProfileMetadata(described).learning_rate
+    if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
         logger.warning(
             f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "
             "far as the base's did. Give the target the base's learning rate; the scales do the rest."
         )
 
 
-def recorded_units(profile: RateProfile) -> dict[str, Any]:
-    """Read what a profile's rates are rates of.
-
-    Args:
-        profile: A profile.
-
-    Returns:
-        Fields of `FLeRMConfig`; without what the profile does not tell, as a callable.
-    """
-    recorded = profile.metadata.get("flerm", {})
-    return {name: recorded[name] for name in UNITS if recorded.get(name, "callable") != "callable"}
-
-
 def _units(config: FLeRMConfig) -> dict[str, str]:
-    output = "callable" if callable(config.output) else config.output or "logits"
+    output = CALLABLE if callable(config.output) else config.output or "logits"
     return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
 
 

@@ -120,7 +120,7 @@ class ProfileMap:
         return RateProfile(self.base.steps, rates, self.base.metadata)
 
     def __str__(self) -> str:
-        base_shapes = recorded_shapes(self.base)
+        base_shapes = self.base.about.shapes
         rows = [("base", "target", "how")]
         for kind in dict.fromkeys(unit.kind for unit in self.units.values()):
             units = [unit for unit in self.units.values() if unit.kind == kind]
@@ -337,15 +337,6 @@ def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
         for granularity, by_path in groups.items():
             by_path.setdefault(_path_and_kind(name, places[name], granularity)[0], {})[name] = 1.0
     return groups
-
-
-def recorded_shapes(base: RateProfile) -> dict[str, tuple[int, ...]]:
-    """Return `{canonical name: shape}` from a profile's metadata; entries that are no shape are left out."""
-    found = base.metadata.get("shapes")
-    rows = found.items() if isinstance(found, Mapping) else ()
-    return {
-        name: tuple(row) for name, row in rows if isinstance(row, list) and all(type(n) is int and n > 0 for n in row)
-    }
 
 
 def _is_whole_tensor(unit: Unit) -> bool:
