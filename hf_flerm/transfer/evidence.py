@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..profile.rate_profile import RateProfileError, check_names
 from ..rates.estimators import average_weights
-from ..rates.measurement import UNUSED, Measurement
+from ..rates.measurement import Measurement
 from .mapping import ProfileMap, Unit
 
 # Smallest variance of a measurement: estimator `exact` states an error of 0, by which nothing can be divided.
@@ -274,12 +274,10 @@ def _columns(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:
 def _stands_still(unit: Unit, mapped: ProfileMap, measurement: Measurement) -> bool:
     """Whether a good part of the tensors of a unit does not move the outputs at this step.
 
-    Tensors that take no part in the outputs are not counted: they never move them. Biases and norms are not counted
-    beside matrices: a key's bias never moves the outputs either, and many biases would hide that half of the matrices
-    stands still.
+    Biases and norms are not counted beside matrices: a key's bias never moves the outputs, and many biases would hide
+    that half of the matrices stands still.
     """
-    used = [name for name in unit.shares if measurement.estimators[name] != UNUSED]
-    counted = [name for name in used if len(mapped.shapes[name]) > 1] or used
+    counted = [name for name in unit.shares if len(mapped.shapes[name]) > 1] or list(unit.shares)
     return sum(measurement.rates[name] == 0 for name in counted) >= _STANDING_STILL * len(counted)
 
 
