@@ -16,3 +16,4 @@ from .training.trainer import FLeRMMixin as FLeRMMixin
 from .training.trainer import FLeRMTrainer as FLeRMTrainer
 from .transfer.mapping import map_profile as map_profile
 from .transfer.rules import mup_param_groups as mup_param_groups
+from .version import __version__ as __version__
