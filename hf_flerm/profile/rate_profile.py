@@ -178,16 +178,6 @@ class RateProfile:
             },
         )
 
-    def equalized(self) -> RateProfile:
-        """A profile in which all tensors have one rate: at every step the root mean square of those above 0.
-
-        Returns:
-            A new profile, without joint rates. As a base it is what a mass of 1 for every module amounts to (Modula).
-        """
-        rows = torch.stack(list(self.rates.values()))
-        mean = (rows.square().sum(0) / (rows > 0).sum(0).clamp(min=1)).sqrt()
-        return RateProfile(self.steps, dict.fromkeys(self.rates, mean), self.metadata)
-
     @staticmethod
     def average(profiles: Sequence[RateProfile | str | os.PathLike[str]]) -> RateProfile:
         """Average profiles geometrically, for instance over seeds.

@@ -83,7 +83,9 @@ def test_the_first_scale_of_a_single_tensor_may_be_large() -> None:
     found = mapped("tensor")
     measured = measurement(A=0.0, B=0.025, bias=1.0)
     by_unit = dict(zip(found.units, scales(found, {0: measured}, max_change=4.0), strict=True))
-    assert by_unit == pytest.approx({f"h.{block}.{n}": s for block in range(2) for n, s in zip(NAMES, (1, 40, 1))})
+    assert by_unit == pytest.approx(
+        {f"h.{block}.{n}": s for block in range(2) for n, s in zip(NAMES, (1, 40, 1), strict=True)}
+    )
 
 
 @pytest.mark.parametrize("granularity", JOINT)
@@ -104,7 +106,9 @@ def test_vectors_count_where_there_are_only_vectors() -> None:
 
     base = RateProfile([0], {"b": [1.0], "d": [1.0]}, {}, {"global": {"": [1.0]}})
     found = map_profile(base, Vectors(), granularity="global")
-    measured = Measurement({"b": 0.1, "d": 0.0}, {"b": 0.0, "d": 0.0}, {"b": "exact", "d": "exact"}, 1, torch.eye(2).double())
+    inner_products = torch.tensor([[0.01, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    rates = {"b": 0.1, "d": 0.0}
+    measured = Measurement(rates, dict.fromkeys(rates, 0.0), dict.fromkeys(rates, "exact"), 1, inner_products)
     assert scales(found, {0: measured}) == [1.0]
 
 
