@@ -49,9 +49,14 @@ class Multiplier:
         """Whether it cannot be told from 1: within two standard errors, or within the error of the method (1.8)."""
         return abs(math.log(self.value)) <= max(_STANDARD_ERRORS * self.error, math.log(_METHOD_ERROR))
 
-    def __str__(self) -> str:
+    @property
+    def range(self) -> str:
+        """The 68 % range in words."""
         low, high = self.value * math.exp(-self.error), self.value * math.exp(self.error)
-        return f"{self.value:.3g}, 68 % range {low:.3g} to {high:.3g}"
+        return f"68 % range {low:.3g} to {high:.3g}"
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.range})"
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ class Plan:
         base = f"{self.base_learning_rate:.3g}"
         if not self.overall.is_one:
             return f"Use {self.learning_rate:.3g}: the base's learning rate, {base}, times {self.overall}."
-        kept = f"Keep {base} (measured factor {self.overall})."
+        kept = f"Keep {base} (measured factor {self.overall.value:.3g}, {self.overall.range})."
         if self.keeps:
             return kept
         return f"{kept} Some kinds of tensor would need another learning rate; mode='match' gives each its own."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..choices import Depth, Granularity, Unmatched, check_choice, values
-from ..engines.sharding import whole_shape
+from ..engines import engine_of
 from ..model.names import Place, preview, tensor_places, trainable_parameters, without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
 from .blocks import Indices, Overlaps, block_indices, names_of_kind, overlapping, stack_blocks, with_indices
@@ -202,6 +202,7 @@ def map_profile(
             found = _split_units(kind, overlaps, sources, tensors, rates, depth)
         units |= {unit.name: unit for unit in found}
     matched = {name for unit in units.values() for name in unit.shares}
+    engine = engine_of(model)
     mapped = ProfileMap(
         base,
         units,
@@ -209,7 +210,7 @@ def map_profile(
         tuple(name for name in base_names.values() if name not in used),
         unmatched,
         depth,
-        {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()},
+        {name: tuple(engine.shape(parameter)) for name, parameter in parameters.items()},
     )
     _check(mapped, granularity)
     return mapped
