@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
+from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines import engine_of
@@ -37,6 +38,8 @@ from .provenance import begun_profile, continued_profile, provenance, warn_of_ot
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
+
+logger = logging.get_logger(__name__)
 
 
 class FLeRMRun:
@@ -289,10 +292,18 @@ class FLeRMRun:
         if self._scaler is not None:
             self._scaler.remove()
 
-    def report_unmatched(self) -> None:
-        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
+    def report(self) -> None:
+        """Warn, when training has ended, of tensors that were not scaled, and of a profile that is empty."""
         if self._scaler is not None:
             self._scaler.report_unmatched()
+        if len(self._recorder.profile.steps):
+            return
+        reason = f"measure_steps={self._config.measure_steps} asks for none of its steps."
+        if self._failures.latest:
+            reason = f"every measurement failed, the last one with {self._failures.latest}"
+        elif self.seconds:
+            reason = "no step that was due moved the weights: the learning rate was 0, or steps were skipped."
+        logger.warning(f"nothing was measured in this run, and its profile is empty: {reason}")
 
     def _keep_weights(self, *_: Any) -> None:
         if self._is_due and self._before is None:
@@ -311,6 +322,7 @@ class FLeRMRun:
         except Exception as error:
             self._failures.add(self._step, error)
         finally:
+            attempt.failure = None  # its traceback would keep the tensors of the probe alive
             self.seconds += time.perf_counter() - start
             self._logs["flerm/seconds"] = self.seconds
 
@@ -339,6 +351,7 @@ def _check_unfollowed(optimizer: Optimizer) -> None:
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), FLeRMRun) for hook in hooks):
         raise ValueError(
-            "this training has two FLeRMCallbacks or FLeRMRuns: scales would be applied twice. Leave one: FLeRMTrainer "
-            "and FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). Call close() on a run that has ended."
+            "this training has two FLeRMCallbacks: scales would be applied twice. Leave one: FLeRMTrainer and "
+            "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). In a loop of your own, close() the FLeRMRun "
+            "that has ended."
         )
