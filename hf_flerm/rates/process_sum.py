@@ -22,7 +22,7 @@ from .totals import Group, Totals, group_key
 _HEADER = 4  # failures, those for want of memory, probes, M
 
 
-class Pool:
+class ProcessSum:
     """Puts the measurements of all processes together, in one sum.
 
     Args:

@@ -30,7 +30,7 @@ from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import UNUSED, Measurement
 from ..rates.outputs import Batch, Outputs
 from ..rates.probe import RateProbe
-from ..rates.process_sum import Pool
+from ..rates.process_sum import ProcessSum
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import joint_groups
 from .failures import Failures
@@ -136,7 +136,7 @@ class FLeRMRun:
             warn_of_other_rate(base, described)
             self._scaling = Scaling(base, model, self._optimizer, self._stepping.held, config)
             asked += self._scaling.shares
-        self._pool = Pool(self._parameters, config.estimator, asked)
+        self._pool = ProcessSum(self._parameters, config.estimator, asked)
 
     @property
     def profile(self) -> RateProfile:
