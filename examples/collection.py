@@ -39,7 +39,7 @@ from workload import in_parallel, processes, quiet, trained
 from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.model.names import tensor_places
 from hf_flerm.show.card import profile_files
-from hf_flerm.show.summary import rates_by_kind, sweep
+from hf_flerm.show.summary import rates_by_kind
 
 FOLDER = Path(__file__).parents[1] / "profiles"
 MANIFEST = "manifest.json"
@@ -254,7 +254,7 @@ def describe(entry: Entry, profile: RateProfile, base_rate: float | None, output
         "command": entry.command,
         "base_learning_rate": base_rate,
         "learning_rate": rate,
-        "loss": sweep(profile)[rate],
+        "loss": profile.about.sweep[rate],
         "versions": {"python": platform.python_version(), **profile.metadata["packages"]},
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "rates": {

@@ -1,6 +1,7 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
 
 from .config import FLeRMConfig as FLeRMConfig
+from .config import Research as Research
 from .planning.plan import Plan as Plan
 from .planning.plan import plan as plan
 from .profile.rate_profile import RateProfile as RateProfile

@@ -53,12 +53,10 @@ def plan(
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments, set_seed
 
-    from ..planning.plan import recorded_learning_rate
-
     set_seed(seed)  # of the weights that nothing was loaded for, too
     with explained(), tempfile.TemporaryDirectory() as scratch:
         base = hf_flerm.RateProfile.from_pretrained(profile)
-        if recorded_learning_rate(base) is None:
+        if base.about.learning_rate is None:
             raise ValueError(
                 f"{profile} does not tell the learning rate of its run, which this starts from (an average does if all "
                 "its runs had the same one). Call hf_flerm.plan with arguments that have it."

@@ -14,8 +14,7 @@ from ..config import FLeRMConfig
 from ..engines.zero import check_deepspeed
 from ..model.names import trainable_parameters
 from ..optimizer.param_groups import joined_scheduler, raw_optimizer, split_param_groups
-from ..profile.rate_profile import PROFILE_NAME, RateProfile
-from ..show.card import profile_files
+from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -87,7 +86,7 @@ class FLeRMMixin(_Base):
             return
         folder = Path(str(self.args.output_dir))
         address = self.hub_model_id or folder.name
-        files = profile_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
+        files = shared_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
         for name, content in files.items():
             if name != PROFILE_NAME:
                 (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""The scales of one matched training: what it is matched to, what is known of them, and the optimizer they act on."""
+"""`Scaler`: the learning-rate scales of one matched run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..config import FLeRMConfig
 from ..model.names import preview
 from ..optimizer.step_scales import StepScales
 from ..profile.file import serialize
+from ..profile.metadata import MATCHING
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
@@ -21,26 +22,25 @@ from ..transfer.mapping import map_profile
 from .provenance import check_units, check_unscaled
 
 logger = logging.get_logger(__name__)
-_EVIDENCE = "matching"
 
 
-class Scaling:
-    """Sets the learning-rate scales of a training from its measurements.
+class Scaler:
+    """Turns measurements into learning-rate scales and applies them to the optimizer's steps.
 
     Attributes:
         evidence: What was measured of the scales so far.
         scales: `{canonical name: factor on the learning rate}`.
-        shares: The groups of tensors whose joint rates are matched: `{name: share}` each.
+        shares: The tensors whose joint rates are matched: `{canonical name: share of its update}` for each.
 
     Args:
         base: The profile to match.
         model: The target.
-        optimizer: What steps.
-        held: `{canonical name: what the optimizer holds of it}` of all that is trained.
-        config: The run's.
+        optimizer: The optimizer that steps.
+        held: `{canonical name: tensor in the optimizer's param groups}` of all that is trained.
+        config: The options of the run.
 
     Raises:
-        RateProfileError: If base and model do not belong together, or the base was matched itself.
+        RateProfileError: If base and model do not belong together, or the base was a matched run itself.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Scaling:
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
         self._config = config
         self._mapped = map_profile(
-            base, model, granularity=config.granularity, depth=config.depth, unmatched=config.unmatched
+            base, model, granularity=config.granularity, depth=config.research.depth, unmatched=config.unmatched
         )
         self._base = _identity(base)
         self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
@@ -66,15 +66,15 @@ class Scaling:
         self._set_scales()
 
     def resume(self, profile: RateProfile) -> None:
-        """Go on with the scales of a checkpoint, if it was matched to the same base.
+        """Continue with the scales of a checkpoint, if it was matched to the same base.
 
         Args:
-            profile: The checkpoint's.
+            profile: The profile of the checkpoint.
 
         Raises:
-            RateProfileError: If its record of the matching is not whole.
+            RateProfileError: If its record of the matching is incomplete.
         """
-        record = profile.metadata.get(_EVIDENCE)
+        record = profile.about.matching
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
@@ -82,53 +82,46 @@ class Scaling:
         self._set_scales()
 
     def update(self, step: int, measurement: Measurement, learning_rate: float) -> dict[str, float]:
-        """Set the scales anew, by one more measurement.
+        """Add a measurement to the evidence and set the scales that follow from it.
 
         Args:
-            step: Its optimizer step.
-            measurement: What was measured.
-            learning_rate: The nominal one.
+            step: The optimizer step that was measured.
+            measurement: The measurement.
+            learning_rate: The nominal learning rate of the step.
 
         Returns:
-            `{name: new scale / old one}` of those that changed.
+            `{canonical name: new scale / old one}` of the scales that changed.
         """
-        old, config = self.scales, self._config
+        old, config, research = self.scales, self._config, self._config.research
         self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
-            self._mapped, pool=config.pool, beta=config.beta, max_scale=config.max_scale, max_change=config.max_change
+            self._mapped,
+            pool=research.pool,
+            beta=research.beta,
+            max_scale=config.max_scale,
+            max_change=config.max_change,
         )
         self._set_scales()
         return {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
 
     def recorded(self, profile: RateProfile) -> RateProfile:
-        """Add to a profile what a resumed run needs to know of its scales.
-
-        Args:
-            profile: The run's rates.
-
-        Returns:
-            The same with more metadata.
-        """
+        """Return the profile with the evidence in its metadata, from which a resumed run continues."""
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, _EVIDENCE: {**self._base, **self.evidence.record()}}
+        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
-    def held(self) -> str:
-        """Describe the scales that would have gone further than they may.
-
-        Returns:
-            What to warn of; empty if there are none.
-        """
-        held = self.evidence.held(self._config.max_scale)
-        if not held:
+    def at_limit(self) -> str:
+        """Return a warning that names the scales that have reached `max_scale`; empty if none has."""
+        at_limit = self.evidence.held(self._config.max_scale)
+        if not at_limit:
             return ""
         return (
-            f"the learning-rate scales of {preview(held)} are held at max_scale = {self._config.max_scale:g}: "
+            f"the learning-rate scales of {preview(at_limit)} are held at max_scale = {self._config.max_scale:g}: "
             "base and target may not be comparable, or the learning rate is far off."
         )
 
     def report_unmatched(self) -> None:
-        """Warn of what kept its learning rate because base and target never both had a positive rate."""
+        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
         seen = self.evidence.logs.isfinite().any(0).tolist()
         left = [unit for unit, known in zip(self.evidence.units, seen, strict=True) if not known]
         if self._config.unmatched == "nominal":
@@ -140,7 +133,7 @@ class Scaling:
             )
 
     def remove(self) -> None:
-        """Let go of the optimizer; the evidence stays."""
+        """Release the optimizer; the evidence stays."""
         self._step_scales.remove()
 
     def _set_scales(self) -> None:
@@ -149,6 +142,6 @@ class Scaling:
 
 
 def _identity(base: RateProfile) -> dict[str, str]:
-    """The SHA-256 of a profile's rates and, if it was read from a repository, the commit."""
+    """SHA-256 of the rates of a profile and, if it was read from a repository, the commit."""
     digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
     return {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})
