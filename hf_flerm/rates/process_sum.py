@@ -36,7 +36,8 @@ class ProcessSum:
     ) -> None:
         self._estimator = FALLBACK if estimator == "per_example" else estimator
         self._widths = {
-            name: 2 + num_factors(estimator, len(whole_shape(tensor))) for name, tensor in parameters.items()
+            name: 2 + num_factors(estimator, len(whole_shape(tensor)) + tensor.is_complex())
+            for name, tensor in parameters.items()
         }
         self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
 

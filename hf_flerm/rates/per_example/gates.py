@@ -90,6 +90,7 @@ class Gates(AbstractContextManager["Gates"]):
         failures: `{tensor: error}` of the tensors of which a site could not be differentiated; it has no gate.
         calls: What each site's module put out, by the module's name.
         reached: Tensors of which a gate was met in a backward pass.
+        terms: `{tensor: root of the sum of squares of all terms that its D phi_n are sums of}`, if asked for.
 
     Args:
         model: The model.
@@ -133,6 +134,7 @@ class Gates(AbstractContextManager["Gates"]):
         device = runs_on(next(model.parameters()))
         self._row_of = {name: row for row, name in enumerate(sites)}
         self._derivatives = torch.zeros(len(self._row_of), num_examples, dtype=torch.float64, device=device)
+        self._squared_terms: Tensor | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that every node is differentiated
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._is_differentiating = False
@@ -141,6 +143,7 @@ class Gates(AbstractContextManager["Gates"]):
         self.failures: dict[str, Exception] = {}
         self.calls: dict[str, ModuleCalls] = {}
         self.reached: set[str] = set()
+        self.terms: dict[str, float] = {}
 
     def __enter__(self) -> Gates:
         self._leaves = self._stack.enter_context(gathered_leaves(self._model))
@@ -168,6 +171,7 @@ class Gates(AbstractContextManager["Gates"]):
         *,
         retain_graph: bool = False,
         keep_tangents: bool = False,
+        keep_terms: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Differentiate phi = sum(omega * values) by the gates, and by some tensors.
 
@@ -180,6 +184,7 @@ class Gates(AbstractContextManager["Gates"]):
             reductions: For tensors whose parameters require a gradient, what to keep of G = d phi / d W.
             retain_graph: Whether the graph is needed again.
             keep_tangents: Whether to keep what the next pass can use: faster, for the memory of the sites' outputs.
+            keep_terms: Whether to set `terms`.
 
         Returns:
             `{name: D phi_n}`, float64 [N] each, and the reductions of those tensors that phi depends on.
@@ -192,6 +197,7 @@ class Gates(AbstractContextManager["Gates"]):
         for scale in _PHI_SCALES:
             is_last = scale == _PHI_SCALES[-1]
             self._derivatives.zero_()
+            self._squared_terms = torch.zeros_like(self._derivatives) if keep_terms else None
             gradients.reset()
             handles = [leaf.register_hook(partial(gradients.add, p, scale)) for p, leaf in leaves.items()]
             try:
@@ -211,6 +217,9 @@ class Gates(AbstractContextManager["Gates"]):
             finite = [found.isfinite().all().to(values.device) for found in (self._derivatives, *reduced.values())]
             if not any(self._agree([not bool(torch.stack(finite).all())])):
                 break
+        if self._squared_terms is not None:
+            self.terms = dict(zip(self._row_of, (self._squared_terms.sum(1).sqrt() / scale).tolist(), strict=True))
+            self._squared_terms = None
         return dict(zip(self._row_of, self._derivatives / scale, strict=True)), reduced
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -256,8 +265,12 @@ class Gates(AbstractContextManager["Gates"]):
             start = 0
             for reader in readers:
                 end = start + len(reader.saved)
-                derivative = reader.derivative(grad, saved[start:end], self._num_examples)
-                self._derivatives[self._row_of[reader.name]] += derivative.to(self._derivatives)
+                row, of_reader = self._row_of[reader.name], saved[start:end]
+                derivative = reader.derivative(grad, of_reader, self._num_examples)
+                self._derivatives[row] += derivative.to(self._derivatives)
+                if self._squared_terms is not None:
+                    squares = reader.squared_terms(grad, of_reader, self._num_examples)
+                    self._squared_terms[row] += squares.to(self._squared_terms)
                 self.reached.add(reader.name)
                 start = end
 

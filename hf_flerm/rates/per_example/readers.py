@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors import MeasuredTensor
+from ..tensors import MeasuredTensor, as_real
 from .layers import BIAS, LayerTangent, layer_tangent
 from .tangents import ModuleTangents, is_differentiable
 
@@ -60,7 +60,24 @@ class Reader:
         Returns:
             [N], in float32 at least.
         """
-        return _contract(*self.factors(grad, saved), self.dim, num_examples) * self.scale
+        return _contract(*_as_real(*self.factors(grad, saved)), self.dim, num_examples) * self.scale
+
+    def squared_terms(self, grad: Tensor, saved: Saved, num_examples: int) -> Tensor:
+        """Sum the squares of the terms that D phi_n is the sum of: how large it would be if none cancelled.
+
+        Args:
+            grad: As for `derivative`.
+            saved: As for `derivative`.
+            num_examples: N.
+
+        Returns:
+            Float64 [N].
+        """
+        factors = _as_real(*self.factors(grad, saved))
+        sizes = [_largest(factor) for factor in factors]  # divided by these, no square leaves float32's range
+        squares = [(factor.float() / size).square() for factor, size in zip(factors, sizes, strict=True)]
+        unit = sizes[0].double() * sizes[1].double() * self.scale
+        return _contract(squares[0], squares[1], self.dim, num_examples).double() * unit.square()
 
 
 class Readers:
@@ -157,6 +174,7 @@ def _with_saved(grad: Tensor, saved: Saved) -> Factors:
 
 
 def _largest(update: Tensor) -> Tensor:
+    """The largest magnitude of an entry, above 0."""
     return update.abs().amax().clamp_min(torch.finfo(update.dtype).tiny).float()
 
 
@@ -166,6 +184,11 @@ def _scaled(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]
         return update, 1.0
     scale = _largest(update)
     return update / scale, scale
+
+
+def _as_real(grad: Tensor, tangent: Tensor) -> Factors:
+    """Two factors as real numbers: of complex ones, d phi = Re(conj(g) T) is the product of pairs of real numbers."""
+    return (as_real(grad), as_real(tangent.to(grad.dtype))) if grad.is_complex() else (grad, tangent)
 
 
 def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Tensor:
@@ -180,8 +203,6 @@ def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Ten
     Returns:
         [N], in float32 at least.
     """
-    if grad.is_complex():  # d phi = Re(conj(g) T), the product of g and T as pairs of real numbers
-        grad, tangent = (torch.view_as_real(t.to(grad.dtype).resolve_conj()) for t in (grad, tangent))
     tangent = tangent.reshape((1,) * (grad.ndim - tangent.ndim) + tangent.shape)
     if dim:
         grad, tangent = grad.movedim(dim, 0), tangent.movedim(dim, 0)
