@@ -174,8 +174,9 @@ def _with_saved(grad: Tensor, saved: Saved) -> Factors:
 
 
 def _largest(update: Tensor) -> Tensor:
-    """The largest magnitude of an entry, above 0."""
-    return update.abs().amax().clamp_min(torch.finfo(update.dtype).tiny).float()
+    """The largest magnitude of an entry; above 0, also if there is none."""
+    largest = update.abs().amax() if update.numel() else update.new_zeros(()).abs()
+    return largest.clamp_min(torch.finfo(update.dtype).tiny).float()
 
 
 def _scaled(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
