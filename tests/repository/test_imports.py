@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "hf_flerm"
 # What each folder may import besides itself, and what the modules of the top level may.
 ALLOWED = {
     "choices": set(),
+    "version": set(),
     "model": set(),
     "engines": {"choices", "model"},
     "optimizer": {"choices", "model", "engines"},
