@@ -76,7 +76,7 @@ def kronecker_rate(products: list[Tensor], num_outputs: float) -> float:
 
     M * rate^2 = prod_d E[sum (sum_d Z)^2] / E[sum Z^2]^(D - 1), d running over the D dimensions of Z.
     """
-    z = torch.stack([product.double() for product in products])  # [probes, *shape]
-    total = z.square().flatten(1).sum(1).mean()
-    factors = [z.sum(d).square().flatten(1).sum(1).mean() for d in range(1, z.ndim)]
+    z = torch.stack([product.double().reshape(product.shape or (1,)) for product in products])  # [probes, *shape]
+    total = z.square().sum() / len(z)
+    factors = [z.sum(d).square().sum() / len(z) for d in range(1, z.ndim)]
     return (torch.stack(factors).prod() / total ** (len(factors) - 1) / num_outputs).sqrt().item()
