@@ -27,8 +27,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..choices import Estimator, check_choice, values
-from ..engines.processes import agreement
-from ..engines.sharding import is_sharded, reshard, runs_on, whole_shape
+from ..engines import engine_of
 from ..model.isolation import checkpointed, trainable, undisturbed
 from ..model.names import resolve_names
 from ..optimizer.step import UnitUpdates
@@ -97,7 +96,7 @@ def measure_rates(
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
         parameter = model.get_parameter(path)
-        shape = whole_shape(parameter)
+        shape = probe.engine.shape(parameter)
         if parameter.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without numbers: load the model's weights first.")
         if update.shape != shape:
@@ -133,14 +132,14 @@ class RateProbe:
         self.estimator = estimator
         self.probes_per_batch = probes_per_batch
         self.outputs = outputs or Outputs()
-        self._sites = VerifiedSites(model, self.outputs)
-        self._memory = SharedMemory(model)
+        self.engine = engine_of(model)
+        self._sites = VerifiedSites(model, self.outputs, self.engine)
+        self._memory = SharedMemory(model, self.engine)
         self._precision = 0.0  # machine epsilon of the outputs
         self._asked: list[str] = []
         self._paths: dict[str, str] = {}  # canonical name: name in named_parameters()
         self._head_name: str | None = None
-        self._head_sought = is_sharded(model)  # in shards, the head's own weight is never there as a whole
-        self._agree = agreement(model)
+        self._head_sought = self.engine.sharded  # in shards, the head's own weight is never there as a whole
         self._head: LinearHead | None = None
 
     def measure(
@@ -169,17 +168,17 @@ class RateProbe:
             raise ValueError("updates is empty: pass a unit update for at least one parameter.")
         if target_error is not None and not target_error > 0:
             raise ValueError(f"target_error is {target_error!r}; it must be positive, or None to use every batch.")
-        reshard(self.model)
+        self.engine.release()
         if list(updates) != self._asked:
             self._paths, self._asked = resolve_names(self.model, updates), list(updates)
         tensors = {name: self._memory.tensor(self.model.get_parameter(path)) for name, path in self._paths.items()}
         parameters = {name: tensor.parameter for name, tensor in tensors.items()}
-        unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters)
-        device = runs_on(next(iter(parameters.values())))
+        unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters, self.engine)
+        device = self.engine.device(next(iter(parameters.values())))
         samples = Samples(unit_updates)
         if self._head is not None and not self._head.is_current():
             self._head = None
-        with undisturbed(self.model, device):
+        with undisturbed(self.model, device), self.engine.released_after():
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             first: Batch | None = None
@@ -195,7 +194,7 @@ class RateProbe:
                     self._probe(tensors, unit_updates, batch, generator, samples)
                 if target_error is not None:
                     goes_on = samples.measurement().relative_error > target_error
-                    if not any(self._agree([goes_on])):
+                    if not any(self.engine.agree([goes_on])):
                         break
             measurement = samples.measurement()
             if self.estimator != "per_example" and first is not None:
@@ -223,7 +222,7 @@ class RateProbe:
         effects = {name: rate / lengths[name] for name, rate in measurement.rates.items() if lengths[name]}
         floor = _SUSPECT * self._precision * max(effects.values(), default=0.0)
         is_suspect = [0 < effects.get(name, 0.0) <= floor for name in tensors]
-        suspects = list(compress(tensors, self._agree(is_suspect)))
+        suspects = list(compress(tensors, self.engine.agree(is_suspect)))
         with checkpointed(self.model):
             self._sites.find({name: tensors[name] for name in suspects}, updates, batch)
 
@@ -239,7 +238,7 @@ class RateProbe:
             except Exception as error:
                 failure = error
             out_of_memory = failure is not None and should_reduce_batch_size(failure)
-            failed, out_of_memory = self._agree([failure is not None, out_of_memory])
+            failed, out_of_memory = self.engine.agree([failure is not None, out_of_memory])
             if out_of_memory:
                 raise torch.OutOfMemoryError(f"a process ran out of memory. {failure or ''}".rstrip()) from failure
             if failed:
@@ -259,7 +258,7 @@ class RateProbe:
         """Add the samples of `probes_per_batch` probes on one batch: one forward pass, one backward pass each."""
         with ExitStack() as stack:
             for _ in range(_LAYOUTS_PER_BATCH):
-                reshard(self.model)
+                self.engine.release()
                 by_gates = [name for name in updates if self._has_gates(name)]
                 by_gradient = [name for name in updates if not self._has_gates(name)]
                 stack.enter_context(trainable(p for name in by_gradient for p in tensors[name].parameters))
@@ -347,7 +346,7 @@ class RateProbe:
                 with swapped(self.model, dict(zip(moved, weights, strict=True))):
                     return (self.outputs(self.model, batch).values,)
 
-            (change,) = jvp(outputs_with, moved, [tensor.seen_by(p, update) for p in moved], self.model)
+            (change,) = jvp(outputs_with, moved, [tensor.seen_by(p, update) for p in moved], self.model, self.engine)
             changes.append(out.sized(change))
         samples.add_tangents(torch.stack(changes))
         samples.count_outputs(out.count())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..engines.sharding import in_parts
+from ..engines.engine import Engine
 
 logger = logging.get_logger(__name__)
 
@@ -128,13 +128,14 @@ class SharedMemory:
     It is looked at once, at the start: while a step is measured, weights from before it lie in memory of their own.
 
     Args:
-        model: The model; weights in shards share no memory.
+        model: The model.
+        engine: The engine that holds its weights; shards share no memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
         by_storage: dict[tuple[torch.device, int], list[Named]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.numel() and not in_parts(parameter) and not parameter.is_meta:
+        for name, parameter in () if engine.sharded else model.named_parameters():
+            if parameter.numel() and not parameter.is_meta:
                 key = parameter.device, parameter.untyped_storage().data_ptr()
                 by_storage.setdefault(key, []).append((name, parameter))
         self._views: dict[nn.Parameter, dict[nn.Parameter, View]] = {}
@@ -177,6 +178,14 @@ def _real_dtype(tensor: Tensor) -> torch.dtype:
 def as_real(tensor: Tensor) -> Tensor:
     """A tensor of real numbers as it is, one of complex numbers as pairs of these, along a new last dimension."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def product_shapes(parameters: Mapping[str, Tensor], engine: Engine) -> dict[str, torch.Size]:
+    """Return `{canonical name: shape of Z = U * G}` of whole parameters."""
+    return {
+        name: torch.Size((*engine.shape(parameter), 2)) if parameter.is_complex() else engine.shape(parameter)
+        for name, parameter in parameters.items()
+    }
 
 
 def elementwise_products(update: Tensor, gradient: Tensor) -> Tensor:

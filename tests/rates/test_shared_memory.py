@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_flerm import Measurement, measure_rates
+from hf_flerm.engines import engine_of
 from hf_flerm.rates.reference import output_change, rate
 from hf_flerm.rates.tensors import SharedMemory
 from tests.shared.cases import WIDTH, llama, perturb, seeded, text
@@ -197,7 +198,7 @@ def test_slices_of_one_buffer_that_do_not_meet_are_tensors_of_their_own() -> Non
     for parameter in model.parameters():
         parameter.data = buffer[start : start + parameter.numel()].view(parameter.shape)
         start += parameter.numel()
-    memory = SharedMemory(model)
+    memory = SharedMemory(model, engine_of(model))
     assert all(not memory.tensor(parameter).views for parameter in model.parameters())
     together = measure_rates(model, updates, [batch], generator=seeded(0))
     assert together.rates == apart.rates
@@ -207,7 +208,8 @@ def test_columns_of_one_matrix_do_not_meet() -> None:
     matrix = torch.zeros(4, 6)
     even, odd = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
     even.weight, odd.weight = nn.Parameter(matrix[:, ::2]), nn.Parameter(matrix[:, 1::2])
-    memory = SharedMemory(nn.ModuleList([even, odd]))
+    model = nn.ModuleList([even, odd])
+    memory = SharedMemory(model, engine_of(model))
     assert not memory.tensor(even.weight).views
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 from hf_flerm import measure_rates
+from hf_flerm.engines import engine_of
 from hf_flerm.rates.per_example.tangents import jvp, swapped
 from tests.shared.cases import WIDTH, llama, perturb, seeded, text
 from tests.shared.reference import Batch, finite_differences
@@ -124,9 +125,9 @@ def test_without_forward_mode_every_use_is_swapped_once_too(monkeypatch: pytest.
         with swapped(model, {parameter: weight}):
             return (model(**batch),)
 
-    (expected,) = jvp(f, [parameter], [update], model)
+    (expected,) = jvp(f, [parameter], [update], model, engine_of(model))
     monkeypatch.setattr(torch.func, "jvp", missing)
-    (found,) = jvp(f, [parameter], [update], model)
+    (found,) = jvp(f, [parameter], [update], model, engine_of(model))
     assert torch.allclose(found, expected, atol=1e-6)
     assert model.layers[2][0].weight is parameter
 

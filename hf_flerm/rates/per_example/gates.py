@@ -27,9 +27,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...engines.processes import Agree
-from ...engines.sharding import gathered_leaves, runs_on
-from ...engines.zero3 import repeatable
+from ...engines.engine import Engine
 from ..tensors import MeasuredTensor
 from .readers import Reader, Readers, Saved
 from .sites import Site
@@ -100,7 +98,7 @@ class Gates(AbstractContextManager["Gates"]):
         num_examples: N of the batch that will go through.
         tangents: Differentiates modules along updates.
         pass_on: `torch.clone` for a model that writes into its modules' outputs in place.
-        agree: How processes that run the model in step decide.
+        engine: The engine that holds the model's weights.
     """
 
     def __init__(
@@ -113,14 +111,13 @@ class Gates(AbstractContextManager["Gates"]):
         tangents: ModuleTangents,
         *,
         pass_on: Callable[[Tensor], Tensor] = unchanged,
-        agree: Agree = list,
+        engine: Engine,
     ) -> None:
-        self._model = model
         self._tensors = tensors
         self._num_examples = num_examples
         self._pass_on = pass_on
-        self._agree = agree
-        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}  # of FSDP2, the gathered parameters
+        self._engine = engine
+        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}  # the gathered parameters, of sharded ones
         self._stack = ExitStack()
         self._readers = Readers(tensors, updates, tangents)
         self._paths: dict[nn.Module, str] = {}
@@ -131,7 +128,7 @@ class Gates(AbstractContextManager["Gates"]):
                 module = modules[site.module]
                 self._sites.setdefault(module, []).append((name, site))
                 self._paths[module] = site.module
-        device = runs_on(next(model.parameters()))
+        device = engine.device(next(model.parameters()))
         self._row_of = {name: row for row, name in enumerate(sites)}
         self._derivatives = torch.zeros(len(self._row_of), num_examples, dtype=torch.float64, device=device)
         self._squared_terms: Tensor | None = None
@@ -146,7 +143,7 @@ class Gates(AbstractContextManager["Gates"]):
         self.terms: dict[str, float] = {}
 
     def __enter__(self) -> Gates:
-        self._leaves = self._stack.enter_context(gathered_leaves(self._model))
+        self._leaves = self._stack.enter_context(self._engine.gathered_leaves())
         for module in self._sites:
             self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
         return self
@@ -202,7 +199,7 @@ class Gates(AbstractContextManager["Gates"]):
             handles = [leaf.register_hook(partial(gradients.add, p, scale)) for p, leaf in leaves.items()]
             try:
                 # The caller's autocast is for the forward pass.
-                with torch.autocast(values.device.type, enabled=False), repeatable(self._model):
+                with torch.autocast(values.device.type, enabled=False), self._engine.repeatable_backward():
                     torch.autograd.grad(
                         values,
                         [self._anchor, *leaves.values()],
@@ -215,7 +212,7 @@ class Gates(AbstractContextManager["Gates"]):
                     handle.remove()
             reduced = gradients.reduced()
             finite = [found.isfinite().all().to(values.device) for found in (self._derivatives, *reduced.values())]
-            if not any(self._agree([not bool(torch.stack(finite).all())])):
+            if not any(self._engine.agree([not bool(torch.stack(finite).all())])):
                 break
         if self._squared_terms is not None:
             self.terms = dict(zip(self._row_of, (self._squared_terms.sum(1).sqrt() / scale).tolist(), strict=True))

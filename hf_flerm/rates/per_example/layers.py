@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...engines.sharding import own_type
-
 LayerMap = Callable[[Any, Tensor, Tensor], Tensor]
 
 
@@ -61,6 +59,6 @@ LINEAR_LAYERS: dict[tuple[type[nn.Module], str], LayerTangent] = {
 }
 
 
-def layer_tangent(layer: nn.Module, attribute: str) -> LayerTangent | None:
-    """Look a layer's parameter up in `LINEAR_LAYERS`; a subclass of a listed type is not that type."""
-    return LINEAR_LAYERS.get((own_type(layer), attribute))
+def layer_tangent(layer_type: type[nn.Module], attribute: str) -> LayerTangent | None:
+    """Look a parameter of a layer type up in `LINEAR_LAYERS`; a subclass of a listed type is not that type."""
+    return LINEAR_LAYERS.get((layer_type, attribute))

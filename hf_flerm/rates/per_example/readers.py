@@ -124,7 +124,7 @@ class Readers:
         Returns:
             A reader by index of the outputs.
         """
-        layer = layer_tangent(module, attribute)
+        layer = layer_tangent(self._tangents.engine.own_type(module), attribute)
         tensor = self._tensors[name]
         moved = tensor.moved_in(module, attribute)
         if layer is None or len(moved) > 1 or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):

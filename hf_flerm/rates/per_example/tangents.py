@@ -21,15 +21,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ...engines.zero3 import is_partitioned, whole
+from ...engines.engine import Engine
 
 Updates = Mapping[nn.Parameter, Tensor]
 
 
 class ModuleTangents:
-    """Tangents of modules; remembers which parameters a trial has shown a module to be affine in."""
+    """Tangents of modules; remembers which parameters a trial has shown a module to be affine in.
 
-    def __init__(self) -> None:
+    Args:
+        engine: The engine that holds the model's weights.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self._affine: dict[tuple[nn.Module, str], bool] = {}
 
     def of_call(
@@ -56,10 +61,10 @@ class ModuleTangents:
         """
         key = (module, attribute)
         arguments = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # of DoRA's layers
-        with whole([module, *arguments]):
+        with self.engine.gathered([module, *arguments]):
             if self._affine.get(key):
                 return _difference(module, updates, args, kwargs, outputs)
-            tangents = _derivative(module, updates, args, kwargs)
+            tangents = _derivative(module, updates, args, kwargs, self.engine)
             if key not in self._affine and any(bool(t.any()) for t in tangents):
                 self._affine[key] = _is_affine(module, updates, args, kwargs, outputs, tangents)
             return tangents
@@ -95,6 +100,7 @@ def jvp(
     primals: Sequence[Tensor],
     tangents: Sequence[Tensor],
     model: nn.Module,
+    engine: Engine,
 ) -> tuple[Tensor, ...]:
     """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
 
@@ -103,17 +109,17 @@ def jvp(
         primals: Where to differentiate.
         tangents: The direction, one tensor for each primal.
         model: The module that the function runs.
+        engine: The engine that holds its weights.
 
     Returns:
         The derivative of each output.
     """
     primals = tuple(primal.detach() for primal in primals)
     tangents = tuple(tangent.to(primal.dtype) for primal, tangent in zip(primals, tangents, strict=True))
-    # The products of bitsandbytes drop forward-mode tangents without a word; functorch crashes in DeepSpeed's hooks.
-    forward_mode = not any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
-    forward_mode = forward_mode and not any(map(is_partitioned, model.parameters()))
+    # The products of bitsandbytes drop forward-mode tangents without a word.
+    drops_tangents = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
-        if forward_mode:
+        if engine.forward_mode and not drops_tangents:
             try:
                 with torch.no_grad():
                     forward: tuple[Tensor, ...] = torch.func.jvp(function, primals, tangents)[1]
@@ -128,14 +134,16 @@ def jvp(
         return backward
 
 
-def _derivative(module: nn.Module, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def _derivative(
+    module: nn.Module, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any], engine: Engine
+) -> list[Tensor]:
     args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
 
     def forward(*values: Tensor) -> tuple[Tensor, ...]:
         with swapped(module, dict(zip(updates, values, strict=True))):
             return _tensors(module(*args, **kwargs))
 
-    return list(jvp(forward, list(updates), list(updates.values()), module))
+    return list(jvp(forward, list(updates), list(updates.values()), module, engine))
 
 
 def _difference(

@@ -25,8 +25,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...engines.processes import agreement
-from ...engines.sharding import reshard
+from ...engines.engine import Engine
 from ...model.isolation import trainable
 from ..outputs import Batch, Output, Outputs, num_examples
 from ..tensors import MeasuredTensor, as_real, elementwise_products
@@ -76,9 +75,10 @@ class VerifiedSites:
     Args:
         model: The model.
         outputs: What "the function" is.
+        engine: The engine that holds the model's weights.
     """
 
-    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
+    def __init__(self, model: nn.Module, outputs: Outputs, engine: Engine) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
         self.absent: set[str] = set()
@@ -86,12 +86,12 @@ class VerifiedSites:
         self._blind: set[str] = set()  # round-off in `_PATIENCE` measurements: by structure, not looked at again
         self._model = model
         self._outputs = outputs
-        self._tangents = ModuleTangents()
+        self._engine = engine
+        self._tangents = ModuleTangents(engine)
         self._verified: dict[str, list[_Checked]] = {}
         self._pass_on: Callable[[Tensor], Tensor] = unchanged
         self._attempts: Counter[str] = Counter()
         self._largest_gradient = 0.0  # largest RMS of a weight gradient that any verification has met
-        self._agree = agreement(model)
 
     def gates(
         self,
@@ -119,7 +119,7 @@ class VerifiedSites:
             num_examples(batch),
             self._tangents,
             pass_on=self._pass_on,
-            agree=self._agree,
+            engine=self._engine,
         )
 
     def find(self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor], batch: Batch) -> None:
@@ -176,7 +176,7 @@ class VerifiedSites:
             batch: As for `find`.
         """
         while pending:
-            reshard(self._model)  # a pass that has failed leaves weights gathered
+            self._engine.release()  # a pass that has failed leaves weights gathered
             gates = self.gates(pending, tensors, updates, batch)
             with trainable(p for name in pending for p in tensors[name].parameters), gates:
                 try:
@@ -213,7 +213,7 @@ class VerifiedSites:
     def _on_any_process(self, names: Iterable[str], condition: Callable[[str], bool]) -> list[str]:
         """The names for which a condition holds on any process that runs the model in step with this one."""
         names = list(names)
-        return list(compress(names, self._agree([condition(name) for name in names])))
+        return list(compress(names, self._engine.agree([condition(name) for name in names])))
 
     def _is_verified(self, name: str, batch: Batch, calls: Mapping[str, ModuleCalls] | None = None) -> bool:
         """Whether a tensor was verified; with `calls`, whether at the layouts that these show.
@@ -261,7 +261,7 @@ class VerifiedSites:
         by_row = factors.to(omega).repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
         reductions = {name: partial(_summary, updates, name) for name in names}
         derivatives, summaries = gates.differentiate(out.values, omega, reductions, retain_graph=True, keep_terms=True)
-        if any(self._agree([not all(bool(found[2].isfinite()) for found in summaries.values())])):
+        if any(self._engine.agree([not all(bool(found[2].isfinite()) for found in summaries.values())])):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
         multiplied, _ = gates.differentiate(out.values, omega.mul_(by_row))
         self._largest_gradient = max(self._largest_gradient, *(float(found[2]) for found in summaries.values()), 0.0)
