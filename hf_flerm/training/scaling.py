@@ -29,7 +29,7 @@ class Scaling:
 
     Attributes:
         evidence: What was measured of the scales so far.
-        scales: `{canonical name: factor on the learning rate}`.
+        scales: `{canonical name: factor on the learning rate}`, as applied.
         shares: The groups of tensors whose joint rates are matched: `{name: share}` each.
 
     Args:
@@ -90,14 +90,18 @@ class Scaling:
             learning_rate: The nominal one.
 
         Returns:
-            `{name: new scale / old one}` of those that changed.
+            `{name: new scale / old one}` of those that changed; of tensors over the same memory the first alone.
         """
         old, config = self.scales, self._config
         self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
             self._mapped, pool=config.pool, beta=config.beta, max_scale=config.max_scale, max_change=config.max_change
         )
         self._set_scales()
-        return {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
+        return {
+            name: scale / old[name]
+            for name, scale in self.scales.items()
+            if scale != old[name] and name not in self._step_scales.tied
+        }
 
     def recorded(self, profile: RateProfile) -> RateProfile:
         """Add to a profile what a resumed run needs to know of its scales.
@@ -145,7 +149,8 @@ class Scaling:
 
     def _set_scales(self) -> None:
         logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
-        self.scales = self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self.scales = self._step_scales.scales
 
 
 def _identity(base: RateProfile) -> dict[str, str]:
