@@ -1,4 +1,4 @@
-"""ZeRO steps one flat partition for each param group: to match, every tensor needs a group before DeepSpeed sees them."""
+"""ZeRO steps one flat partition for each param group: to match, every tensor needs a group of its own."""
 
 from __future__ import annotations
 

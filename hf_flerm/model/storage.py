@@ -12,7 +12,7 @@ def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Find the parameters whose numbers are those of another one, transposed or not.
 
     Args:
-        parameters: `{canonical name: parameter}`. Those that are sharded or on the meta device have no memory to compare.
+        parameters: `{canonical name: parameter}`. Shards (DTensor) and meta tensors are taken to share nothing.
 
     Returns:
         `{canonical name: the first name with the same memory}` of all but the first.

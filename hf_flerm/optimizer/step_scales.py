@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -125,9 +125,7 @@ class StepScales:
     def _scale_movements(self, outermost: Optimizer) -> None:
         """Multiply the movement of tensors that the step has not moved at the learning rates of split groups."""
         inner = self._groups if outermost is self._optimizer else ()
-        held = {
-            id(tensor) for each in (outermost, *inner) for group in each.param_groups for tensor in group["params"]
-        }
+        held = {id(tensor) for each in (outermost, *inner) for group in each.param_groups for tensor in group["params"]}
         found = {
             key
             for key in self._unread & held
@@ -245,7 +243,7 @@ class _Part:
         self.options = make(self._given)
 
     def give_back(self) -> None:
-        """Give the group what the step has written into its part: some optimizers count steps or keep averages there."""
+        """Give the group what the step has written into its part: some optimizers keep counts or averages there."""
         for key, value in dict.items(self.options):
             if key == "params":
                 continue
@@ -260,7 +258,7 @@ class _Part:
             not self._of_all and key not in self._not_cut and isinstance(value, (list, tuple)) and len(value) == count
         )
 
-    def _put_back(self, key: str, values: Sequence[Any]) -> None:
+    def _put_back(self, key: str, values: list[Any] | tuple[Any, ...]) -> None:
         whole = self.group.get(key, ())
         entries = list(whole) if len(whole) == len(self.group["params"]) else [None] * len(self.group["params"])
         for index, value in zip(self.indices, values, strict=True):
