@@ -1,6 +1,7 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
 
 from .config import FLeRMConfig as FLeRMConfig
+from .config import Research as Research
 from .planning.plan import Plan as Plan
 from .planning.plan import plan as plan
 from .profile.rate_profile import RateProfile as RateProfile
@@ -16,3 +17,4 @@ from .training.trainer import FLeRMTrainer as FLeRMTrainer
 from .transfer.evidence import match_rates as match_rates
 from .transfer.mapping import map_profile as map_profile
 from .transfer.rules import mup_param_groups as mup_param_groups
+from .version import __version__ as __version__

@@ -17,7 +17,7 @@ Metric = Literal["euclidean", "fisher"]
 Granularity = Literal["tensor", "module", "block", "global"]
 Depth = Literal["joint", "equal", "sqrt", "copy"]
 Unmatched = Literal["error", "global", "nominal", "freeze"]
-Average = Literal["kind", "unit"]
+Pool = Literal["kind", "unit"]
 LogBy = Literal["kind", "tensor"]
 Picture = Literal["rates", "layers", "multipliers"]
 

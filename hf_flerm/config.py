@@ -2,116 +2,272 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from textwrap import fill
+from typing import Any, TypeVar
 
 import torch
 
+from .choices import (
+    Depth,
+    Estimator,
+    Granularity,
+    LogBy,
+    Metric,
+    Mode,
+    Pool,
+    Positions,
+    Unmatched,
+    check_choice,
+    values,
+)
 from .profile.rate_profile import RateProfile
-from .rates.estimators import ESTIMATORS
 from .rates.outputs import OutputFunction, Outputs
-from .transfer.evidence import POOLS
-from .transfer.mapping import DEPTHS, GRANULARITIES, UNMATCHED
 
-_ALLOWED = {
-    "mode": ("record", "match"),
-    "estimator": ESTIMATORS,
-    "granularity": GRANULARITIES,
-    "depth": DEPTHS,
-    "pool": POOLS,
-    "unmatched": UNMATCHED,
-    "log_by": ("kind", "tensor"),
+_ALLOWED: Mapping[str, object] = {
+    "mode": Mode,
+    "granularity": Granularity,
+    "unmatched": Unmatched,
+    "metric": Metric,
+    "log_by": LogBy,
+    "estimator": Estimator,
+    "depth": Depth,
+    "pool": Pool,
 }
 
-_WHOLE_NUMBERS = {
-    "measure_every": 1,
-    "probes": 1,
-    "max_probes": 1,
-    "probes_per_batch": 1,
-    "probe_batch_size": 1,
-    "seed": 0,
-}
-_WORDS = {"probes": (None, "auto"), "probe_batch_size": (None,)}
-_EARLY_STEPS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+Config = TypeVar("Config", bound=type)
 
 
+def _documented(cls: Config) -> Config:
+    """Class decorator: write an `Args:` section from the help texts of the fields, before `Raises:`."""
+    entries = [
+        fill(f"{entry.name}: {help_of(entry)}", 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        for entry in fields(cls)
+    ]
+    summary, raises = (cls.__doc__ or "").split("    Raises:")
+    cls.__doc__ = "\n".join([f"{summary}    Args:", *entries, "", f"    Raises:{raises}"])
+    return cls
+
+
+def help_of(entry: Field[Any]) -> str:
+    """Return the help text of a field of `FLeRMConfig` or `Research`."""
+    return str(entry.metadata.get("help", ""))
+
+
+@_documented
+@dataclass
+class Research:
+    """Options of the method itself: baselines to compare with, and how probes are drawn.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    estimator: str = field(
+        default="per_example",
+        metadata={"help": "How probes become a rate; see `measure_rates`. 'kronecker' is the estimator of the paper."},
+    )
+    depth: str = field(
+        default="equal",
+        metadata={
+            "help": "How the rate of a base block is given to the m blocks that it becomes on a deeper target; see "
+            "`map_profile`."
+        },
+    )
+    pool: str = field(
+        default="kind",
+        metadata={
+            "help": "What the logarithms of scales are averaged over: all tensors of one 'kind' (the same name but "
+            "for the index of its block), or not at all ('unit')."
+        },
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "How the logarithms of scales are averaged over measurements. None: weighted by their errors. A "
+            "number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the value of the "
+            "paper, 0 the latest measurement."
+        },
+    )
+    probes: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Probe batches of one measurement. None: as many as it takes for half as many draws of omega as "
+            "an optimizer step sees examples on one device, at most 8; a measurement then costs about a "
+            "third of a training step. 'auto': until the relative standard error of every rate is at most "
+            "`target_error`, at most `max_probes`."
+        },
+    )
+    target_error: float = field(
+        default=0.05,
+        metadata={"help": "Relative standard error at which probes='auto' stops."},
+    )
+    max_probes: int = field(
+        default=64,
+        metadata={"help": "Most probe batches of one measurement with probes='auto'."},
+    )
+    probes_per_batch: int = field(
+        default=2,
+        metadata={
+            "help": "Draws of omega that share one forward pass of a probe batch: cheaper than more batches, over "
+            "fewer examples."
+        },
+    )
+    probe_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples in a probe batch. None: as many of the wanted examples as fit into one training batch."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_whole_number("probes", self.probes, 1, (None, "auto"))
+        _check_whole_number("max_probes", self.max_probes, 1)
+        _check_whole_number("probes_per_batch", self.probes_per_batch, 1)
+        _check_whole_number("probe_batch_size", self.probe_batch_size, 1, (None,))
+        if self.beta is not None and not (_is_number(self.beta) and 0 <= self.beta <= 1):
+            raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1, or be None.")
+        if not _is_number(self.target_error) or not 0 < self.target_error < math.inf:
+            raise ValueError(f"target_error is {self.target_error!r}; it must be positive, 0.05 for 5 %.")
+
+
+_MOVED = tuple(entry.name for entry in fields(Research))
+
+
+def _with_old_keywords(cls: Config) -> Config:
+    """Class decorator: take the fields of `Research` as keywords of the config, too, with a FutureWarning.
+
+    They were fields of the config in version 0.1. To be removed in version 0.3.
+    """
+    init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def with_old_keywords(self: Any, *args: Any, **options: Any) -> None:
+        old = {name: options.pop(name) for name in _MOVED if name in options}
+        if old:
+            _warn_of_old(old)
+            research = options.get("research") or Research()
+            options["research"] = Research(**{**asdict(research), **old})
+        init(self, *args, **options)
+
+    cls.__init__ = with_old_keywords  # type: ignore[misc]
+    return cls
+
+
+def _warn_of_old(names: Iterable[str]) -> None:
+    given = ", ".join(f"{name}=..." for name in names)
+    warnings.warn(
+        f"FLeRMConfig({given}) moves to FLeRMConfig(research=Research({given})); version 0.3 will take it only there.",
+        FutureWarning,
+        stacklevel=3,
+    )
+
+
+@_with_old_keywords
+@_documented
 @dataclass
 class FLeRMConfig:
     """What to measure, when, and what to do with it. The defaults are what most people should use.
-
-    Args:
-        mode: `record` measures and changes nothing; `match` also sets one learning rate per tensor so that it moves
-            the outputs as far as it did in the run of `profile`.
-        profile: For `match`: a `RateProfile`, a folder or file that holds one, or a repository id on the Hub.
-        estimator: How a probe becomes a rate; see `measure_rates`.
-        granularity: What is matched, and so has a scale of its own: each `tensor`, each `module` (the joint rate of
-            all that is trained of it: another adapter, or full fine-tuning), each `block`, or everything (`global`:
-            one number).
-        depth: How the rate of a base block goes to the m blocks that it becomes; see `map_profile`.
-        pool: What log-scales are averaged over: all units of one `kind` (a name without its block's index), or not at
-            all (`unit`).
-        beta: How log-scales are averaged over measurements. None: as the evidence supports. A number: the decay of a
-            bias-corrected running average, 1 for the plain mean of all so far, 0.9 as in the paper, 0 for the latest.
-        max_scale: Scales are held between its inverse and it, with a warning.
-        max_change: A scale changes by at most this factor from one measurement to the next.
-        measure_every: Steps between measurements, once they are no longer dense.
-        measure_steps: Explicit optimizer steps to measure at (0 = the first update). None: 0, 1, 2, 4, 8, 12, 16,
-            24, 32, 48, 64 and then every `measure_every`.
-        probes: Probe batches per measurement. None: as many as it takes for half as many draws of omega as an optimizer
-            step sees examples on one device, at most 8. So a measurement costs about a third of a training step.
-            `auto`: until every rate's relative standard error is at most `target_error`, but no more than `max_probes`.
-        target_error: For `probes="auto"`.
-        max_probes: For `probes="auto"`.
-        probes_per_batch: Draws of omega that share one forward pass of a probe batch: cheaper than as many batches,
-            but over fewer examples.
-        probe_batch_size: Examples in a probe batch. None: as many of these as fit into a training batch.
-        unmatched: What becomes of tensors that the profile has no rate for: `error`, the scale of everything together
-            (`global`), the `nominal` learning rate, or none at all (`freeze`).
-        output: What "the function" is; see `measure_rates`. A callable is not kept in JSON.
-        positions: Which positions count; see `measure_rates`. None: `attention_mask`, but `labels` in TRL's trainers of
-            policies.
-        metric: Size of an output change; see `measure_rates`.
-        snapshot_device: Where the weights from before a measured update are kept, for instance `cpu` where a second
-            copy of the trainable weights does not fit. None: beside the weights.
-        seed: Of the probes' own random numbers.
-        log_by: What the logs have entries of: each `kind` of tensor (geometric means) or each `tensor`.
 
     Raises:
         ValueError: If a value is not allowed, or the mode and the profile do not fit.
     """
 
-    mode: str = "record"
-    profile: RateProfile | str | os.PathLike[str] | None = None
-    estimator: str = "per_example"
-    granularity: str = "tensor"
-    depth: str = "equal"
-    pool: str = "kind"
-    beta: float | None = None
-    max_scale: float = 1e5
-    max_change: float = 4.0
-    measure_every: int = 100
-    measure_steps: Sequence[int] | None = None
-    probes: int | str | None = None
-    target_error: float = 0.05
-    max_probes: int = 64
-    probes_per_batch: int = 2
-    probe_batch_size: int | None = None
-    unmatched: str = "error"
-    output: str | OutputFunction | None = None
-    positions: str | None = None
-    metric: str = "euclidean"
-    snapshot_device: str | None = None
-    seed: int = 0
-    log_by: str = "kind"
+    mode: str = field(
+        default="record",
+        metadata={
+            "help": "'record' measures and changes nothing. 'match' also sets one learning rate per tensor, so that "
+            "every tensor moves the outputs as far as it did in the run of `profile`."
+        },
+    )
+    profile: RateProfile | str | os.PathLike[str] | None = field(
+        default=None,
+        metadata={
+            "help": "For 'match': the profile of the base run, as a `RateProfile`, a folder, a file, or a "
+            "repository on the Hub."
+        },
+    )
+    granularity: str = field(
+        default="tensor",
+        metadata={
+            "help": "What is matched and has a scale of its own: each 'tensor', each 'module' (the joint rate of "
+            "all that is trained of it; for another adapter or full fine-tuning), each 'block', or "
+            "everything together ('global')."
+        },
+    )
+    unmatched: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to tensors that the profile has no rate for: 'error' refuses them, 'global' gives "
+            "them the scale of everything together, 'nominal' leaves their learning rate as it is, "
+            "'freeze' does not train them."
+        },
+    )
+    metric: str = field(
+        default="euclidean",
+        metadata={"help": "How the size of an output change is measured; see `measure_rates`."},
+    )
+    output: str | OutputFunction | None = field(
+        default=None,
+        metadata={"help": 'What "the function" is; see `measure_rates`. A callable is not written to JSON.'},
+    )
+    positions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which positions count; see `measure_rates`. None: 'attention_mask', but 'labels' in TRL's "
+            "trainers of language models."
+        },
+    )
+    measure_every: int = field(
+        default=100,
+        metadata={"help": "Optimizer steps between measurements after the first 64 steps."},
+    )
+    measure_steps: Sequence[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps to measure at (0 is the first update). None: 0, 1, 2, 4, 8, 12, 16, 24, 32, "
+            "48, 64 and then every `measure_every`."
+        },
+    )
+    max_scale: float = field(
+        default=100000.0,
+        metadata={"help": "Largest scale, and the inverse of the smallest. A scale that reaches it is reported."},
+    )
+    max_change: float = field(
+        default=4.0,
+        metadata={"help": "Largest factor by which a scale changes from one measurement to the next."},
+    )
+    snapshot_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Device of the copy of the weights from before a measured update, for instance 'cpu' where a "
+            "second copy of the trainable weights does not fit. None: the device of the weights."
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the random numbers of the probes."},
+    )
+    log_by: str = field(
+        default="kind",
+        metadata={"help": "What the logs have entries of: each 'kind' of tensor (geometric means) or each 'tensor'."},
+    )
+    research: Research = field(
+        default_factory=Research,
+        metadata={"help": "Options of the method itself: `Research(estimator=..., depth=..., probes=...)`."},
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        _check_choices(self)
+        if not isinstance(self.research, Research):
+            raise ValueError(f"research is {self.research!r}; it must be a hf_flerm.config.Research.")
         if not isinstance(self.profile, (RateProfile, str, os.PathLike, type(None))):
             raise ValueError(
                 f"profile is {self.profile!r}; it must be a RateProfile, a folder, a file or a repository."
@@ -120,20 +276,14 @@ class FLeRMConfig:
             raise ValueError("mode 'match' needs a profile: the folder, file or repository of the base run's profile.")
         if self.mode == "record" and self.profile is not None:
             raise ValueError("mode 'record' takes no profile. Use mode='match' to train at a profile's rates.")
-        for name, least in _WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            words = _WORDS.get(name, ())
-            if not (_is_whole(value) and value >= least) and value not in words:
-                also = "".join(f", or {word!r}" for word in words)
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}{also}.")
-        if self.beta is not None and not (_is_number(self.beta) and 0 <= self.beta <= 1):
-            raise ValueError(f"beta is {self.beta!r}; it must lie between 0 and 1, or be None.")
+        _check_whole_number("measure_every", self.measure_every, 1)
+        _check_whole_number("seed", self.seed, 0)
         for name in ("max_scale", "max_change"):
             value = getattr(self, name)
             if not _is_number(value) or not value >= 1:
                 raise ValueError(f"{name} is {value!r}; it must be a number of at least 1.")
-        if not _is_number(self.target_error) or not 0 < self.target_error < math.inf:
-            raise ValueError(f"target_error is {self.target_error!r}; it must be positive, 0.05 for 5 %.")
+        if self.positions is not None:
+            check_choice("positions", self.positions, values(Positions))
         Outputs(self.output, self.positions or "attention_mask", self.metric)
         if self.snapshot_device is not None:
             try:
@@ -150,77 +300,69 @@ class FLeRMConfig:
                 )
             self.measure_steps = tuple(sorted(set(steps)))
 
-    def last_asked(self, step: int) -> int | None:
-        """Find the latest step that the schedule wants measured.
-
-        Args:
-            step: Optimizer step, 0 = the first update.
-
-        Returns:
-            That step or one before it; None if none is wanted so early.
-        """
-        asked = self.measure_steps
-        if asked is None:
-            asked = (*_EARLY_STEPS, step - step % self.measure_every)
-        return max((wanted for wanted in asked if wanted <= step), default=None)
+    def __getattr__(self, name: str) -> Any:
+        if name in _MOVED:  # fields of version 0.1; see `_with_old_keywords`
+            _warn_of_old([name])
+            return getattr(self.research, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_json_string(self) -> str:
-        """Write as JSON.
-
-        Returns:
-            Sorted JSON of every field.
+        """Return all fields as sorted JSON.
 
         Raises:
-            ValueError: If `profile` is an object and not a place, or `output` is a callable.
+            ValueError: If `profile` is an object and not a path or repository, or `output` is a callable.
         """
         if isinstance(self.profile, RateProfile) or callable(self.output):
             raise ValueError(
                 "a profile object or an output callable has no JSON form. Save the profile and give its folder; "
                 "set output in code."
             )
-        values = asdict(self)
-        values["profile"] = None if self.profile is None else os.fspath(self.profile)
-        return json.dumps(values, indent=2, sort_keys=True)
+        fields_ = asdict(self)
+        fields_["profile"] = None if self.profile is None else os.fspath(self.profile)
+        return json.dumps(fields_, indent=2, sort_keys=True)
 
     @classmethod
     def from_json_string(cls, text: str) -> FLeRMConfig:
         """Read what `to_json_string` wrote.
 
-        Args:
-            text: JSON.
-
-        Returns:
-            The config.
-
         Raises:
-            ValueError: If it is not a JSON object of known fields.
+            ValueError: If `text` is not a JSON object of known fields.
         """
-        values: Any = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"an FLeRMConfig is a JSON object, not {type(values).__name__}.")
-        known = {field.name for field in fields(cls)}
-        if values.keys() - known:
-            raise ValueError(f"unknown fields {sorted(values.keys() - known)}; known are {sorted(known)}.")
-        return cls(**values)
+        content: Any = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"an FLeRMConfig is a JSON object, not {type(content).__name__}.")
+        _check_known("fields", content, {entry.name for entry in fields(cls)} | {*_MOVED})
+        research = content.pop("research", {})
+        if not isinstance(research, dict):
+            raise ValueError(f"research is {research!r}; it must be a JSON object.")
+        _check_known("fields of research", research, {*_MOVED})
+        return cls(research=Research(**research), **content)
 
 
-def checked(config: object) -> FLeRMConfig:
-    """Refuse what is given in place of a config.
-
-    Args:
-        config: What was given.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: If it is no `FLeRMConfig`.
-    """
+def check_config(config: object) -> FLeRMConfig:
+    """Return `config`; raise ValueError unless it is an `FLeRMConfig`."""
     if not isinstance(config, FLeRMConfig):
         raise ValueError(
             f"{config!r:.100} is no FLeRMConfig: pass FLeRMConfig(...), or the config of FLeRMArguments (flerm.config)."
         )
     return config
+
+
+def _check_choices(config: Any) -> None:
+    for entry in fields(config):
+        if entry.name in _ALLOWED:
+            check_choice(entry.name, getattr(config, entry.name), values(_ALLOWED[entry.name]))
+
+
+def _check_known(what: str, given: Mapping[str, Any], known: set[str]) -> None:
+    if given.keys() - known:
+        raise ValueError(f"unknown {what} {sorted(given.keys() - known)}; known are {sorted(known)}.")
+
+
+def _check_whole_number(name: str, value: object, least: int, words: tuple[str | None, ...] = ()) -> None:
+    if not (_is_whole(value) and value >= least) and value not in words:  # type: ignore[operator]
+        also = "".join(f", or {word!r}" for word in words)
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}{also}.")
 
 
 def _is_number(value: object) -> bool:

@@ -22,8 +22,18 @@ app = typer.Typer(no_args_is_help=True)
 app.add_typer(commands)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_flerm {hf_flerm.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Function-space learning rates: profiles of runs, and the learning rates that they ask of other models.
 
     Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with what was given.
@@ -53,12 +63,10 @@ def plan(
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments, set_seed
 
-    from ..planning.plan import recorded_learning_rate
-
     set_seed(seed)  # of the weights that nothing was loaded for, too
     with explained(), tempfile.TemporaryDirectory() as scratch:
         base = hf_flerm.RateProfile.from_pretrained(profile)
-        if recorded_learning_rate(base) is None:
+        if base.about.learning_rate is None:
             raise ValueError(
                 f"{profile} does not tell the learning rate of its run, which this starts from (an average does if all "
                 "its runs had the same one). Call hf_flerm.plan with arguments that have it."

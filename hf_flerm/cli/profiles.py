@@ -35,7 +35,7 @@ commands = typer.Typer()
 @commands.command()
 def inspect(profile: Source, as_json: AsJson = False) -> None:
     """Say where a profile comes from, and its rates by kind of tensor (geometric means, output units per unit lr)."""
-    from ..show.summary import described, matched_scales, rates_by_kind
+    from ..show.summary import described, rates_by_kind
 
     with explained():
         found = hf_flerm.RateProfile.from_pretrained(profile)
@@ -48,7 +48,7 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
         "commit": found.commit_hash,
         "steps": found.steps.tolist(),
         "kinds": kinds,
-        "scales": matched_scales(found),
+        "scales": found.about.matched_scales,
     }
     about = described(found) | ({"commit": found.commit_hash} if found.commit_hash else {})
     lines = [f"{what:14} {_text(text)}" for what, text in about.items()]

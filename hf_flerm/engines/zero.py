@@ -104,6 +104,8 @@ def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Param
 class _UnderDeepSpeed(Stepping):
     """The model's own tensors, of which DeepSpeed lets every one step: it makes gradients of 0 where there are none."""
 
+    is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
+
     def stepped(self) -> dict[str, Tensor]:
         return dict(self.held)
 

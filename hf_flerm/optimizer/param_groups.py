@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..model.names import preview
 
@@ -87,49 +84,6 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
             "Give it one (for Adafactor: relative_step=False and lr)."
         )
     return {name: float(groups[id(parameter)]["lr"]) for name, parameter in parameters.items()}
-
-
-def runs_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer calls step hooks: a subclass that does not call `Optimizer.__init__` has none."""
-    return bool(getattr(type(optimizer).step, "hooked", False)) and hasattr(optimizer, "_optimizer_step_pre_hooks")
-
-
-def follow_steps(
-    optimizer: Optimizer, begin: Callable[[Optimizer], None], end: Callable[[Optimizer], None]
-) -> list[RemovableHandle]:
-    """Call two functions around every step of an optimizer.
-
-    Torch wraps `step` of every class that was ever instantiated, so that hooks run again where the step of a subclass
-    calls that of its base class. Here only the outermost call counts.
-
-    Args:
-        optimizer: An optimizer that runs step hooks.
-        begin: Called before a step. It is not followed by `end` if the step raises.
-        end: Called after a step.
-
-    Returns:
-        Handles that remove the hooks.
-    """
-    outermost: list[FrameType] = []
-
-    def before(*_: Any) -> None:
-        caller = sys._getframe(1)
-        if not any(frame in outermost for frame in _callers(caller)):  # else one that has raised is left there
-            outermost[:] = [caller]
-            begin(optimizer)
-
-    def after(*_: Any) -> None:
-        if sys._getframe(1) in outermost:
-            outermost.clear()
-            end(optimizer)
-
-    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-
-
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _stepping(optimizer: Any, seen: set[int]) -> dict[Optimizer, set[int]]:

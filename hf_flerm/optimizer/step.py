@@ -123,6 +123,7 @@ class Stepping:
     """How the weights of a model are stepped: by an optimizer over the model's own tensors.
 
     Attributes:
+        is_seen_by_hooks: Whether the update is all that happens between the pre- and post-hooks of `optimizer.step`.
         held: `{canonical name: what the optimizer holds of this tensor}`.
         agree: How processes decide together that take updates together.
 
@@ -130,6 +131,8 @@ class Stepping:
         model: What is trained.
         parameters: `{canonical name: parameter}` of all that is trained.
     """
+
+    is_seen_by_hooks = True
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.held: Mapping[str, Tensor] = parameters

@@ -14,7 +14,8 @@ from transformers.utils import logging
 from ..model.names import preview
 from ..model.storage import shared_memory
 from .behavior import behavior, undo_scale, weight_decays
-from .param_groups import Group, follow_steps, learning_rates, runs_step_hooks, stepping_optimizers
+from .param_groups import Group, learning_rates, stepping_optimizers
+from .step_hooks import FollowedSteps, runs_step_hooks
 
 logger = logging.get_logger(__name__)
 
@@ -67,10 +68,8 @@ class StepScales:
         handed_on = set().union(*(own for each, own in stepping.items() if each is not optimizer))
         self._groups = {each: _SplitGroups(each, handed_on if each is optimizer else set()) for each in hooked}
         self._outermost = [optimizer] if runs_step_hooks(optimizer) else hooked
-        self._handles = [
-            handle
-            for each in dict.fromkeys((*self._outermost, *hooked))
-            for handle in follow_steps(each, self._begin, self._end)
+        self._steps = [
+            FollowedSteps(each, self._begin, self._end) for each in dict.fromkeys((*self._outermost, *hooked))
         ]
 
     @property
@@ -96,8 +95,8 @@ class StepScales:
         """Remove the hooks; if a step was cut short, give the optimizer its own groups again."""
         for groups in self._groups.values():
             groups.join()
-        for handle in self._handles:
-            handle.remove()
+        for steps in self._steps:
+            steps.remove()
         self._before = {}
 
     def _set_factors(self) -> None:

@@ -19,7 +19,6 @@ from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
-from ..training.provenance import recorded_units
 from ..training.trainer import FLeRMTrainer
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
@@ -191,9 +190,9 @@ def plan(
     base = RateProfile.from_pretrained(profile)
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")
-    base_rate = recorded_learning_rate(base) or args.learning_rate
+    base_rate = base.about.learning_rate or args.learning_rate
     settings = replace(
-        config or FLeRMConfig(**recorded_units(base)),
+        config or FLeRMConfig(**base.about.config_units),
         mode="match",
         profile=base,
         granularity="global",
@@ -236,19 +235,6 @@ def _growing(evidence: Evidence) -> Evidence:
     """The same with weights that grow with the step, beside the learning rate that they are."""
     weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
     return replace(evidence, weights=tuple(weights))
-
-
-def recorded_learning_rate(base: RateProfile) -> float | None:
-    """Read the learning rate of a profile's run.
-
-    Args:
-        base: A profile.
-
-    Returns:
-        It, above 0; None if the metadata do not tell it.
-    """
-    found = base.metadata.get("training_arguments", {}).get("learning_rate")
-    return found if isinstance(found, float) and found > 0 else None
 
 
 class _Follower(TrainerCallback):

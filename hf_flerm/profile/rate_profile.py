@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pkgutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor
+from transformers.utils import extract_commit_hash
 
 from ..model.names import preview
+from . import hub
 from .file import (
     PROFILE_NAME,
-    RESERVED,
     SCHEMA_VERSION,
     STEPS,
     RateProfileError,
     check_name,
+    parse,
     serialize,
+    write_whole,
 )
-from .hub import SharedProfile
+from .metadata import AVERAGED_OVER, MATCHING, UNITS, ProfileMetadata, check_metadata
 
-UNITS = ("output", "positions", "metric")  # what rates are rates of, under "flerm" in the metadata
-_OBJECTS = ("flerm", "kinds", "matching", "training_arguments")  # in the metadata
-
-__all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "UNITS", "RateProfile", "RateProfileError", "check_names"]
+__all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names", "shared_files"]
 
 
-class RateProfile(SharedProfile):
+class RateProfile:
     """Function-space learning rates of one run.
 
     Args:
@@ -37,6 +39,10 @@ class RateProfile(SharedProfile):
         metadata: Where the rates come from; anything that JSON can hold.
         joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all that was trained of a module, a block
             or everything.
+
+    Attributes:
+        commit_hash: The commit of the repository that the profile was read from; None for a profile from anywhere else.
+            It is not in the file, whose bytes are the same wherever it is stored.
 
     Raises:
         RateProfileError: If any of these is not so.
@@ -53,18 +59,14 @@ class RateProfile(SharedProfile):
         self.rates = _rows(rates)
         self.joint_rates = {granularity: _rows(groups) for granularity, groups in (joint_rates or {}).items()}
         self.metadata = dict(metadata or {})
+        self.commit_hash: str | None = None
         if not torch.equal(self.steps.double(), torch.as_tensor(steps).double()):
             raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()}.")
         if self.steps.ndim != 1 or bool((self.steps < 0).any()) or bool((self.steps.diff() <= 0).any()):
             raise RateProfileError(
                 f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()}."
             )
-        if taken := self.metadata.keys() & RESERVED:
-            raise RateProfileError(f"{preview(taken)} cannot be in the metadata: the file keeps its own there.")
-        try:
-            json.dumps(self.metadata, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise RateProfileError(f"the metadata cannot be written as JSON: {error}") from error
+        check_metadata(self.metadata)
         if not self.rates:
             raise RateProfileError("a profile needs the rates of at least one parameter; got none.")
         if STEPS in self.rates:
@@ -75,11 +77,6 @@ class RateProfile(SharedProfile):
             check_name(name)
         for path in {path for groups in self.joint_rates.values() for path in groups if path}:
             check_name(path)
-        for key in _OBJECTS:
-            if not isinstance(self.metadata.get(key, {}), dict):
-                raise RateProfileError(f"{key!r} in the metadata must be an object; got {self.metadata[key]!r:.200}.")
-        if not all(isinstance(kind, str) for kind in self.metadata.get("kinds", {}).values()):
-            raise RateProfileError(f"'kinds' in the metadata must be texts; got {self.metadata['kinds']!r:.200}.")
 
     def _check_rows(self, rows: Mapping[str, Tensor]) -> None:
         for name, values in rows.items():
@@ -97,6 +94,11 @@ class RateProfile(SharedProfile):
     def names(self) -> list[str]:
         """Canonical parameter names."""
         return list(self.rates)
+
+    @property
+    def about(self) -> ProfileMetadata:
+        """Typed view of the metadata."""
+        return ProfileMetadata(self.metadata)
 
     def __repr__(self) -> str:
         return f"RateProfile({len(self.rates)} parameters, steps {self.steps.tolist()})"
@@ -209,17 +211,17 @@ class RateProfile(SharedProfile):
             if not torch.equal(first.steps, other.steps):
                 raise RateProfileError(f"the steps differ: {first.steps.tolist()} and {other.steps.tolist()}.")
         for unit in UNITS:
-            found = {str(value) for p in loaded if (value := p.metadata.get("flerm", {}).get(unit)) is not None}
+            found = {p.about.units[unit] for p in loaded if unit in p.about.units}
             if len(found) > 1:
                 raise RateProfileError(f"the units of the rates differ: {unit} is one of {', '.join(sorted(found))}.")
-        shared = _common([{key: value for key, value in p.metadata.items() if key != "matching"} for p in loaded])
+        shared = _common([{key: value for key, value in p.metadata.items() if key != MATCHING} for p in loaded])
         joint = {
             granularity: _geometric_mean([p.joint_rates[granularity] for p in loaded])
             for granularity, groups in first.joint_rates.items()
             if all(p.joint_rates.get(granularity, {}).keys() == groups.keys() for p in loaded)
         }
         rates = _geometric_mean([p.rates for p in loaded])
-        return RateProfile(first.steps, rates, {**shared, "averaged_over": len(loaded)}, joint)
+        return RateProfile(first.steps, rates, {**shared, AVERAGED_OVER: len(loaded)}, joint)
 
     def to_bytes(self) -> bytes:
         """Serialize.
@@ -229,15 +231,137 @@ class RateProfile(SharedProfile):
         """
         return serialize(self.steps, self.rates, self.metadata, self.joint_rates)
 
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `rate_profile.safetensors`; the file is whole or absent, also if the process dies meanwhile.
+
+        Args:
+            directory: Created if it does not exist.
+
+        Returns:
+            The path of the file.
+        """
+        return write_whole(Path(directory), self.to_bytes())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: RateProfile | str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> RateProfile:
+        """Load a profile.
+
+        Args:
+            source: A profile (returned as it is), a folder, a file, or a repository on the Hub: its id, its id with a
+                revision and subfolder (`org/repo@revision/subfolder`), an `hf://` address or one of the website.
+            revision: Branch, tag or commit of the repository.
+            subfolder: Folder inside the folder or repository.
+            token: Hub token. None: the token of the logged-in user. False: none.
+            cache_dir: Folder for downloads. None: the cache of the Hub client.
+            force_download: Download again, even if the file is in the cache.
+            local_files_only: Use the cache without asking the Hub, as with `HF_HUB_OFFLINE=1`.
+
+        Raises:
+            RateProfileError: If the profile cannot be found, or is not a whole and valid profile.
+        """
+        if isinstance(source, RateProfile):
+            return source
+        if not isinstance(source, (str, os.PathLike)):
+            raise RateProfileError(
+                f"{source!r:.100} is no profile: it must be a RateProfile, a folder, a file or a repository."
+            )
+        path = hub.find(
+            os.fspath(source),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        content = parse(path)
+        try:
+            profile = cls(*content)
+        except RateProfileError as error:
+            raise RateProfileError(f"{path}: {error}") from error
+        profile.commit_hash = extract_commit_hash(str(path), None)
+        return profile
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload rate profile",
+        commit_description: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload `rate_profile.safetensors`, its picture and a section of the model card, in one commit.
+
+        Everything else in the repository stays as it is, including the rest of its card. Pushing the same profile again
+        changes nothing. The picture is left out if matplotlib is not installed (`pip install 'hf_flerm[plot]'`).
+
+        Args:
+            repo_id: The repository; created if it does not exist.
+            subfolder: Folder inside the repository for all of this; its card is the README.md there.
+            revision: Branch to commit to; created if it does not exist.
+            private: Whether a new repository is private. None: the default of its owner.
+            token: Hub token. None: the token of the logged-in user.
+            commit_message: First line of the commit message.
+            commit_description: The rest of the commit message.
+            create_pr: Open a pull request with the commit, for instance on a repository of someone else.
+
+        Returns:
+            The commit, with `commit_url`, `oid` and `pr_url`.
+
+        Raises:
+            RateProfileError: If the Hub refuses the commit or cannot be reached. The repository then has all of the
+                files or none.
+        """
+        return hub.upload(
+            repo_id,
+            lambda address, card: shared_files(self, address, card),
+            subfolder=subfolder,
+            revision=revision,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            create_pr=create_pr,
+        )
+
     def plot(self) -> Any:
-        """Draw rates over steps by tensor kind; see `hf_flerm.plotting.plot_profile`.
+        """Draw rates over steps by kind of tensor, as `hf_flerm.show.plotting.plot_profile` does.
 
         Returns:
             The matplotlib figure.
         """
-        from ..show.plotting import plot_profile
+        return pkgutil.resolve_name("hf_flerm.show.plotting:plot_profile")(self)
 
-        return plot_profile(self)
+
+def shared_files(profile: RateProfile, address: str, card: ModelCard | None = None) -> dict[str, bytes]:
+    """Return the files of a folder or repository that shares a profile: the profile, its card and its picture.
+
+    `hf_flerm.show.card`, which stands above this module, makes them; it is loaded when a profile is shared, not before.
+
+    Args:
+        profile: The profile.
+        address: What others pass to `from_pretrained`: the id of the repository.
+        card: The card that is there already; only the section of the profile in it changes.
+
+    Returns:
+        `{file name: content}`.
+    """
+    files: dict[str, bytes] = pkgutil.resolve_name("hf_flerm.show.card:profile_files")(profile, address, card)
+    return files
 
 
 def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: str, other_label: str) -> None:

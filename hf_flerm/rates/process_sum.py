@@ -6,7 +6,7 @@ processes makes many measurements one: P processes give P times the examples. Al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import PartialState
@@ -22,8 +22,8 @@ from .totals import Group, Totals, group_key
 _HEADER = 4  # failures, those for want of memory, probes, M
 
 
-class Pool:
-    """Puts the measurements of all processes together, in one sum.
+class ProcessSum:
+    """Adds up the measurements of all processes, in one collective call.
 
     Args:
         parameters: `{canonical name: parameter}` of what is measured.
@@ -40,30 +40,29 @@ class Pool:
         }
         self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
 
-    def measurement(self, measure: Callable[[], Measurement | None]) -> Measurement | None:
-        """Measure on every process; a collective call, which a process takes part in also when its probe fails.
+    def __call__(self, own: Measurement | None, failure: Exception | None = None) -> Measurement | None:
+        """Add up what all processes have measured; a collective call, also for a process whose measurement failed.
 
         Args:
-            measure: Measures on this one; None if there is nothing to measure.
+            own: The measurement of this process; None if there was nothing to measure or it failed.
+            failure: Why it failed; None if it did not.
 
         Returns:
-            What all have measured together: rates, standard errors and the groups' joint rates are the same bits on
+            The measurement of all together: rates, standard errors and the groups' joint rates are the same bits on
             every process. None if there was nothing to measure on any of them.
 
         Raises:
-            OutOfMemoryError: On every process, if memory does not suffice on one.
-            Exception: If `measure` raised something else: that, and a RuntimeError on the processes where it did not.
+            OutOfMemoryError: On every process, if memory did not suffice on one.
+            Exception: `failure` where there is one, and a RuntimeError on the other processes.
         """
         if PartialState().num_processes == 1:
-            return measure()
-        own, failure = None, None
+            if failure is not None:
+                raise failure
+            return own
         numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._groups), dtype=torch.float64)
-        try:
-            own = measure()
-        except Exception as error:
-            failure = error
-            numbers[0], numbers[1] = 1.0, should_reduce_batch_size(error)
-        if own is not None:
+        if failure is not None:
+            numbers[0], numbers[1] = 1.0, should_reduce_batch_size(failure)
+        elif own is not None:
             numbers = self._numbers(own)
         summed: Tensor = reduce(numbers.to(PartialState().device), "sum").cpu()
         failed, out_of_memory, num_probes = (int(number) for number in summed[:3])

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..profile.file import PROFILE_NAME, RateProfileError
 from ..profile.rate_profile import RateProfile
-from .summary import base_of, described, part, rates_by_kind
+from .summary import described, rates_by_kind
 
 logger = logging.get_logger(__name__)
 
@@ -90,9 +90,8 @@ def updated_card(
 
 
 def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
-    arguments = part(profile.metadata, "training_arguments")
-    rate = arguments.get("learning_rate")
-    at_rate = f" at learning rate {_plain(rate)}" if isinstance(rate, (int, float)) else ""
+    rate = profile.about.learning_rate
+    at_rate = "" if rate is None else f" at learning rate {_plain(rate)}"
     facts = [f"| {what} | {_plain(text)} |" for what, text in described(profile).items()]
     rows = [
         f"| `{_plain(kind)}` | {len(rates.names)} | {_number(rates.mean[:1])} | {_number(rates.mean[-1:])} |"
@@ -149,11 +148,8 @@ def _picture(profile: RateProfile) -> bytes:
 
 def _base_model(profile: RateProfile) -> str | None:
     """The base model's repository, if it is one; a folder of the machine that trained is nobody's business."""
-    adapters = part(profile.metadata, "adapters").values()
-    names = [base_of(adapter) for adapter in adapters if isinstance(adapter, dict)]
-    names.append(part(profile.metadata, "model_config").get("_name_or_path"))
-    for name in names:
-        if isinstance(name, str) and name and not os.path.exists(name):
+    for name in profile.about.base_models:
+        if not os.path.exists(name):
             try:
                 validate_repo_id(name)
             except HFValidationError:

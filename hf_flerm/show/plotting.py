@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
-from .summary import matched_quotients, matched_scales, rates_by_kind
+from .summary import rates_by_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
         RateProfileError: If the run only recorded.
     """
     figure, axes = _axes(axes, (8, 5))
-    scales, quotients = matched_scales(profile), matched_quotients(profile)
+    scales, quotients = profile.about.matched_scales, profile.about.matched_quotients
     if not scales:
         raise RateProfileError("the profile holds no multipliers: its run recorded. Take that of a matched run.")
     layers = sorted({layer_of(unit) for unit in scales}, key=_indices)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile
 from .plotting import COLORS, OUTSIDE, RATE, STEP, layer_of, layer_table, units_by_kind
-from .summary import KindRates, described, matched_quotients, matched_scales, rates_by_kind
+from .summary import KindRates, described, rates_by_kind
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -115,7 +115,7 @@ def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
         names = [without_prefix(name) for name in profile.names]
         table = torch.stack([profile.rates[name] for name in profile.names])
         yield "Tensors", "The rate of each tensor; zoom in where there are many.", _heat_map(names, steps, table)
-    if matched_scales(profile):
+    if profile.about.matched_scales:
         yield (
             "Learning-rate multipliers",
             "Lines are the multipliers that were used; marks with a standard error are what the measurements of each "
@@ -197,7 +197,7 @@ def _heat_map(rows: Sequence[str], steps: Sequence[int], table: Tensor) -> Figur
 
 def _multipliers(profile: RateProfile) -> Figure:
     graph, figure = _figure(height=520)
-    scales, quotients = matched_scales(profile), matched_quotients(profile)
+    scales, quotients = profile.about.matched_scales, profile.about.matched_quotients
     for (kind, units), style in zip(units_by_kind(scales).items(), _styles(), strict=False):
         layers = [layer_of(unit) for unit in units]
         group = {"legendgroup": kind, "name": escape(kind)}

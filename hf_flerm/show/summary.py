@@ -46,7 +46,7 @@ def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
     Returns:
         `{kind: rates}`; a kind is a tensor's name without PEFT's prefix and with `*` for the indices of blocks.
     """
-    known = profile.metadata.get("kinds", {})
+    known = profile.about.kinds
     groups: dict[str, list[str]] = {}
     for name in profile.names:
         groups.setdefault(without_prefix(known.get(name, name)), []).append(name)
@@ -62,59 +62,6 @@ def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
     return summary
 
 
-def matched_scales(profile: RateProfile) -> dict[str, float]:
-    """Read the scales that a matched run had in the end.
-
-    Args:
-        profile: The profile.
-
-    Returns:
-        `{unit: scale}`; empty if the run only recorded.
-    """
-    found = profile.metadata.get("matching", {}).get("scales")
-    if not isinstance(found, Mapping):
-        return {}
-    logs = {unit: log for unit, log in found.items() if isinstance(log, (int, float))}
-    return dict(zip(logs, torch.tensor(list(logs.values()), dtype=torch.float64).exp().tolist(), strict=True))
-
-
-def matched_quotients(profile: RateProfile) -> dict[str, tuple[float, float]]:
-    """Read what the measurements of a matched run say of each unit alone.
-
-    Args:
-        profile: The profile.
-
-    Returns:
-        `{unit: (geometric mean of base rate / own rate, standard error of its logarithm)}` of the units that could be
-        compared; the error is that over the measurements, 0 if there is one.
-    """
-    columns = part(part(profile.metadata, "matching"), "logs")
-    found = {}
-    for unit, column in columns.items():
-        logs = torch.tensor([value for value in column if isinstance(value, (int, float))], dtype=torch.float64)
-        if len(logs):
-            error = float(logs.std() / len(logs) ** 0.5) if len(logs) > 1 else 0.0
-            found[unit] = (float(logs.mean().exp()), error)
-    return found
-
-
-def sweep(profile: RateProfile) -> dict[float, float]:
-    """Read the learning rates that were tried before the run was recorded at the best of them.
-
-    Args:
-        profile: The profile.
-
-    Returns:
-        `{learning rate: validation loss}`, nan for a run that diverged; empty if the metadata have no `sweep`, a list
-        of such pairs.
-    """
-    pairs = profile.metadata.get("sweep")
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        return {}
-    numbers = [(rate, torch.nan if loss is None else loss) for rate, loss in pairs]
-    return {rate: loss for rate, loss in numbers if isinstance(rate, (int, float)) and isinstance(loss, (int, float))}
-
-
 def described(profile: RateProfile) -> dict[str, str]:
     """Say where a profile comes from.
 
@@ -124,67 +71,38 @@ def described(profile: RateProfile) -> dict[str, str]:
     Returns:
         `{what: text}` of what its metadata tells. Whoever made the file wrote it: show it as text only.
     """
-    metadata = profile.metadata
-    config, settings = part(metadata, "model_config"), part(metadata, "flerm")
-    arguments, optimizer, packages = (part(metadata, key) for key in ("training_arguments", "optimizer", "packages"))
-    adapters = [adapter for adapter in part(metadata, "adapters").values() if isinstance(adapter, Mapping)]
-    name = config.get("_name_or_path") or config.get("model_type") or metadata.get("model")
+    about = profile.about
+    arguments, settings = about.training_arguments, about.settings
     batch = arguments.get("per_device_train_batch_size")
     accumulated = arguments.get("gradient_accumulation_steps", 1)
     steps = profile.steps.tolist()
     told = {
-        "model": _listed(name, *_fields(config, _SIZES)),
-        "base model": next((adapter["base_model_name_or_path"] for adapter in adapters if base_of(adapter)), None),
+        "model": _listed(about.model_name, *_fields(about.model_config, _SIZES)),
+        "base model": next((adapter.base_model for adapter in about.adapters if adapter.base_model), None),
         "trained": _listed(
             f"{len(profile.names)} tensors",
-            *(_listed(adapter.get("peft_type"), *_fields(adapter, _ADAPTER_FIELDS)) for adapter in adapters),
+            *(_listed(a.config.get("peft_type"), *_fields(a.config, _ADAPTER_FIELDS)) for a in about.adapters),
         ),
-        "data": metadata.get("dataset_fingerprint") and f"fingerprint {metadata['dataset_fingerprint']}",
+        "data": about.dataset_fingerprint and f"fingerprint {about.dataset_fingerprint}",
         "learning rate": _listed(
             arguments.get("learning_rate"),
             arguments.get("lr_scheduler_type"),
             *_fields(arguments, ("warmup_steps", "max_steps")),
         ),
-        "sweep": ", ".join(f"{rate:g}: loss {loss:g}" for rate, loss in sweep(profile).items()),
-        "optimizer": _listed(optimizer.get("class"), *_fields(arguments, ("weight_decay",))),
-        "batch": batch and f"{batch} x {accumulated} per device",
+        "sweep": ", ".join(f"{rate:g}: loss {loss:g}" for rate, loss in about.sweep.items()),
+        "optimizer": _listed(about.optimizer.get("class"), *_fields(arguments, ("weight_decay",))),
+        "batch": f"{batch} x {accumulated} per device" if batch else None,
         "seed": arguments.get("seed"),
         "measured at": f"{len(steps)} steps, {steps[0]} to {steps[-1]}" if steps else "no step",
         "estimator": _listed(settings.get("estimator"), *_fields(settings, ("probes", "probes_per_batch"))),
         "output": _listed(*(settings.get(key) for key in ("output", "positions", "metric"))),
-        "averaged over": metadata.get("averaged_over") and f"{metadata['averaged_over']} profiles",
-        "matched": metadata.get("matching")
-        and _listed(f"{len(matched_scales(profile))} scales", *_fields(part(metadata, "matching"), ("base_commit",))),
-        "packages": _listed(*(f"{package} {version}" for package, version in packages.items())),
+        "averaged over": about.averaged_over and f"{about.averaged_over} profiles",
+        "matched": _listed(f"{len(about.matched_scales)} scales", *_fields(about.matching, ("base_commit",)))
+        if about.matching
+        else None,
+        "packages": _listed(*(f"{package} {version}" for package, version in about.packages.items())),
     }
     return {what: str(text) for what, text in told.items() if text not in (None, "")}
-
-
-def base_of(adapter: Mapping[str, Any]) -> str | None:
-    """Read the model that an adapter was trained on.
-
-    Args:
-        adapter: Its config, from a profile's metadata.
-
-    Returns:
-        Its name; None if it has none.
-    """
-    found = adapter.get("base_model_name_or_path")
-    return found if isinstance(found, str) and found else None
-
-
-def part(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Read an object of the metadata.
-
-    Args:
-        metadata: A profile's.
-        key: Which.
-
-    Returns:
-        The object; empty if there is none.
-    """
-    found = metadata.get(key)
-    return found if isinstance(found, Mapping) else {}
 
 
 def _fields(values: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:

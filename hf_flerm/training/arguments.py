@@ -1,53 +1,49 @@
-"""`FLeRMArguments`: a run's choices on the command line or in a YAML file, beside those of the training."""
+"""`FLeRMArguments`: the options of a run on the command line or in a YAML file, beside those of the training."""
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
-from ..config import FLeRMConfig
+from ..config import FLeRMConfig, Research, help_of
 
 _PREFIX = "flerm_"
 _NUMBERS = ("float", "float | None")
-_PLAIN = ("str", "int", "float", "int | None", "float | None")  # what a parser can make of text by itself
-
-
-def _help(name: str) -> str:
-    """What the config's docstring says of a field."""
-    said = re.search(rf"^        {name}: (.+?)(?=^        \w+: |^\s*$)", FLeRMConfig.__doc__ or "", re.M | re.S)
-    return " ".join(said[1].split()).replace("%", "%%") if said else ""
+_PARSED = ("str", "int", "float", "int | None", "float | None")  # types that HfArgumentParser makes of text by itself
+_RESEARCH = fields(Research)
+_OPTIONS = (*(entry for entry in fields(FLeRMConfig) if entry.name != "research"), *_RESEARCH)
 
 
 @dataclass
 class _Prefixed:
     @property
     def config(self) -> FLeRMConfig:
-        """The choices, checked; `probes`, `measure_steps` and numbers (`1e3` is text in YAML) may be text."""
-        values = {entry.name: getattr(self, f"{_PREFIX}{entry.name}") for entry in fields(FLeRMConfig)}
-        probes, steps = values["probes"], values["measure_steps"]
+        """The checked options. `probes`, `measure_steps` and numbers (YAML reads `1e3` as text) may be text."""
+        options = {entry.name: getattr(self, f"{_PREFIX}{entry.name}") for entry in _OPTIONS}
+        probes, steps = options["probes"], options["measure_steps"]
         if isinstance(probes, str) and probes.isdecimal():
-            values["probes"] = int(probes)
-        for entry in fields(FLeRMConfig):
-            if str(entry.type) in _NUMBERS and isinstance(values[entry.name], str):
+            options["probes"] = int(probes)
+        for entry in _OPTIONS:
+            if str(entry.type) in _NUMBERS and isinstance(options[entry.name], str):
                 with suppress(ValueError):
-                    values[entry.name] = float(values[entry.name])
+                    options[entry.name] = float(options[entry.name])
         if isinstance(steps, str) and all(step.strip().isdecimal() for step in steps.split(",")):
-            values["measure_steps"] = [int(step) for step in steps.split(",")]
-        return FLeRMConfig(**values)
+            options["measure_steps"] = [int(step) for step in steps.split(",")]
+        research = Research(**{entry.name: options.pop(entry.name) for entry in _RESEARCH})
+        return FLeRMConfig(research=research, **options)
 
 
 _entries: list[tuple[str, Any, Any]] = [
     (
         f"{_PREFIX}{entry.name}",
-        entry.type if str(entry.type) in _PLAIN else str | None,
-        field(default=entry.default, metadata={"help": _help(entry.name)}),
+        entry.type if str(entry.type) in _PARSED else str | None,
+        field(default=entry.default, metadata={"help": help_of(entry).replace("%", "%%")}),
     )
-    for entry in fields(FLeRMConfig)
+    for entry in _OPTIONS
 ]
 FLeRMArguments = make_dataclass("FLeRMArguments", _entries, bases=(_Prefixed,), namespace={"__module__": __name__})
-FLeRMArguments.__doc__ = """Every field of `FLeRMConfig` with `flerm_` before its name, for `HfArgumentParser`.
+FLeRMArguments.__doc__ = """Options of `FLeRMConfig` and `Research`, with the prefix `flerm_`, for `HfArgumentParser`.
 
     parser = HfArgumentParser((TrainingArguments, FLeRMArguments))
     args, flerm = parser.parse_args_into_dataclasses()  # --flerm_mode match --flerm_measure_steps 0,10,20

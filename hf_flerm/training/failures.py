@@ -1,16 +1,58 @@
-"""What goes wrong around a training's measurements: told once, and given up on after a while."""
+"""What happens when a measurement fails: every process hears of it, the user is told once, training goes on."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
-_IN_A_ROW = 3
+Result = TypeVar("Result")
+
+# A failure may be the fault of one batch; after three in a row the next one will fail too.
+_MOST_IN_A_ROW = 3
+
+
+class Attempt:
+    """One measurement as far as this process gets with it.
+
+    A part that fails must not keep this process out of the collective calls that follow: the others would wait forever.
+    So the exception is kept, the remaining parts are left out, and the sum over processes reports it to all.
+
+    Attributes:
+        failure: The exception of the part that failed; None so far.
+
+    Args:
+        agree: Maps flags to flags that are the same on all processes that must run the model in step.
+    """
+
+    def __init__(self, agree: Callable[[Sequence[bool]], list[bool]]) -> None:
+        self.failure: Exception | None = None
+        self._agree = agree
+
+    def run(self, part: Callable[[], Result]) -> Result | None:
+        """Run the next part of the measurement.
+
+        Args:
+            part: Runs it.
+
+        Returns:
+            Its result; None if it failed or is left out, here or on a process that must run the model in step.
+        """
+        result = None
+        if self.failure is None:
+            try:
+                result = part()
+            except Exception as error:
+                self.failure = error
+        (failed,) = self._agree([self.failure is not None])
+        return None if failed else result
 
 
 class Failures:
-    """Keeps count of measurements that failed, and of what the user was warned of.
+    """Counts measurements that failed, and warns of each kind of problem once.
 
     Attributes:
         given_up: Whether nothing more is to be measured.
@@ -22,11 +64,11 @@ class Failures:
         self._reported: set[str] = set()
 
     def add(self, step: int, error: Exception) -> None:
-        """Note and report a measurement that failed.
+        """Report a measurement that failed.
 
         Args:
-            step: Its optimizer step.
-            error: Why.
+            step: The optimizer step that was to be measured.
+            error: The exception.
         """
         if should_reduce_batch_size(error):
             self.given_up = True
@@ -36,7 +78,7 @@ class Failures:
             )
             return
         self._in_a_row += 1
-        self.given_up = self._in_a_row >= _IN_A_ROW
+        self.given_up = self._in_a_row >= _MOST_IN_A_ROW
         if self.given_up:
             logger.warning(f"{self._in_a_row} measurements failed in a row: nothing more is measured. {error!r}")
         elif "failure" not in self._reported:
@@ -48,16 +90,11 @@ class Failures:
             )
 
     def clear(self) -> None:
-        """Note that a measurement was made."""
+        """Note that a measurement succeeded."""
         self._in_a_row = 0
 
-    def warn_once(self, about: str, message: str) -> None:
-        """Warn, the first time.
-
-        Args:
-            about: What of.
-            message: The warning; nothing happens if it is empty.
-        """
-        if message and about not in self._reported:
-            self._reported.add(about)
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn unless a warning on this topic was given before or the message is empty."""
+        if message and topic not in self._reported:
+            self._reported.add(topic)
             logger.warning(message)

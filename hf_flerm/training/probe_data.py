@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset as HubDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
-from ..rates.measurement import Measurement
 from ..rates.outputs import Batch
 
 
@@ -88,20 +86,21 @@ class ProbeData:
                 "the training set is a stream that cannot be read twice: pass probe_dataset, a data set with a length "
                 "(a few hundred examples will do)."
             )
+        research = config.research
         self.training_batch = training_batch = batch_size or _batch_size(dataloader)
         self.accumulation_steps = accumulation_steps
         draws = min(8, math.ceil(training_batch * accumulation_steps / 2))
-        wanted = math.ceil(draws / config.probes_per_batch)
-        self.batch_size = config.probe_batch_size or min(wanted, training_batch)
+        wanted = math.ceil(draws / research.probes_per_batch)
+        self.batch_size = research.probe_batch_size or min(wanted, training_batch)
         if len(examples) < self.batch_size:
             raise ValueError(
                 f"the probe data set has {len(examples)} examples, a batch to probe with needs {self.batch_size}. "
                 "Pass a larger probe_dataset, or set probe_batch_size."
             )
-        probes = config.max_probes if config.probes == "auto" else config.probes
+        probes = research.max_probes if research.probes == "auto" else research.probes
         self.num_batches = int(probes or math.ceil(wanted / self.batch_size))
         self.target_error = (
-            config.target_error * math.sqrt(PartialState().num_processes) if config.probes == "auto" else None
+            research.target_error * math.sqrt(PartialState().num_processes) if research.probes == "auto" else None
         )
         self.fingerprint = getattr(examples, "_fingerprint", None)
         self._seed = config.seed
@@ -131,34 +130,17 @@ class ProbeData:
         generator = torch.Generator(device).manual_seed(random_numbers.getrandbits(63))
         return self._batches(random_numbers), generator
 
-    def probed(
-        self, step: int, device: torch.device, measure: Callable[[Iterator[Batch], torch.Generator], Measurement]
-    ) -> Measurement:
-        """Measure with what is drawn for a step.
-
-        What runs out of memory is tried again with half as many examples at a time, and from then on twice as many
-        batches.
-
-        Args:
-            step: As for `drawn`.
-            device: As for `drawn`.
-            measure: Takes model inputs, and what omega is drawn by.
+    def halve(self) -> bool:
+        """From now on, draw half as many examples at a time in twice as many batches.
 
         Returns:
-            What it came to.
-
-        Raises:
-            Exception: What `measure` raises, if there is nothing to halve.
+            False, and nothing changes, if a batch is a single example.
         """
-        while True:
-            try:
-                return measure(*self.drawn(step, device))
-            except Exception as error:
-                if self.batch_size == 1 or not should_reduce_batch_size(error):
-                    raise
-            self.batch_size //= 2
-            self.num_batches *= 2
-            clear_device_cache(garbage_collection=True)
+        if self.batch_size == 1:
+            return False
+        self.batch_size //= 2
+        self.num_batches *= 2
+        return True
 
     def _first_batch(self, columns: list[str] | None) -> Batch:
         collate = self._collate.first if isinstance(self._collate, Staged) else self._collate

@@ -1,4 +1,4 @@
-"""Where rates come from: what a reader of a profile must know to judge them."""
+"""The provenance of a profile: which model, data, optimizer and settings its rates were measured with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers.utils import logging
 from ..config import FLeRMConfig
 from ..engines.sharding import own_type, whole_shape
 from ..model.names import tensor_kinds
-from ..profile.rate_profile import UNITS, RateProfile, RateProfileError, check_names
-from ..show.summary import matched_scales
+from ..profile.metadata import CALLABLE, SETTINGS, UNITS, ProfileMetadata
+from ..profile.rate_profile import RateProfile, RateProfileError, check_names
 from .probe_data import ProbeData
 
 logger = logging.get_logger(__name__)
@@ -50,18 +50,20 @@ def provenance(
     probe_data: ProbeData,
     arguments: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Describe a run by what determines its rates; nothing that differs between two equal runs.
+    """Return the metadata of a run's profile: everything that determines its rates.
+
+    Nothing is in it that differs between two equal runs (time, host name, paths), so that they write the same bytes.
 
     Args:
-        model: What is trained.
-        parameters: `{canonical name: parameter}` of what is trained of it.
+        model: The trained model.
+        parameters: `{canonical name: parameter}` of its trained parameters.
         optimizer: The optimizer that steps.
-        config: What is measured.
-        probe_data: With what it probes.
-        arguments: The training's settings; None: those that can be seen here.
+        config: The options of the run.
+        probe_data: The examples it probes with.
+        arguments: Settings of the training. None: learning rate, batch size and accumulation, as far as known.
 
     Returns:
-        What JSON can hold.
+        Metadata that JSON can hold.
     """
     model_config: Any = getattr(model, "config", None)
     adapters = getattr(model, "peft_config", None) or {}
@@ -82,21 +84,18 @@ def provenance(
             "shapes": {name: list(whole_shape(parameter)) for name, parameter in parameters.items()},
             "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
             "dataset_fingerprint": probe_data.fingerprint,
-            "flerm": _measuring_settings(config, probe_data),
+            SETTINGS: _measuring_settings(config, probe_data),
         }
     )
     return description
 
 
 def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
-    """Make the profile of a run that has measured nothing yet.
+    """Return a profile without steps, for a run that has measured nothing yet.
 
     Args:
-        metadata: Its `provenance`.
-        groups: Which joint rates it will have: `{granularity: {path: {name: share}}}`.
-
-    Returns:
-        A profile of no steps.
+        metadata: The `provenance` of the run.
+        groups: The joint rates that it will have: `{granularity: {path: {canonical name: share of its update}}}`.
     """
     joint: dict[str, dict[str, list[float]]] = {
         granularity: {path: [] for path in of} for granularity, of in groups.items()
@@ -105,22 +104,19 @@ def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str,
 
 
 def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMConfig) -> RateProfile:
-    """Put a checkpoint's rates under the provenance of the run that goes on from it.
+    """Return a checkpoint's rates with the provenance of the run that resumes from it.
 
     Args:
-        resumed: The checkpoint's profile.
-        begun: The run's, with the same tensors.
-        config: The run's.
-
-    Returns:
-        The profile to go on with.
+        resumed: The profile of the checkpoint.
+        begun: The profile of the run, from `begun_profile`.
+        config: The options of the run.
 
     Raises:
         RateProfileError: If tensors or units differ.
     """
     check_names(resumed.rates, begun.rates, "the checkpoint's profile", "the model")
     check_units(resumed, config, "the checkpoint's profile")
-    recorded, settings = (profile.metadata.get("flerm", {}) for profile in (resumed, begun))
+    recorded, settings = (profile.about.settings for profile in (resumed, begun))
     changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
     if changed:
         was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
@@ -131,27 +127,24 @@ def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMCon
 def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
     return {
         "mode": config.mode,
-        "estimator": config.estimator,
+        "estimator": config.research.estimator,
         **_units(config),
         "probes": probe_data.num_batches,
-        "probes_per_batch": config.probes_per_batch,
+        "probes_per_batch": config.research.probes_per_batch,
         "probe_batch_size": probe_data.batch_size,
         "seed": config.seed,
     }
 
 
 def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
-    """Refuse a profile whose rates are rates of something else than a run's.
+    """Raise RateProfileError if the rates of a profile have other units (output, positions, metric) than a run's.
 
     Args:
-        profile: Was recorded before.
-        config: The run's.
+        profile: The profile.
+        config: The options of the run.
         which: What to call the profile in the message.
-
-    Raises:
-        RateProfileError: If output, positions or metric differ.
     """
-    recorded = profile.metadata.get("flerm", {})
+    recorded = profile.about.units
     for name, value in _units(config).items():
         if recorded.get(name, value) != value:
             raise RateProfileError(
@@ -161,17 +154,16 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
 
 
 def check_unscaled(profile: RateProfile, which: str) -> None:
-    """Refuse the profile of a run whose learning rates were scaled: how far it moved the outputs is not in its rates.
+    """Raise RateProfileError if a profile was recorded in a matched run with scales other than 1.
+
+    Its rates are per unit of scaled learning rates, which are not in the profile at every step.
 
     Args:
-        profile: Was recorded before.
+        profile: The profile.
         which: What to call the profile in the message.
-
-    Raises:
-        RateProfileError: If its run was matched, at scales other than 1.
     """
-    scales = matched_scales(profile).values()
-    unknown = profile.metadata.get("flerm", {}).get("mode") == "match" and not scales
+    scales = profile.about.matched_scales.values()
+    unknown = profile.about.is_matched and not scales
     if unknown or any(scale != 1.0 for scale in scales):
         by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
         raise RateProfileError(
@@ -181,35 +173,22 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
 
 
 def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> None:
-    """Warn of a run that is matched at another learning rate than its base's, which the scales are relative to.
+    """Warn if a matched run has another learning rate than its base: scales are relative to that of the base.
 
     Args:
-        profile: The base's.
-        described: The run's `provenance`.
+        profile: The profile of the base run.
+        described: The `provenance` of the matched run.
     """
-    was, now = (of.get("training_arguments", {}).get("learning_rate") for of in (profile.metadata, described))
-    if isinstance(was, float) and isinstance(now, float) and not math.isclose(was, now, rel_tol=1e-6):
+    was, now = profile.about.learning_rate, ProfileMetadata(described).learning_rate
+    if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
         logger.warning(
             f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "
             "far as the base's did. Give the target the base's learning rate; the scales do the rest."
         )
 
 
-def recorded_units(profile: RateProfile) -> dict[str, Any]:
-    """Read what a profile's rates are rates of.
-
-    Args:
-        profile: A profile.
-
-    Returns:
-        Fields of `FLeRMConfig`; without what the profile does not tell, as a callable.
-    """
-    recorded = profile.metadata.get("flerm", {})
-    return {name: recorded[name] for name in UNITS if recorded.get(name, "callable") != "callable"}
-
-
 def _units(config: FLeRMConfig) -> dict[str, str]:
-    output = "callable" if callable(config.output) else config.output or "logits"
+    output = CALLABLE if callable(config.output) else config.output or "logits"
     return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
 
 
@@ -218,7 +197,7 @@ def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: sets sorted, everything unknown as text, numbers that are not finite as None."""
+    """Return the value as JSON can hold it: sets sorted, unknown types as text, non-finite numbers as None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

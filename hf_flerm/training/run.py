@@ -1,8 +1,7 @@
-"""`FLeRMRun`: one training that is recorded or matched, step by step, whoever wrote its loop."""
+"""`FLeRMRun`: one training run, recorded or matched step by step, whoever wrote its loop."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,41 +13,43 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers.utils import logging
 
-from ..config import FLeRMConfig, checked
+from ..config import FLeRMConfig, check_config
 from ..engines.processes import check_engine, check_loop
 from ..engines.sharding import is_sharded, runs_on
 from ..engines.zero import stepping
-from ..model.names import means_by_kind, preview, tensor_kinds, trainable_parameters
+from ..model.names import tensor_kinds, trainable_parameters
 from ..optimizer.behavior import check_optimizer, weight_decays
 from ..optimizer.param_groups import learning_rates, raw_optimizer
 from ..optimizer.step import Snapshot
+from ..optimizer.step_hooks import FollowedSteps, runs_step_hooks
+from ..optimizer.step_update import StepUpdate
 from ..profile.common import common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
-from ..rates.measurement import UNUSED, Measurement
+from ..rates.measurement import Measurement
 from ..rates.outputs import Batch, Outputs
 from ..rates.probe import RateProbe
-from ..rates.process_sum import Pool
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import joint_groups
-from .failures import Failures
+from .failures import Attempt, Failures
 from .probe_data import ProbeData
 from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
-from .scaling import Scaling
-
-logger = logging.get_logger(__name__)
+from .recorder import Recorder
+from .scaler import Scaler
+from .schedule import Schedule
 
 
 class FLeRMRun:
-    """Measures the updates of a training when they are due, and in `match` mode sets the scales.
+    """Records the updates of a training run on a schedule; in `match` mode also sets the learning-rate scales.
 
-    A measurement is due if the schedule has asked for one since the last that was made: what could not be measured (the
-    learning rate was 0, the step was skipped, a probe failed) is made up for at the next step, and a training that goes
-    on from a checkpoint asks for no more than that. A probe that runs out of memory is tried again with half the
-    examples at a time. Whatever fails leaves the training as it would have been without it.
-    `FLeRMCallback` drives one of these. So does a loop of one's own, of plain PyTorch or with what Accelerate has
+    The conductor of three parts: a `Schedule` says when to measure, a `Recorder` measures and keeps the profile, a
+    `Scaler` turns measurements into scales. An update is what happens between the pre-hooks and the post-hooks of
+    `optimizer.step`, so that weights which others change around the step (merged adapters, pruning, averages) are not
+    taken for it. A measurement that fails leaves the training as it would have been without it.
+
+    `FLeRMCallback` drives one of these. So does a loop of your own, in plain PyTorch or with what Accelerate has
     prepared:
 
         run = FLeRMRun(model, optimizer, FLeRMConfig(), dataloader)
@@ -61,23 +62,22 @@ class FLeRMRun:
             optimizer.zero_grad()
         run.save("base")
 
-    Probes run where the `with` block ends: a loop that enters `torch.autocast` itself does so around it as well.
+    Probes run inside `optimizer.step`: a loop that enters `torch.autocast` itself does so around that call as well.
 
     Attributes:
-        steps: Optimizer steps so far, counted by `step`; those that a gradient scaler skips count, as in a `Trainer`.
-        last_measurement: The latest measurement, in this session.
-        seconds: Wall time that measuring has taken in this session.
+        steps: Optimizer steps so far, counted by `step`; steps that a gradient scaler skips count, as in a `Trainer`.
+        seconds: Wall time that measuring has taken since the run was made.
 
     Args:
-        model: What is trained, as it is or wrapped by Accelerate, DDP or `torch.compile`.
-        optimizer: What steps, as it is or wrapped by Accelerate.
+        model: The trained model, bare or wrapped by Accelerate, DDP or `torch.compile`.
+        optimizer: The optimizer, bare or wrapped by Accelerate.
         config: What to measure, when, and what to do with it.
-        dataloader: The training set's: probes take their examples, collation and batch size from it.
-        probe_dataset: Examples to probe with. None: the training set's.
-        collate_fn: Makes model inputs, a dict, of a list of examples. None: the data loader's own.
-        batch_size: Examples in a training batch on one process. None: the data loader's.
+        dataloader: The training data loader: probes take their examples, collation and batch size from it.
+        probe_dataset: Examples to probe with. None: those of the training set.
+        collate_fn: Makes model inputs, a dict, of a list of examples. None: that of the data loader.
+        batch_size: Examples in a training batch on one process. None: that of the data loader.
         gradient_accumulation_steps: Batches per optimizer step. None: what Accelerate was told, else 1.
-        arguments: The training's settings, for the profile's metadata. None: learning rate, batch and accumulation.
+        arguments: Settings of the training for the profile's metadata. None: learning rate, batch and accumulation.
 
     Raises:
         RateProfileError: If the profile to match cannot be loaded, or does not belong to the model.
@@ -97,96 +97,131 @@ class FLeRMRun:
         gradient_accumulation_steps: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        check_engine(model, config.estimator)
+        self._config = config = replace(check_config(config), positions=config.positions or "attention_mask")
+        check_engine(model, config.research.estimator)
         self._wrapped = model
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-        self.steps = 0
-        self.last_measurement: Measurement | None = None
-        self.seconds = 0.0
-        self._config = config = replace(checked(config), positions=config.positions or "attention_mask")
+        self._parameters = parameters = trainable_parameters(model)
         self._optimizer = raw_optimizer(optimizer)
+        _check_unfollowed(self._optimizer)
         self._accumulation = getattr(optimizer, "gradient_state", None)
-        self._parameters = trainable_parameters(model)
-        self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in self._parameters}
-        self._stepping = stepping(model, optimizer, self._parameters)
+        self._stepping = stepping(model, optimizer, parameters)
         with self._stepping.in_groups():
             learning_rates(self._optimizer, self._stepping.held)
         check_optimizer(self._optimizer, config.mode)
+
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
-        self._probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
+        probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
-        probes = config.probes_per_batch
-        self._probe = RateProbe(model, estimator=config.estimator, probes_per_batch=probes, outputs=outputs)
-        if self._probe_data.example is not None and not is_sharded(model):
-            outputs.check(model, self._probe_data.example, runs_on(next(iter(self._parameters.values()))))
-        self._groups = joint_groups(model, self._parameters)
-        described = provenance(model, self._parameters, self._optimizer, config, self._probe_data, arguments)
-        self._profile = begun_profile(described, self._groups)
-        self._before: Snapshot | Exception | None = None
-        self._step = 0
-        self._logs: dict[str, float] = {}
-        self._failures = Failures()
-        self._saved: tuple[Path, RateProfile] | None = None
-        asked: list[Mapping[str, float]] = [group for groups in self._groups.values() for group in groups.values()]
+        device = runs_on(next(iter(parameters.values())))
+        if probe_data.example is not None and not is_sharded(model):
+            outputs.check(model, probe_data.example, device)
+
+        described = provenance(model, parameters, self._optimizer, config, probe_data, arguments)
         source = config.profile
         base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
-        self._scaling: Scaling | None = None
+        self._scaler: Scaler | None = None
         if base is not None:
             self._stepping.check_apart()
             warn_of_other_rate(base, described)
-            self._scaling = Scaling(base, model, self._optimizer, self._stepping.held, config)
-            asked += self._scaling.shares
-        self._pool = Pool(self._parameters, config.estimator, asked)
+            self._scaler = Scaler(base, model, self._optimizer, self._stepping.held, config)
+
+        self._schedule = Schedule(config.measure_every, config.measure_steps)
+        groups = joint_groups(model, parameters)
+        self._recorder = Recorder(
+            begun_profile(described, groups),
+            RateProbe(
+                model,
+                estimator=config.research.estimator,
+                probes_per_batch=config.research.probes_per_batch,
+                outputs=outputs,
+            ),
+            probe_data,
+            device,
+            parameters,
+            groups,
+            [] if self._scaler is None else self._scaler.shares,
+            tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters},
+        )
+
+        self.steps = 0
+        self.seconds = 0.0
+        self._step = 0
+        self._is_due = False
+        self._before: tuple[Attempt, Snapshot | None] | None = None
+        self._failures = Failures()
+        self._logs: dict[str, float] = {}
+        self._saved: tuple[Path, RateProfile] | None = None
+        self._followed: FollowedSteps | None = None
+        if self._stepping.is_seen_by_hooks and runs_step_hooks(self._optimizer):
+            # Hooks after those of the scaler, which put the nominal learning rates back.
+            self._followed = FollowedSteps(self._optimizer, self._keep_weights, self._measure_update)
 
     @property
     def profile(self) -> RateProfile:
         """The rates so far, with what a resumed run needs to know of its scales."""
-        return self._profile if self._scaling is None else self._scaling.recorded(self._profile)
+        recorded = self._recorder.profile
+        return recorded if self._scaler is None else self._scaler.recorded(recorded)
+
+    @property
+    def last_measurement(self) -> Measurement | None:
+        """The latest measurement of this run since it was made."""
+        return self._recorder.last_measurement
 
     @property
     def scales(self) -> dict[str, float]:
         """`{canonical name: factor on the learning rate}`, all 1 when recording."""
-        return dict.fromkeys(self._parameters, 1.0) if self._scaling is None else self._scaling.scales
+        return dict.fromkeys(self._parameters, 1.0) if self._scaler is None else self._scaler.scales
 
     @property
     def evidence(self) -> Evidence | None:
         """What was measured of the scales so far; None when recording."""
-        return None if self._scaling is None else self._scaling.evidence
+        return None if self._scaler is None else self._scaler.evidence
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Follow the optimizer step of a block, if there is one: Accelerate makes none while gradients accumulate.
+        """Context manager around `optimizer.step()`.
 
-        Schedulers step after the block, not in it.
-
-        Yields:
-            Nothing.
+        While Accelerate accumulates gradients, `optimizer.step()` does nothing, and neither does this.
 
         Raises:
-            ValueError: If learning rates change in it, gradients do not outlive it, or DeepSpeed or Join takes part.
+            ValueError: If DeepSpeed steps, or processes may run out of batches one before the other.
         """
         check_loop(self._wrapped)
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             yield
             return
         self.before_step(self.steps)
-        rates = self._rates()
         yield
-        if self._before is not None and not self._stepping.stepped():
-            raise ValueError("there is no gradient after `with run.step()`: call zero_grad() after the block.")
-        if self._before is not None and rates != self._rates():
-            raise ValueError(
-                "learning rates changed inside `with run.step()`, so that of the update is not known: "
-                "call scheduler.step() after the block."
-            )
         self.after_step()
         self.steps += 1
 
-    def resume(self, profile: RateProfile, steps: int) -> None:
-        """Go on with a checkpoint's profile and scales, from the next step.
+    def before_step(self, step: int) -> None:
+        """Prepare to measure the coming update, if the schedule asks for it.
 
         Args:
-            profile: The checkpoint's.
+            step: Optimizer steps that were made before.
+        """
+        steps = self._recorder.profile.steps
+        self._step = step
+        self._before = None  # a step that was cut short may have left one
+        self._is_due = not self._failures.given_up and self._schedule.is_due(
+            step, int(steps[-1]) if len(steps) else None
+        )
+        if self._followed is None:
+            self._keep_weights()
+
+    def after_step(self) -> None:
+        """End the step that `before_step` has begun."""
+        if self._followed is None:
+            self._measure_update()
+        self._is_due = False
+
+    def resume(self, profile: RateProfile, steps: int) -> None:
+        """Continue from a checkpoint's profile and scales, from the next step.
+
+        Args:
+            profile: The profile of the checkpoint.
             steps: Optimizer steps that were made up to it.
 
         Raises:
@@ -197,16 +232,15 @@ class FLeRMRun:
                 f"the checkpoint's profile holds step {int(profile.steps[-1])}, but training goes on from step "
                 f"{steps}: it belongs to another checkpoint."
             )
-        self._profile = continued_profile(profile, self._profile, self._config)
+        self._recorder.profile = continued_profile(profile, self._recorder.profile, self._config)
         self.steps = steps
-        if self._scaling is not None:
-            self._scaling.resume(profile)
+        if self._scaler is not None:
+            self._scaler.resume(profile)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell what a training that goes on later needs: `accelerator.register_for_checkpointing(run)` asks for it.
+        """Return what a later run needs to continue: numbers, text and tensors.
 
-        Returns:
-            Numbers, text and tensors.
+        `accelerator.register_for_checkpointing(run)` asks for it.
         """
         profile = self.profile
         return {
@@ -215,10 +249,7 @@ class FLeRMRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` told; see `resume`. A collective call.
-
-        Args:
-            state: That.
+        """Continue from a `state_dict`; see `resume`. A collective call.
 
         Raises:
             RateProfileError: If checkpoint and model do not belong together.
@@ -227,125 +258,87 @@ class FLeRMRun:
         if profile is not None:
             self.resume(profile, state["steps"])
 
-    def before_step(self, step: int) -> None:
-        """Keep the weights from before an update, if a measurement is due.
-
-        Args:
-            step: Optimizer steps that were made before.
-        """
-        self._before = None  # a step that was cut short has left its own
-        self._step = step
-        if not self._failures.given_up and self._due(step):
-            try:
-                self._before = self._stepping.snapshot(self._config.snapshot_device)
-            except Exception as error:  # which all processes hear of when they put together what they measured
-                self._before = error
-
-    def after_step(self) -> None:
-        """Measure the update that was just made, if its step was kept; in `match` mode redo it at the new scales."""
-        if self._before is None:
-            return
-        before, self._before = self._before, None
-        start = time.perf_counter()
-        try:
-            self._measure(before)
-        except Exception as error:
-            self._failures.add(self._step, error)
-        finally:
-            self.seconds += time.perf_counter() - start
-            self._logs["flerm/seconds"] = self.seconds
-
     def take_logs(self) -> dict[str, float]:
-        """Hand over what was measured since the last call, by kind of tensor or by tensor (`FLeRMConfig.log_by`).
-
-        Returns:
-            `{metric: value}`.
-        """
+        """Return the log entries since the last call, by kind of tensor or by tensor (`FLeRMConfig.log_by`)."""
         logs, self._logs = self._logs, {}
         return logs
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the profile so far into a folder; if that fails it warns, once, and training goes on.
+        """Write the profile so far into a folder, which is made if it is not there.
 
-        Args:
-            directory: The folder; made if it is not there.
+        If that fails it warns, once, and training goes on.
         """
         file = Path(directory, PROFILE_NAME)
-        if self._saved == (file, self._profile) and file.is_file():
+        if self._saved == (file, self._recorder.profile) and file.is_file():
             return
         try:
             self.profile.save_pretrained(directory)
-            self._saved = file, self._profile
+            self._saved = file, self._recorder.profile
         except (OSError, RateProfileError) as error:
             self._failures.warn_once(
                 "save", f"the profile so far could not be written and will be tried at every save: {error}"
             )
 
     def close(self) -> None:
-        """Let go of the optimizer and of all weights, and measure no more; the profile stays."""
+        """Release the optimizer and all weights, and measure no more; the profile stays."""
         self._before = None
         self._failures.given_up = True
-        if self._scaling is not None:
-            self._scaling.remove()
+        if self._followed is not None:
+            self._followed.remove()
+        if self._scaler is not None:
+            self._scaler.remove()
 
     def report_unmatched(self) -> None:
-        """Warn of what kept its learning rate because base and target never both had a positive rate."""
-        if self._scaling is not None:
-            self._scaling.report_unmatched()
+        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
+        if self._scaler is not None:
+            self._scaler.report_unmatched()
 
-    def _rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self._optimizer.param_groups]
+    def _keep_weights(self, *_: Any) -> None:
+        if self._is_due and self._before is None:
+            attempt = Attempt(self._stepping.agree)
+            self._before = attempt, attempt.run(partial(self._stepping.snapshot, self._config.snapshot_device))
 
-    def _due(self, step: int) -> bool:
-        asked = self._config.last_asked(step)
-        measured = self._profile.steps[-1:].tolist()
-        return asked is not None and (not measured or asked > measured[0])
+    def _measure_update(self, *_: Any) -> None:
+        """Measure the update since `_keep_weights`, if there was one; report a failure."""
+        if self._before is None:
+            return
+        (attempt, snapshot), self._before = self._before, None
+        self._is_due = False
+        start = time.perf_counter()
+        try:
+            self._measure(self._step, attempt, snapshot)
+        except Exception as error:
+            self._failures.add(self._step, error)
+        finally:
+            self.seconds += time.perf_counter() - start
+            self._logs["flerm/seconds"] = self.seconds
 
-    def _measure(self, before: Snapshot | Exception) -> None:
+    def _measure(self, step: int, attempt: Attempt, snapshot: Snapshot | None) -> None:
+        """Record the update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
         with self._stepping.in_groups():
             nominal = learning_rates(self._optimizer, self._stepping.held)
-            used = {name: nominal[name] * scale for name, scale in self.scales.items()}
-            if not any(used.values()):
-                return  # warm-up: the next step will do
             decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
-        measurement = self._pool.measurement(lambda: self._probed(before, used, decays))
-        if measurement is None or isinstance(before, Exception):
+        used = {name: nominal[name] * scale for name, scale in self.scales.items()}
+        if not any(used.values()):
+            return  # a warm-up begins at learning rate 0; the next step is due
+        update = StepUpdate(snapshot, used, decays, self._stepping.agree) if snapshot is not None else None
+        measurement = self._recorder.record(step, update, attempt)
+        if measurement is None or update is None:
             return
-        broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
-        if broken:
-            raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
-        unused = [name for name, estimator in measurement.estimators.items() if estimator == UNUSED]
-        if unused and self.last_measurement is None:
-            logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
         self._failures.clear()
-        self.last_measurement = measurement
-        joint = {granularity: measurement.joint_rates(groups) for granularity, groups in self._groups.items()}
-        joint_rates = {granularity: {path: rate for path, (rate, _) in of.items()} for granularity, of in joint.items()}
-        self._profile = self._profile.appended(self._step, measurement.rates, joint_rates)
-        self._log("rate", measurement.rates)
-        self._log("relative_error", measurement.relative_errors)
-        self._logs["flerm/rate/total"] = measurement.total
-        if self._scaling is not None:
-            ratios = self._scaling.update(self._step, measurement, max(nominal.values()))
-            self._failures.warn_once("held", self._scaling.held())
-            self._log("scale", self.scales)
-            before.rescale(ratios, decays)
+        self._logs |= self._recorder.logs(measurement)
+        if self._scaler is not None:
+            update.rescale(self._scaler.update(step, measurement, max(nominal.values())))
+            self._failures.warn_once("limit", self._scaler.at_limit())
+            self._logs |= self._recorder.by_kind("scale", self.scales)
 
-    def _probed(
-        self, before: Snapshot | Exception, used: Mapping[str, float], decays: Mapping[str, float]
-    ) -> Measurement | None:
-        """Probe, with fewer examples at a time if memory does not suffice; None if the step was skipped."""
-        device = runs_on(next(iter(self._parameters.values())))
-        moved = isinstance(before, Snapshot) and before.moved()
-        failed, moved = self._stepping.agree([isinstance(before, Exception), moved])
-        if isinstance(before, Exception):
-            raise before
-        if failed or not moved:
-            return None
-        with before.put_back(used, decays) as updates:
-            return self._probe_data.probed(
-                self._step, device, partial(self._probe.measure, updates, target_error=self._probe_data.target_error)
-            )
 
-    def _log(self, what: str, values: Mapping[str, float]) -> None:
-        self._logs.update(means_by_kind(f"flerm/{what}", values, self._logged_as))
+def _check_unfollowed(optimizer: Optimizer) -> None:
+    """Raise ValueError if another `FLeRMRun` follows this optimizer: its scales would be applied twice."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    followed = (getattr(hook, "__self__", None) for hook in hooks)
+    if any(isinstance(getattr(getattr(each, "begin", None), "__self__", None), FLeRMRun) for each in followed):
+        raise ValueError(
+            "this training has two FLeRMCallbacks or FLeRMRuns: scales would be applied twice. Leave one: FLeRMTrainer "
+            "and FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). Call close() on a run that has ended."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
@@ -13,7 +12,7 @@ from transformers import Trainer
 
 from ..config import FLeRMConfig
 from ..engines.zero_groups import split_for_zero
-from ..profile.rate_profile import PROFILE_NAME, RateProfile
+from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -78,8 +77,7 @@ class FLeRMMixin(_Base):
             return
         folder = Path(str(self.args.output_dir))
         address = self.hub_model_id or folder.name
-        profile_files = resolve_name("hf_flerm.show.card:profile_files")  # show stands above training
-        files = profile_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
+        files = shared_files(self.rate_profile, address, ModelCard.load(folder / REPOCARD_NAME))
         for name, content in files.items():
             if name != PROFILE_NAME:
                 (folder / name).write_bytes(content)

@@ -115,7 +115,7 @@ class ProfileMap:
         return RateProfile(self.base.steps, rates, self.base.metadata)
 
     def __str__(self) -> str:
-        recorded = recorded_shapes(self.base)
+        recorded = self.base.about.shapes
         rows = [("base", "target", "how")]
         for kind in dict.fromkeys(unit.kind for unit in self.units.values()):
             units = [unit for unit in self.units.values() if unit.kind == kind]
@@ -301,22 +301,6 @@ def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
         for granularity, found in groups.items():
             found.setdefault(_group(name, places[name], granularity)[0], {})[name] = 1.0
     return groups
-
-
-def recorded_shapes(base: RateProfile) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of a base's tensors.
-
-    Args:
-        base: Its profile.
-
-    Returns:
-        `{canonical name: shape}`, of those that the metadata tells; whatever else stands there is left out.
-    """
-    found = base.metadata.get("shapes")
-    rows = found.items() if isinstance(found, Mapping) else ()
-    return {
-        name: tuple(row) for name, row in rows if isinstance(row, list) and all(type(n) is int and n > 0 for n in row)
-    }
 
 
 def _sizes(shapes: Iterable[tuple[int, ...]]) -> str:

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engines.sharding import whole_shape
 from ..model.names import resolve_names, tensor_kinds, trainable_parameters, without_prefix
+from ..profile.metadata import Adapter
 from ..profile.rate_profile import RateProfile, RateProfileError
-from .mapping import recorded_shapes
 
 _LORA_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 
@@ -118,7 +118,7 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
     after = _by_kind({name: tuple(whole_shape(p)) for name, p in parameters.items()}, kinds)
-    before = _by_kind(recorded_shapes(base), base.metadata.get("kinds"))
+    before = _by_kind(base.about.shapes, base.about.kinds)
     common = before.keys() & after.keys()
     widths, ranks = [], []
     for kind in common:
@@ -131,17 +131,15 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
             ranks.append(ratios.pop(rank_dim))
         widths.append(max(ratios) if len(ratios) == 1 else (ratios[0] * ratios[1]) ** 0.5)
     depths = [len(after[kind]) / len(before[kind]) for kind in common if "*" in kind]
-    adapters = base.metadata.get("adapters")
-    recorded = adapters.values() if isinstance(adapters, Mapping) else ()
-    old_adapter = next((adapter for adapter in recorded if isinstance(adapter, Mapping)), None)
-    new_adapter = next((config.to_dict() for config in getattr(model, "peft_config", {}).values()), None)
+    old_adapter = next(iter(base.about.adapters), None)
+    new_adapter = next((Adapter(config.to_dict()) for config in getattr(model, "peft_config", {}).values()), None)
     return Change(
         width=median(widths) if widths else 1.0,
         depth=median(depths) if depths else 1.0,
         rank=median(ranks) if ranks else 1.0,
-        scaling=_scaling(new_adapter) / _scaling(old_adapter),
-        base_adapter=_kind_of_adapter(old_adapter),
-        target_adapter=_kind_of_adapter(new_adapter),
+        scaling=(new_adapter.scaling if new_adapter else 1.0) / (old_adapter.scaling if old_adapter else 1.0),
+        base_adapter=old_adapter.method if old_adapter else None,
+        target_adapter=new_adapter.method if new_adapter else None,
     )
 
 
@@ -163,7 +161,7 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
         RateProfileError: If the profile does not tell the shape of a tensor of the model.
     """
     parameters, kinds = trainable_parameters(model), tensor_kinds(model)
-    before = _by_kind(recorded_shapes(base), base.metadata.get("kinds"))
+    before = _by_kind(base.about.shapes, base.about.kinds)
     groups: dict[float, list[nn.Parameter]] = {}
     for (name, path), parameter in zip(resolve_names(model, parameters).items(), parameters.values(), strict=True):
         kind = without_prefix(kinds[name])
@@ -180,28 +178,10 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
     return [{"params": tensors, "lr": learning_rate * factor, **options} for factor, tensors in groups.items()]
 
 
-def _by_kind(shapes: Mapping[str, tuple[int, ...]], kinds: object) -> dict[str, list[tuple[int, ...]]]:
+def _by_kind(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
     """Shapes by kind, without PEFT's prefix; where a kind is not known, every number in a name is a block's."""
-    known = kinds if isinstance(kinds, Mapping) else {}
     found: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        kind = str(known.get(name) or re.sub(r"\.\d+(?=\.)", ".*", name))
+        kind = kinds.get(name) or re.sub(r"\.\d+(?=\.)", ".*", name)
         found.setdefault(without_prefix(kind), []).append(shape)
     return found
-
-
-def _scaling(adapter: Mapping[str, Any] | None) -> float:
-    rank, alpha = (adapter or {}).get("r"), (adapter or {}).get("lora_alpha")
-    if adapter is None or not isinstance(rank, (int, float)) or not isinstance(alpha, (int, float)):
-        return 1.0
-    if rank <= 0 or alpha <= 0:
-        return 1.0
-    return float(alpha / (rank**0.5 if adapter.get("use_rslora") else rank))
-
-
-def _kind_of_adapter(adapter: Mapping[str, Any] | None) -> str | None:
-    if adapter is None:
-        return None
-    kind = adapter.get("peft_type")
-    name = str(getattr(kind, "value", kind))
-    return "DORA" if adapter.get("use_dora") else name

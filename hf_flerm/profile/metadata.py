@@ -1,0 +1,232 @@
+"""The metadata of a profile: the one place that knows their keys, and reads them with types.
+
+Whoever made a file wrote its metadata, so everything here accepts any JSON: what is missing, or is not of the type that
+a run writes, is left out. What must not be accepted at all (`check_metadata`) is refused when a profile is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..model.names import preview
+from .file import RESERVED, RateProfileError
+
+SETTINGS = "flerm"  # what was measured and how, as `FLeRMConfig` has it
+MATCHING = "matching"  # of a matched run: its base, and what `Evidence.record` gives
+AVERAGED_OVER = "averaged_over"
+UNITS = ("output", "positions", "metric")  # settings that say what the rates are rates of
+CALLABLE = "callable"  # recorded as the output where it was a function
+_OBJECTS = (SETTINGS, "kinds", MATCHING, "training_arguments")  # what must be a JSON object, if it is there
+_LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise RateProfileError unless JSON can hold the metadata and their main entries have the right type."""
+    if taken := metadata.keys() & RESERVED:
+        raise RateProfileError(f"{preview(taken)} cannot be in the metadata: the file keeps its own there.")
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RateProfileError(f"the metadata cannot be written as JSON: {error}") from error
+    for key in _OBJECTS:
+        if not isinstance(metadata.get(key, {}), dict):
+            raise RateProfileError(f"{key!r} in the metadata must be an object; got {metadata[key]!r:.200}.")
+    if not all(isinstance(kind, str) for kind in metadata.get("kinds", {}).values()):
+        raise RateProfileError(f"'kinds' in the metadata must be texts; got {metadata['kinds']!r:.200}.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The config of a PEFT adapter: from a profile's metadata, or `PeftConfig.to_dict()` of a model's adapter."""
+
+    config: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the method; "DORA" for LoRA with `use_dora`."""
+        peft_type = self.config.get("peft_type")
+        return "DORA" if self.config.get("use_dora") else str(getattr(peft_type, "value", peft_type))
+
+    @property
+    def scaling(self) -> float:
+        """The factor on LoRA's output: alpha / r, or alpha / sqrt(r) for rsLoRA; 1 where either is unknown."""
+        rank, alpha = _positive(self.config.get("r")), _positive(self.config.get("lora_alpha"))
+        if rank is None or alpha is None:
+            return 1.0
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    @property
+    def base_model(self) -> str | None:
+        """The folder or repository of the model that the adapter was trained on."""
+        found = self.config.get("base_model_name_or_path")
+        return found if isinstance(found, str) and found else None
+
+
+@dataclass(frozen=True)
+class ProfileMetadata:
+    """Typed view of `RateProfile.metadata`; nothing is read before it is asked for, and nothing raises.
+
+    Args:
+        raw: The metadata, as `hf_flerm.training.provenance` writes them.
+    """
+
+    raw: Mapping[str, Any]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What was measured and how: estimator, probes, mode, the units of the rates."""
+        return self._object(SETTINGS)
+
+    @property
+    def training_arguments(self) -> Mapping[str, Any]:
+        """Those of `TrainingArguments` that determine the rates."""
+        return self._object("training_arguments")
+
+    @property
+    def optimizer(self) -> Mapping[str, Any]:
+        """Class and defaults of the optimizer."""
+        return self._object("optimizer")
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The config of the model, without default values."""
+        return self._object("model_config")
+
+    @property
+    def packages(self) -> Mapping[str, Any]:
+        """`{package: version}`."""
+        return self._object("packages")
+
+    @property
+    def units(self) -> dict[str, str]:
+        """What the rates are rates of: `{"output": ..., "positions": ..., "metric": ...}`, of those that are known."""
+        return {unit: str(value) for unit in UNITS if (value := self.settings.get(unit)) is not None}
+
+    @property
+    def config_units(self) -> dict[str, Any]:
+        """The units that `FLeRMConfig` can be given; an output that was a function is not in the file."""
+        return {unit: value for unit, value in self.units.items() if value != CALLABLE}
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether the run was itself matched to a profile."""
+        return self.settings.get("mode") == "match"
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the run, above 0."""
+        return _positive(self.training_arguments.get("learning_rate"))
+
+    @property
+    def model_name(self) -> str | None:
+        """The repository or folder of the model, else its type, else its class."""
+        names = (self.model_config.get("_name_or_path"), self.model_config.get("model_type"), self.raw.get("model"))
+        return next((name for name in names if isinstance(name, str) and name), None)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The configs of the adapters, in the order of PEFT."""
+        return tuple(Adapter(config) for config in self._object("adapters").values() if isinstance(config, Mapping))
+
+    @property
+    def base_models(self) -> tuple[str, ...]:
+        """Names of the model that training started from: those in the adapters' configs, then the model's own."""
+        names = [*(adapter.base_model for adapter in self.adapters), self.model_config.get("_name_or_path")]
+        return tuple(name for name in names if isinstance(name, str) and name)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """`{canonical parameter name: kind}`; a kind is the name with `*` for the indices of blocks."""
+        return {name: kind for name, kind in self._object("kinds").items() if isinstance(kind, str)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{canonical parameter name: shape}`."""
+        rows = self._object("shapes").items()
+        return {name: tuple(row) for name, row in rows if isinstance(row, list) and all(map(_is_size, row))}
+
+    @property
+    def dataset_fingerprint(self) -> str | None:
+        """The fingerprint that `datasets` gives the training set."""
+        found = self.raw.get("dataset_fingerprint")
+        return found if isinstance(found, str) and found else None
+
+    @property
+    def averaged_over(self) -> int | None:
+        """How many profiles this one is the average of."""
+        found = self.raw.get(AVERAGED_OVER)
+        return found if type(found) is int and found > 0 else None
+
+    @property
+    def sweep(self) -> dict[float, float]:
+        """`{learning rate: validation loss}` of the sweep that the run's learning rate comes from.
+
+        The loss is nan where the run diverged. Whoever sweeps may add it: `sweep`, a list of pairs.
+        """
+        pairs = self.raw.get("sweep")
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            return {}
+        numbers = [(_number(rate), math.nan if loss is None else _number(loss)) for rate, loss in pairs]
+        return {rate: loss for rate, loss in numbers if rate is not None and loss is not None}
+
+    @property
+    def matching(self) -> Mapping[str, Any] | None:
+        """What a matched run measured of its scales (`Evidence.record`) and the profile that it was matched to."""
+        found = self.raw.get(MATCHING)
+        return found if isinstance(found, Mapping) else None
+
+    @property
+    def matched_scales(self) -> dict[str, float]:
+        """`{unit: scale}` that a matched run ended with; empty if the run only recorded."""
+        found = (self.matching or {}).get("scales")
+        numbers = {unit: _number(log) for unit, log in found.items()} if isinstance(found, Mapping) else {}
+        logs = {unit: log for unit, log in numbers.items() if log is not None}
+        return dict(zip(logs, torch.tensor(list(logs.values()), dtype=torch.float64).exp().tolist(), strict=True))
+
+    @property
+    def matched_quotients(self) -> dict[str, tuple[float, float]]:
+        """What the measurements of a matched run say of each unit alone.
+
+        Returns:
+            `{unit: (geometric mean of base rate / own rate, standard error of its logarithm)}` of the units that could
+            be compared; the error is that over the measurements, 0 if there is only one.
+        """
+        columns = (self.matching or {}).get("logs")
+        found = {}
+        for unit, column in columns.items() if isinstance(columns, Mapping) else ():
+            numbers = [_number(value) for value in column] if isinstance(column, list) else []
+            logs = torch.tensor([number for number in numbers if number is not None], dtype=torch.float64)
+            if len(logs):
+                error = float(logs.std() / len(logs) ** 0.5) if len(logs) > 1 else 0.0
+                found[unit] = (float(logs.mean().exp()), error)
+        return found
+
+    def _object(self, key: str) -> Mapping[str, Any]:
+        found = self.raw.get(key)
+        return found if isinstance(found, Mapping) else {}
+
+
+def _number(value: object) -> float | None:
+    """A finite number; JSON has whole numbers of any length, and Python counts True as one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _positive(value: object) -> float | None:
+    number = _number(value)
+    return number if number is not None and number > 0 else None
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value <= _LARGEST_SIZE

@@ -1,0 +1,153 @@
+"""`Scaler`: the learning-rate scales of one matched run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ..config import FLeRMConfig
+from ..model.names import preview
+from ..optimizer.step_scales import StepScales
+from ..profile.file import serialize
+from ..profile.metadata import MATCHING
+from ..profile.rate_profile import RateProfile, RateProfileError
+from ..rates.measurement import Measurement
+from ..transfer.evidence import Evidence
+from ..transfer.mapping import map_profile
+from .provenance import check_units, check_unscaled
+
+logger = logging.get_logger(__name__)
+
+
+class Scaler:
+    """Turns measurements into learning-rate scales and applies them to the optimizer's steps.
+
+    Attributes:
+        evidence: What was measured of the scales so far.
+        scales: `{canonical name: factor on the learning rate}`, as applied.
+        shares: The tensors whose joint rates are matched: `{canonical name: share of its update}` for each.
+
+    Args:
+        base: The profile to match.
+        model: The target.
+        optimizer: The optimizer that steps.
+        held: `{canonical name: tensor in the optimizer's param groups}` of all that is trained.
+        config: The options of the run.
+
+    Raises:
+        RateProfileError: If base and model do not belong together, or the base was a matched run itself.
+    """
+
+    def __init__(
+        self,
+        base: RateProfile,
+        model: nn.Module,
+        optimizer: Optimizer,
+        held: Mapping[str, Tensor],
+        config: FLeRMConfig,
+    ) -> None:
+        check_units(base, config, "the profile")
+        check_unscaled(base, "the profile")
+        if not len(base.steps):
+            raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
+        self._config = config
+        self._mapped = map_profile(
+            base, model, granularity=config.granularity, depth=config.research.depth, unmatched=config.unmatched
+        )
+        self._base = _identity(base)
+        self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
+        self.evidence = Evidence.recorded(None, self._mapped)
+        self._step_scales = StepScales(optimizer, held)
+        self._set_scales()
+
+    def resume(self, profile: RateProfile) -> None:
+        """Continue with the scales of a checkpoint, if it was matched to the same base.
+
+        Args:
+            profile: The profile of the checkpoint.
+
+        Raises:
+            RateProfileError: If its record of the matching is incomplete.
+        """
+        record = profile.about.matching
+        if record is not None and record.get("base") != self._base["base"]:
+            logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
+            record = None
+        self.evidence = Evidence.recorded(record, self._mapped)
+        self._set_scales()
+
+    def update(self, step: int, measurement: Measurement, learning_rate: float) -> dict[str, float]:
+        """Add a measurement to the evidence and set the scales that follow from it.
+
+        Args:
+            step: The optimizer step that was measured.
+            measurement: The measurement.
+            learning_rate: The nominal learning rate of the step.
+
+        Returns:
+            `{canonical name: new scale / old one}` of the scales that changed; of tensors over the same memory only the
+            first, so that their step is redone once.
+        """
+        old, config, research = self.scales, self._config, self._config.research
+        self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
+            self._mapped,
+            pool=research.pool,
+            beta=research.beta,
+            max_scale=config.max_scale,
+            max_change=config.max_change,
+        )
+        self._set_scales()
+        return {
+            name: scale / old[name]
+            for name, scale in self.scales.items()
+            if scale != old[name] and name not in self._step_scales.tied
+        }
+
+    def recorded(self, profile: RateProfile) -> RateProfile:
+        """Return the profile with the evidence in its metadata, from which a resumed run continues."""
+        if not self.evidence.steps:
+            return profile
+        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.record()}}
+        return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
+
+    def at_limit(self) -> str:
+        """Return a warning that names the scales that have reached `max_scale`; empty if none has."""
+        at_limit = self.evidence.held(self._config.max_scale)
+        if not at_limit:
+            return ""
+        return (
+            f"the learning-rate scales of {preview(at_limit)} are held at max_scale = {self._config.max_scale:g}: "
+            "base and target may not be comparable, or the learning rate is far off."
+        )
+
+    def report_unmatched(self) -> None:
+        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
+        seen = self.evidence.logs.isfinite().any(0).tolist()
+        left = [unit for unit, known in zip(self.evidence.units, seen, strict=True) if not known]
+        if self._config.unmatched == "nominal":
+            left += self._mapped.unmatched
+        if left:
+            logger.warning(
+                f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "
+                "or in this run."
+            )
+
+    def remove(self) -> None:
+        """Release the optimizer; the evidence stays."""
+        self._step_scales.remove()
+
+    def _set_scales(self) -> None:
+        logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
+        self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self.scales = self._step_scales.scales
+
+
+def _identity(base: RateProfile) -> dict[str, str]:
+    """SHA-256 of the rates of a profile and, if it was read from a repository, the commit."""
+    digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
+    return {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})
