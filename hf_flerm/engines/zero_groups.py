@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .zero import check_deepspeed, is_deepspeed
 
 
 def split_for_zero(optimizer: Any) -> None:
-    """Give every tensor a param group with the options of the one that it is in, if DeepSpeed trains.
+    """Give every tensor a param group of its own, if DeepSpeed trains.
 
-    The order of the tensors stays. Schedulers and checkpoints see these groups, as they do not without DeepSpeed: there
-    scales need none (`StepScales`). A second call changes nothing.
+    Schedulers and checkpoints see these groups. Without DeepSpeed they see those of the user: there `StepScales` splits
+    groups only for the time of a step.
 
     Args:
         optimizer: An optimizer that DeepSpeed has not seen yet, bare or wrapped by Accelerate.
@@ -26,11 +27,17 @@ def split_for_zero(optimizer: Any) -> None:
     check_deepspeed()
     while hasattr(optimizer, "accelerator_state"):
         optimizer = optimizer.optimizer
-    if all(len(group["params"]) <= 1 for group in optimizer.param_groups):
-        return
-    optimizer.param_groups[:] = [
-        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
-        | {"params": [tensor]}
-        for group in optimizer.param_groups
-        for tensor in group["params"]
-    ]
+    group_per_tensor(optimizer)
+
+
+def group_per_tensor(optimizer: Optimizer) -> None:
+    """Give every tensor a param group with the options of the one that it is in; a second call changes nothing."""
+    groups = optimizer.param_groups
+    if any(len(group["params"]) > 1 for group in groups):
+        groups[:] = [
+            # A learning rate may be a tensor, which a scheduler fills in place: it must not be that of all groups.
+            {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+            | {"params": [tensor]}
+            for group in groups
+            for tensor in group["params"]
+        ]
