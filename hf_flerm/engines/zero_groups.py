@@ -1,33 +1,9 @@
-"""ZeRO steps one flat partition for each param group: to match, every tensor needs a group of its own."""
+"""A param group for every tensor: ZeRO steps one flat partition for each group, at one learning rate."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from torch.optim import Optimizer
-
-from .zero import check_deepspeed, is_deepspeed
-
-
-def split_for_zero(optimizer: Any) -> None:
-    """Give every tensor a param group of its own, if DeepSpeed trains.
-
-    Schedulers and checkpoints see these groups. Without DeepSpeed they see those of the user: there `StepScales` splits
-    groups only for the time of a step.
-
-    Args:
-        optimizer: An optimizer that DeepSpeed has not seen yet, bare or wrapped by Accelerate.
-
-    Raises:
-        ValueError: If DeepSpeed is configured in a way in which steps cannot be followed.
-    """
-    if not is_deepspeed():
-        return
-    check_deepspeed()
-    while hasattr(optimizer, "accelerator_state"):
-        optimizer = optimizer.optimizer
-    group_per_tensor(optimizer)
 
 
 def group_per_tensor(optimizer: Optimizer) -> None:

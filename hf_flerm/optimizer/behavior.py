@@ -162,12 +162,12 @@ TABLE: dict[tuple[str, str], Behavior] = {
 
 def behavior(optimizer: Optimizer) -> Behavior:
     """Look up the class of an optimizer, or its nearest base class that is known."""
-    for cls in type(optimizer).__mro__:
-        name = re.sub(r"^Paged|(8|32)bit$", "", cls.__name__)
-        for key in ((cls.__module__.partition(".")[0], name), (_ANY, name)):
-            if key in TABLE:
-                return TABLE[key]
-    return _COUPLED
+    return next((TABLE[key] for cls in type(optimizer).__mro__ for key in _keys(cls) if key in TABLE), _COUPLED)
+
+
+def is_known(optimizer: Optimizer) -> bool:
+    """Return whether the class of an optimizer itself is in the table."""
+    return any(key in TABLE for key in _keys(type(optimizer)))
 
 
 def check_optimizer(optimizer: Optimizer, mode: str) -> None:
@@ -233,3 +233,9 @@ def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, An
     if scale in (0.0, 1.0) or not group.get("weight_decay") or not behavior(optimizer).decay_is_apart(group):
         return {}
     return {"weight_decay": group["weight_decay"] / scale}
+
+
+def _keys(cls: type) -> list[tuple[str, str]]:
+    """The keys in `TABLE` that a class may have."""
+    name = re.sub(r"^Paged|(8|32)bit$", "", cls.__name__)
+    return [(cls.__module__.partition(".")[0], name), (_ANY, name)]

@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from ..model.names import preview
 from ..model.storage import shared_memory
-from .behavior import behavior, undo_scale, weight_decays
+from .behavior import behavior, is_known, undo_scale, weight_decays
 from .param_groups import Group, learning_rates, stepping_optimizers
+from .step import decayed
 from .step_hooks import FollowedSteps, runs_step_hooks
 
 logger = logging.get_logger(__name__)
@@ -30,9 +31,10 @@ class StepScales:
     schedulers, callbacks, logs and checkpoints see the nominal learning rates and the groups that they know. A group
     whose scales are all 1 is not split. Decoupled weight decay stays what it is at the nominal learning rate.
 
-    Where an optimizer hands its step on to others, the groups of these are split. Tensors whose optimizer does not read
-    the learning rate of its param groups in `step`, as the first step shows, are scaled in another way: their movement
-    is multiplied after every step, which needs a copy of their weights.
+    Where an optimizer hands its step on to others, the groups of these are split. An optimizer that is not in the table
+    of `behavior` may not read the learning rates of its param groups in `step`, which shows in the first step that has
+    gradients. Then the movement of the tensors is multiplied after every step instead, which needs a copy of their
+    weights.
 
     Attributes:
         tied: `{canonical name: the first name over the same memory}` of all but the first; see `shared_memory`.
@@ -52,12 +54,11 @@ class StepScales:
         self._optimizer = optimizer
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._parameters = parameters
-        self._unread = set(self._names)  # ids of tensors not yet stepped at the learning rate of a group
         self._moved: set[str] = set()  # names of tensors whose movement is multiplied
         self._before: dict[str, Tensor] = {}
         self._had_gradient: set[int] = set()
 
-        stepping = stepping_optimizers(optimizer)
+        stepping = stepping_optimizers(optimizer) or {optimizer: set()}  # outside of steps ZeRO-3's groups are empty
         hooked = [each for each in stepping if runs_step_hooks(each)]
         if len(hooked) < len(stepping) and not runs_step_hooks(optimizer):
             raise ValueError(
@@ -65,6 +66,8 @@ class StepScales:
                 "rates cannot be scaled. Let its __init__ call super().__init__(params, defaults), or match with "
                 "AdamW, Lion, Muon or SGD."
             )
+        # Ids of the tensors that were not yet seen to be stepped at the learning rate of a group.
+        self._unread = set() if [*stepping] == [optimizer] and is_known(optimizer) else set(self._names)
         handed_on = set().union(*(own for each, own in stepping.items() if each is not optimizer))
         self._groups = {each: _SplitGroups(each, handed_on if each is optimizer else set()) for each in hooked}
         self._outermost = [optimizer] if runs_step_hooks(optimizer) else hooked
@@ -104,13 +107,16 @@ class StepScales:
         self._factors = {key: scale for key, scale in by_id.items() if scale != 1.0}
 
     def _begin(self, optimizer: Optimizer) -> None:
-        if optimizer in self._outermost:
-            unread = {self._names[key] for key in self._unread}
-            self._had_gradient = {key for key in self._unread if self._parameters[self._names[key]].grad is not None}
+        if optimizer in self._outermost and (self._unread or self._moved):
+            held = self._held(optimizer)
+            self._had_gradient = {key for key in self._unread if self._tensor(key).grad is not None}
             self._before = {
                 name: self._parameters[name].detach().clone()
-                for name in unread | self._moved
-                if self._scales.get(name, 1.0) != 1.0 and name not in self.tied
+                for key, name in self._names.items()
+                if key in held
+                and (key in self._unread or name in self._moved)
+                and self._scales.get(name, 1.0) != 1.0
+                and name not in self.tied
             }
         if optimizer in self._groups:
             self._groups[optimizer].split(self._factors, self._unread)
@@ -118,17 +124,18 @@ class StepScales:
     def _end(self, optimizer: Optimizer) -> None:
         if optimizer in self._groups:
             self._unread -= self._groups[optimizer].join()
-        if optimizer in self._outermost:
-            self._scale_movements(optimizer)
+        if optimizer in self._outermost and (self._unread or self._moved):
+            self._find_unread(optimizer)
+            self._scale_movements()
+            self._before = {}
 
-    def _scale_movements(self, outermost: Optimizer) -> None:
-        """Multiply the movement of tensors that the step has not moved at the learning rates of split groups."""
-        inner = self._groups if outermost is self._optimizer else ()
-        held = {id(tensor) for each in (outermost, *inner) for group in each.param_groups for tensor in group["params"]}
+    def _find_unread(self, outermost: Optimizer) -> None:
+        """Find the tensors that a step has updated without reading their learning rates from a group."""
+        held = self._held(outermost)
         found = {
             key
             for key in self._unread & held
-            if key in self._had_gradient or self._parameters[self._names[key]].grad is not None
+            if key in self._had_gradient or self._tensor(key).grad is not None  # a step may take gradients away
         }
         if found:
             names = {self._names[key] for key in found}
@@ -139,15 +146,24 @@ class StepScales:
                 f"the step of {type(outermost).__name__} does not read the learning rates of {preview(names)} from its "
                 "param groups: their movement is scaled after every step instead, which needs a copy of their weights."
             )
-        moved = {name: self._parameters[name] for name in self._before.keys() & self._moved}
-        moved = {name: tensor for name, tensor in moved.items() if id(tensor) in held}
-        if moved:
-            rates, decays = learning_rates(self._optimizer, moved), weight_decays(self._optimizer, moved)
-            with torch.no_grad():
-                for name, tensor in moved.items():
-                    start = self._before[name] * (1.0 - rates[name] * decays[name])
-                    tensor.copy_(start + (tensor - start) * self._scales[name])
-        self._before = {}
+
+    def _scale_movements(self) -> None:
+        moved = {name: self._parameters[name] for name in self._before if name in self._moved}
+        if not moved:
+            return
+        rates, decays = learning_rates(self._optimizer, moved), weight_decays(self._optimizer, moved)
+        with torch.no_grad():
+            for name, tensor in moved.items():
+                start = decayed(self._before[name], rates[name] * decays[name])
+                tensor.copy_(start + (tensor - start) * self._scales[name])
+
+    def _held(self, outermost: Optimizer) -> set[int]:
+        """Ids of the tensors that are in the param groups now: ZeRO steps one group after the other."""
+        inner = self._groups if outermost is self._optimizer else ()
+        return {id(tensor) for each in (outermost, *inner) for group in each.param_groups for tensor in group["params"]}
+
+    def _tensor(self, key: int) -> Tensor:
+        return self._parameters[self._names[key]]
 
 
 class _SplitGroups:

@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..engines import engine_of
 from ..model.isolation import undisturbed
 
 logger = logging.get_logger(__name__)
@@ -191,7 +192,7 @@ class Outputs:
         Raises:
             ValueError: As for a call.
         """
-        with undisturbed(model, device), torch.no_grad():
+        with undisturbed(model, device), engine_of(model).released_after(), torch.no_grad():
             try:
                 self(model, send_to_device(dict(batch), device)).omega(torch.Generator(device))
             except ValueError:

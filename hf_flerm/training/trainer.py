@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from ..config import FLeRMConfig
-from ..engines.zero_groups import split_for_zero
+from ..engines import engine_of
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
@@ -58,10 +58,12 @@ class FLeRMMixin(_Base):
             self._flerm.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer as `Trainer` does; to match under DeepSpeed, every tensor gets a param group."""
+        """Make the optimizer as `Trainer` does; to match, an engine may need other param groups (ZeRO)."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._flerm.config.mode == "match":
-            split_for_zero(optimizer)
+            engine = engine_of(self.model)
+            engine.check(self._flerm.config.research.estimator)
+            engine.prepare_optimizer(optimizer)
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
