@@ -30,6 +30,7 @@ from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..rates.outputs import Batch, Outputs
 from ..rates.probe import RateProbe
+from ..rates.tensors import product_shapes
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import joint_groups
 from .failures import Attempt, Failures
@@ -140,7 +141,7 @@ class FLeRMRun:
             ),
             probe_data,
             device,
-            {name: engine.shape(parameter) for name, parameter in parameters.items()},
+            product_shapes(parameters, engine),
             groups,
             [] if self._scaler is None else self._scaler.shares,
             tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters},

@@ -61,7 +61,7 @@ class Scaler:
         )
         self._base = _identity(base)
         self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
-        self.evidence = Evidence.recorded(None, self._mapped)
+        self.evidence = Evidence.empty(self._mapped)
         self._step_scales = StepScales(optimizer, held)
         self._set_scales()
 
@@ -78,7 +78,7 @@ class Scaler:
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
-        self.evidence = Evidence.recorded(record, self._mapped)
+        self.evidence = Evidence.empty(self._mapped) if record is None else Evidence.from_record(record, self._mapped)
         self._set_scales()
 
     def update(self, step: int, measurement: Measurement, learning_rate: float) -> dict[str, float]:
@@ -112,12 +112,12 @@ class Scaler:
         """Return the profile with the evidence in its metadata, from which a resumed run continues."""
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.record()}}
+        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.to_record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def at_limit(self) -> str:
         """Return a warning that names the scales that have reached `max_scale`; empty if none has."""
-        at_limit = self.evidence.held(self._config.max_scale)
+        at_limit = self.evidence.at_limit(self._config.max_scale)
         if not at_limit:
             return ""
         return (
@@ -134,7 +134,7 @@ class Scaler:
         if left:
             logger.warning(
                 f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "
-                "or in this run."
+                "or in this run, or the tensors that they would share a scale with did not all move yet."
             )
 
     def remove(self) -> None:
