@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.isolation import undisturbed
 from ..model.names import resolve_names
-from .outputs import Batch, OutputFunction, Outputs
+from .outputs import Batch, MeasuredOutput, OutputFunction
 from .per_example.sites import owners
 from .per_example.tangents import Tangent, linear_tangent
 
@@ -44,7 +44,7 @@ def log_alignments(
     Raises:
         ValueError: If a name is unknown or there is no batch.
     """
-    outputs = Outputs(output)
+    outputs = MeasuredOutput(output)
     raw = resolve_names(model, updates)
     own = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
@@ -86,6 +86,7 @@ def log_alignments(
                 empty = False
                 sent = send_to_device(dict(batch), device)
                 mask = sent.get("attention_mask")
+                outputs.prepare(model, sent)
                 outputs(model, sent)
     finally:
         for handle in handles:

@@ -23,7 +23,7 @@ from ..model.names import resolve_names
 from ..optimizer.step import UnitUpdates
 from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .measurement import Measurement, Samples
-from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
+from .outputs import Batch, MeasuredOutput, OutputFunction, OutputValues, check_differentiable, num_examples
 from .per_example.gates import Gates, Site
 from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_cast
 from .per_example.sites import VerifiedSites, owners
@@ -73,7 +73,7 @@ def measure_rates(
     """
     if isinstance(batches, Mapping):
         raise ValueError("batches is one batch: pass a list of them, [batch].")
-    outputs = Outputs(output, positions, metric)
+    outputs = MeasuredOutput(output, positions, metric)
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
         parameter = model.get_parameter(path)
@@ -104,7 +104,7 @@ class RateProbe:
         *,
         estimator: str = "per_example",
         probes_per_batch: int = 1,
-        outputs: Outputs | None = None,
+        outputs: MeasuredOutput | None = None,
     ) -> None:
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}. Choose one of {', '.join(ESTIMATORS)}.")
@@ -113,7 +113,7 @@ class RateProbe:
         self.model = model
         self.estimator = estimator
         self.probes_per_batch = probes_per_batch
-        self.outputs = outputs or Outputs()
+        self.outputs = outputs or MeasuredOutput()
         self._sites = VerifiedSites(model, self.outputs)
         self._asked: list[str] = []
         self._raw: dict[str, str] = {}
@@ -161,6 +161,8 @@ class RateProbe:
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             for batch in self._there(batches, device):
+                if not is_sharded(self.model):
+                    self.outputs.prepare(self.model, batch)
                 if self.estimator == "exact":
                     self._differentiate(moves, batch, samples)
                     continue
@@ -246,7 +248,7 @@ class RateProbe:
         parameters: Mapping[str, nn.Parameter],
         updates: Mapping[str, Tensor],
         batch: Batch,
-    ) -> tuple[Gates, Output, LinearHead | None]:
+    ) -> tuple[Gates, OutputValues, LinearHead | None]:
         """Run the model with gates; where its output is one last wide linear map, up to that map's input.
 
         The gates stay in place until `stack` closes: an activation checkpoint runs their hooks again.
@@ -260,7 +262,7 @@ class RateProbe:
                     out = self.outputs(self.model, batch)
                 except Exception:  # which the run below meets again if it is not the bypass that it is about
                     hidden.clear()
-                if len(hidden) == 1 and is_cast(out.values, hidden[0]):
+                if len(hidden) == 1 and is_cast(out.values, hidden[0]) and out.weight.shape[-1] == 1:
                     stack.push(attempt.pop_all())
                     return gates.checked(), out, head
             self._head_name = None  # something looks at the logits on their way out
@@ -289,12 +291,7 @@ class RateProbe:
     def _check_differentiable(self, batch: Batch) -> None:
         """Refuse an output that no parameter at all can move; where only the measured ones cannot, their rate is 0."""
         with trainable(self.model.parameters()):
-            values = self.outputs(self.model, batch).values
-        if not values.requires_grad:
-            raise ValueError(
-                f"the output of {type(self.model).__name__} depends on no parameter through autograd: nothing can be "
-                "measured. Pass output=(model, batch) -> tensor that is computed with gradients enabled."
-            )
+            check_differentiable(self.model, self.outputs(self.model, batch))
 
     def _seek_head(self, batch: Batch) -> None:
         if not self._head_sought:
@@ -341,10 +338,10 @@ def _statistics(
 class _AsModule(nn.Module):
     """A model and what is taken of its output, as one module that `functional_call` can run."""
 
-    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
+    def __init__(self, model: nn.Module, outputs: MeasuredOutput) -> None:
         super().__init__()
         self.model = model
         self.outputs = outputs
 
-    def forward(self, batch: Batch) -> Output:
+    def forward(self, batch: Batch) -> OutputValues:
         return self.outputs(self.model, batch)

@@ -29,7 +29,7 @@ from ..optimizer.step_update import StepUpdate, runs_step_hooks
 from ..profile.common import common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
-from ..rates.outputs import Batch, Outputs
+from ..rates.outputs import Batch, MeasuredOutput
 from ..rates.probe import RateProbe
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import joint_groups
@@ -112,7 +112,7 @@ class FLeRMRun:
 
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
-        outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
+        outputs = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
         device = runs_on(next(iter(parameters.values())))
         if probe_data.example is not None and not is_sharded(model):
             outputs.check(model, probe_data.example, device)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ...engines.processes import agreement
 from ...engines.sharding import reshard
 from ...model.isolation import trainable
-from ..outputs import Batch, Output, Outputs, num_examples
+from ..outputs import Batch, MeasuredOutput, OutputValues, num_examples
 from .gates import Gates, Passage, Site, itself, layouts
 from .tangents import Affine
 
@@ -43,7 +43,7 @@ class VerifiedSites:
         outputs: What "the function" is.
     """
 
-    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
+    def __init__(self, model: nn.Module, outputs: MeasuredOutput) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
         self.absent: set[str] = set()
@@ -183,7 +183,7 @@ class VerifiedSites:
     def _refuted(
         self,
         gates: Gates,
-        out: Output,
+        out: OutputValues,
         parameters: Mapping[str, nn.Parameter],
         updates: Mapping[str, Tensor],
         count: int,
