@@ -210,11 +210,11 @@ class FLeRMCallback(TrainerCallback):
             self.save(str(args.output_dir))
         self.run.close()
         self.run.report_unmatched()
-        if not len(self.rate_profile.steps) and not self.seconds:
-            logger.warning(
-                f"nothing was measured: measure_steps={self.config.measure_steps} asks for none of the "
-                f"{state.global_step} steps."
-            )
+        if not len(self.rate_profile.steps):
+            reason = f"measure_steps={self.config.measure_steps} asks for none of the {state.global_step} steps"
+            if self.seconds:
+                reason = "every measurement failed, as warned before, or found that the step had moved nothing"
+            logger.warning(f"nothing was measured: {reason}. The profile is empty.")
 
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> RateProfile | None:
         """The profile of the checkpoint that training goes on from."""

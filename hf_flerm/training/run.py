@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
+from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines.processes import check_engine, check_loop
@@ -29,7 +30,8 @@ from ..optimizer.step_update import StepUpdate, runs_step_hooks
 from ..profile.common import common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
-from ..rates.outputs import Batch, MeasuredOutput
+from ..rates.model_call import Batch, ModelCallError
+from ..rates.outputs import MeasuredOutput
 from ..rates.probe import RateProbe
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import joint_groups
@@ -39,6 +41,8 @@ from .provenance import begun_profile, continued_profile, provenance, warn_of_ot
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
+
+logger = logging.get_logger(__name__)
 
 
 class FLeRMRun:
@@ -114,8 +118,13 @@ class FLeRMRun:
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         outputs = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
         device = runs_on(next(iter(parameters.values())))
-        if probe_data.example is not None and not is_sharded(model):
-            outputs.check(model, probe_data.example, device)
+        if not is_sharded(model):
+            try:
+                probe_data.check(partial(outputs.check, model, device=device))
+            except ModelCallError as error:
+                if config.mode == "match":
+                    raise
+                logger.warning(f"{error} Training goes on; as it is, nothing can be measured.")
 
         described = provenance(model, parameters, self._optimizer, config, probe_data, arguments)
         source = config.profile

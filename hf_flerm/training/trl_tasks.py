@@ -16,10 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainingArguments, default_data_collator
 
 from ..engines.sharding import is_sharded
-from ..rates.outputs import Batch
-from .probe_data import Staged
+from ..rates.model_call import Batch
+from .probe_data import Collate, Staged
 
-Collate = Callable[[list[Any]], Batch]
 _IGNORED = -100
 
 
