@@ -1,24 +1,42 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LOWEST := $(addprefix tests/test_,trainer.py rate_profile.py mapping.py heads.py resume.py hub.py cli_profiles.py outputs.py)
+LOWEST := $(addsuffix .py,$(addprefix tests/training/test_,bad_input checkpoints failing_probes given_profiles logs \
+	param_groups probe_data provenance recording resume saving scales scales_of_one schedules) \
+	$(addprefix tests/profile/test_,hub rate_profile) tests/transfer/test_mapping tests/cli/test_profiles \
+	tests/rates/test_outputs tests/rates/per_example/test_linear_head tests/repository/test_version)
 
-.PHONY: demo test test-lowest docs clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-lowest lint format docs clean
 
-demo: $(VENV)/installed
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed  ## Tune a learning rate at LoRA rank 4 and use it at rank 64 (about 5 minutes)
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed  ## Run everything that a change must pass, with the pinned versions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-test-lowest:
+# The `test` extra is not installed: some of its libraries need newer versions than the lowest ones.
+test-lowest:  ## Run the core's tests with the lowest supported versions (PYTHON=python3.10 for the lowest Python)
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt torch
 	$(VENV)-lowest/bin/python -m pip install --quiet --constraint .ci/constraints-lowest.txt --editable ".[plot,report]" \
 		pytest pytest-xdist hypothesis tqdm
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -W default $(LOWEST)
 
-docs: $(VENV)/installed
+lint: $(VENV)/installed  ## Check style, format and types
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy --config-file examples/mypy.ini
+
+format: $(VENV)/installed  ## Format the code and apply the linter's safe fixes
+	$(BIN)/python -m ruff check --fix-only
+	$(BIN)/python -m ruff format
+
+docs: $(VENV)/installed  ## Build the documentation into build/docs; warnings are errors
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going examples/docs build/docs
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -27,5 +45,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-clean:
+clean:  ## Remove the virtual environments
 	rm -rf $(VENV) $(VENV)-lowest

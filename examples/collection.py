@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from workload import in_parallel, processes, quiet, trained
 
-from hf_flerm import FLeRMConfig, RateProfile
+from hf_flerm import FLeRMConfig, RateProfile, Research
 from hf_flerm.model.names import tensor_places
 from hf_flerm.show.card import profile_files
 from hf_flerm.show.summary import rates_by_kind
@@ -224,7 +224,7 @@ def best_rate(losses: dict[float, float]) -> float:
 
 def record(entry: Entry, learning_rate: float, base_rate: float | None) -> tuple[float, RateProfile]:
     """Validation loss and rates; recording leaves the run as it was in the sweep."""
-    loss, trainer = run(entry, learning_rate, base_rate, FLeRMConfig(mode="record", probes=8))
+    loss, trainer = run(entry, learning_rate, base_rate, FLeRMConfig(mode="record", research=Research(probes=8)))
     return round(loss, 4), trainer.rate_profile
 
 

@@ -17,3 +17,4 @@ from .training.trainer import FLeRMTrainer as FLeRMTrainer
 from .transfer.evidence import match_rates as match_rates
 from .transfer.mapping import map_profile as map_profile
 from .transfer.rules import mup_param_groups as mup_param_groups
+from .version import __version__ as __version__

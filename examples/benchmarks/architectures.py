@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from adapters import ADAPTERS
-from architectures import ARCHITECTURES  # type: ignore[attr-defined]  # of the tests
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_flerm import measure_rates
+from tests.shared.adapters import ADAPTERS
+from tests.shared.architectures import ARCHITECTURES
 
 
 def main() -> None:

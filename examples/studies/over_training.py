@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from workload import english_bytes, in_parallel, processes, quiet, trained
 
-from hf_flerm import FLeRMConfig, RateProfile
+from hf_flerm import FLeRMConfig, RateProfile, Research
 
 STEPS = 400
 EVERY = 5
@@ -92,7 +92,7 @@ def recorded(seed: int) -> RateProfile:
     """The profile of one training, measured every `EVERY` steps."""
     quiet()
     torch.set_num_threads(1)
-    config = FLeRMConfig(probes=8, measure_steps=range(0, STEPS, EVERY))
+    config = FLeRMConfig(measure_steps=range(0, STEPS, EVERY), research=Research(probes=8))
     _, trainer = trained(
         models.decoder(seed, **MODEL),
         english_bytes(),

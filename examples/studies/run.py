@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from io import StringIO
 from pathlib import Path
 from statistics import mean
@@ -38,7 +38,7 @@ from axes import AXES, Axis, grid_index, grid_rate
 from report import Study, combined, picture, table
 from workload import arguments, in_parallel, pretrained, processes, quiet, trained
 
-from hf_flerm import FLeRMConfig, RateProfile, plan
+from hf_flerm import FLeRMConfig, RateProfile, Research, plan
 
 
 def equal_rates(folder: Path) -> RateProfile:
@@ -48,7 +48,7 @@ def equal_rates(folder: Path) -> RateProfile:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of matching: fields of `FLeRMConfig`, how the base's profile is read, and how it was recorded."""
+    """A way of matching: options of `FLeRMConfig` and `Research`, and how the base is recorded and its profile read."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     read: Callable[[Path], RateProfile] = RateProfile.from_pretrained
@@ -65,9 +65,10 @@ METHODS: dict[str, Method] = {
     "paper": Method({"pool": "unit", "probes": 20, "beta": 0.9, "measure_steps": (0, 100)}),
 }
 BASES = {
-    "record": FLeRMConfig(mode="record", probes=8),
-    "record, fisher": FLeRMConfig(mode="record", probes=8, metric="fisher"),
+    "record": FLeRMConfig(mode="record", research=Research(probes=8)),
+    "record, fisher": FLeRMConfig(mode="record", metric="fisher", research=Research(probes=8)),
 }
+RESEARCH = {entry.name for entry in fields(Research)}
 MOST_EXTENSIONS = 6
 
 
@@ -155,7 +156,9 @@ def _train(job: Job, output: Path) -> Result:
     if job.method in METHODS:
         method = METHODS[job.method]
         profile = method.read(replace(job, method=method.base).folder(output))
-        flerm = FLeRMConfig(mode="match", profile=profile, **job.config())
+        options = job.config()
+        research = Research(**{name: options.pop(name) for name in RESEARCH & options.keys()})
+        flerm = FLeRMConfig(mode="match", profile=profile, research=research, **options)
     model = side.build(job.seed)
     rule = axis.rule if job.method == "rule" else None
     loss, trainer = trained(

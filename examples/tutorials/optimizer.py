@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer
+from hf_flerm import FLeRMConfig, FLeRMTrainer, Research
 from hf_flerm.show.plotting import plot_interactions
 
 LENGTH = 64
@@ -50,7 +50,7 @@ def trained(folder: Path, name: str, steps: int) -> FLeRMTrainer:
         ),
         train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
         optimizers=(make(model.parameters(), learning_rate), None),
-        flerm=FLeRMConfig(measure_steps=range(0, steps, 4), probes=4),
+        flerm=FLeRMConfig(measure_steps=range(0, steps, 4), research=Research(probes=4)),
     )
     trainer.train()
     return trainer

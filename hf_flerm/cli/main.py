@@ -22,8 +22,18 @@ app = typer.Typer(no_args_is_help=True)
 app.add_typer(commands)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf_flerm {hf_flerm.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Function-space learning rates: profiles of runs, and the learning rates that they ask of other models.
 
     Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with what was given.

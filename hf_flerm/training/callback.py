@@ -1,4 +1,4 @@
-"""`FLeRMCallback`: a training by a `Trainer`, followed by `FLeRMRun`; the only room that knows the Trainer's events."""
+"""`FLeRMCallback`: a `FLeRMRun` driven by the events of a `Trainer`."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ logger = logging.get_logger(__name__)
 class FLeRMCallback(TrainerCallback):
     """Records function-space learning rates on any `Trainer`, or matches them to a profile.
 
-    At a measured step it keeps the weights from before the update, lets the optimizer step, puts the old weights back
-    for the probes (by reference, so bit for bit), and then the new ones. In `match` mode the step at which scales are
-    computed is redone at these scales.
+    At a measured step it keeps the weights from before the update, lets the optimizer step, gives the model its old
+    weights for the probes, and then the new ones; weights are swapped, so they are the same bits. In `match` mode the
+    measured step is then redone at the new scales.
 
-    Rates are per unit of the optimizer's own learning rate. Where weight decay is decoupled (AdamW, Lion, Muon), its
-    part of a step is left out of the rates, and not scaled with the learning rate: a matched tensor decays as it would
-    have. Where it goes through the gradient (SGD, Adam), and for an optimizer class that is not known
-    (`optimizer_table.TABLE`), it is part of the update. A class whose update is known not to be linear in the learning
-    rate is refused before the first step; one that is not known is taken to be linear.
+    Rates are per unit of the learning rate in the optimizer's param groups. Where weight decay is decoupled (AdamW,
+    Lion, Muon), it is not part of the rates and is not scaled: a matched tensor decays as fast as it would have. Where
+    weight decay goes through the gradient (SGD, Adam), and for optimizer classes that are not listed in
+    `hf_flerm.optimizer.behavior.TABLE`, it is part of the update. A listed class whose update is not linear in the
+    learning rate is refused before the first step; a class that is not listed is taken to be linear.
 
-    A training that goes on from a checkpoint goes on with its profile and scales: `FLeRMTrainer` finds them in the
-    checkpoint it is given, the callback alone in the output folder's `checkpoint-N`.
+    A run that resumes from a checkpoint continues the profile and the scales of that checkpoint. `FLeRMTrainer` finds
+    them in the checkpoint it is given, the callback alone in `checkpoint-N` of the output folder.
 
     Args:
         config: What to measure, when, and what to do with it.
-        probe_dataset: Examples to probe with. None: the training set's, drawn by the callback's own generator.
+        probe_dataset: Examples to probe with. None: examples of the training set.
 
     Raises:
-        RateProfileError: If the profile to match cannot be loaded; on several processes when training begins, on all.
-        ValueError: If `config` is no `FLeRMConfig`.
+        RateProfileError: If the profile to match cannot be loaded. With several processes it is loaded, and the error
+            raised on all of them, when training begins.
+        ValueError: If `config` is not an `FLeRMConfig`.
     """
 
     def __init__(self, config: FLeRMConfig, probe_dataset: Dataset[Any] | None = None) -> None:
@@ -60,7 +61,7 @@ class FLeRMCallback(TrainerCallback):
 
     @property
     def run(self) -> FLeRMRun:
-        """The training that goes on, or the latest.
+        """The run of the current or latest call of `train`.
 
         Raises:
             RateProfileError: If training has not begun.
@@ -71,7 +72,7 @@ class FLeRMCallback(TrainerCallback):
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a training, and so a profile."""
+        """Whether training has begun, so that there is a profile."""
         return self._run is not None
 
     @property
@@ -97,12 +98,12 @@ class FLeRMCallback(TrainerCallback):
 
     @property
     def last_measurement(self) -> Measurement | None:
-        """The latest measurement of this training."""
+        """The latest measurement of this run."""
         return self._run.last_measurement if self._run is not None else None
 
     @property
     def seconds(self) -> float:
-        """Wall time that measuring has taken in this training."""
+        """Wall time in seconds that measuring has taken in this run."""
         return self._run.seconds if self._run is not None else 0.0
 
     def resume_from(self, checkpoint: str | os.PathLike[str]) -> None:
@@ -114,25 +115,22 @@ class FLeRMCallback(TrainerCallback):
         self._resume_from = Path(checkpoint)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the profile so far beside a checkpoint; nothing if training has not begun.
+        """Write the profile so far into a folder, if training has begun.
 
-        A disk that is full is no reason to end a training: it warns, and the next save tries again.
-
-        Args:
-            directory: The folder.
+        If that fails, for instance because the disk is full, it warns and training goes on; the next save tries again.
         """
         if self._run is not None:
             self._run.save(directory)
 
     def close(self) -> None:
-        """Let go of optimizer and weights, also when training was cut short by an exception."""
+        """Release the optimizer and all weights; to be called when an exception has ended the training."""
         if self._run is not None:
             self._run.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check everything that can be wrong, before the first step."""
+        """Make the run, which checks model, optimizer, data and profile, and resume it from a checkpoint."""
         self.close()
         resumed = self._resumed(args, state)
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
@@ -160,19 +158,19 @@ class FLeRMCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the weights from before the update, if it will be measured."""
+        """Tell the run that an optimizer step begins."""
         self.run.before_step(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the update that was just made."""
+        """Tell the run that the optimizer has stepped."""
         self.run.after_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the profile before the rest of a checkpoint, so that one with a trainer state has it.
+        """Write the profile before the rest of a checkpoint, so that every complete checkpoint has one.
 
-        Trials of a search have folders of their own, which only `FLeRMTrainer` is told.
+        Trials of a hyperparameter search have folders of their own, which a callback is not told.
         """
         if control.should_save and args.should_save and not state.is_hyper_param_search:
             self.save(_checkpoint(args, state))
@@ -180,7 +178,7 @@ class FLeRMCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add what was measured since the last log of training (not of an evaluation), by tensor kind."""
+        """Add the measurements since the last log to a log of training; logs of evaluations stay as they are."""
         logs = kwargs.get("logs") or {}
         if self._run is None or not logs.keys() & {"loss", "train_runtime"}:
             return
@@ -190,7 +188,7 @@ class FLeRMCallback(TrainerCallback):
             state.log_history[-1].update(measured)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the profile into a checkpoint that nothing had announced."""
+        """Write the profile into a checkpoint that `control.should_save` did not announce."""
         folder = _checkpoint(args, state)
         if args.should_save and folder.is_dir():
             self.save(folder)
@@ -198,26 +196,26 @@ class FLeRMCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the profile into the output folder, which is what is pushed."""
+        """Write the profile into the output folder, which is pushed to the Hub."""
         if args.should_save:
             self.save(str(args.output_dir))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the profile into the output folder and let go of the optimizer."""
+        """Write the profile into the output folder and release the optimizer."""
         if args.should_save:
             self.save(str(args.output_dir))
         self.run.close()
         self.run.report_unmatched()
         if not len(self.rate_profile.steps):
-            reason = f"measure_steps={self.config.measure_steps} asks for none of the {state.global_step} steps"
-            if self.seconds:
-                reason = "every measurement failed, as warned before, or found that the step had moved nothing"
-            logger.warning(f"nothing was measured: {reason}. The profile is empty.")
+            reason = "no measurement succeeded; the first failure was reported above."
+            if not self.seconds:
+                reason = f"measure_steps={self.config.measure_steps} asks for none of the {state.global_step} steps."
+            logger.warning(f"nothing was measured and the profile is empty: {reason}")
 
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> RateProfile | None:
-        """The profile of the checkpoint that training goes on from."""
+        """Read the profile of the checkpoint that training resumes from; None if it has none."""
         folder = self._resume_from or _checkpoint(args, state)
         self._resume_from = None
         if state.global_step == 0:

@@ -1,4 +1,4 @@
-"""Where rates come from: what a reader of a profile must know to judge them."""
+"""The provenance of a profile: which model, data, optimizer and settings its rates were measured with."""
 
 from __future__ import annotations
 
@@ -50,18 +50,20 @@ def provenance(
     probe_data: ProbeData,
     arguments: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Describe a run by what determines its rates; nothing that differs between two equal runs.
+    """Return the metadata of a run's profile: everything that determines its rates.
+
+    Nothing is in it that differs between two equal runs (time, host name, paths), so that they write the same bytes.
 
     Args:
-        model: What is trained.
-        parameters: `{canonical name: parameter}` of what is trained of it.
+        model: The trained model.
+        parameters: `{canonical name: parameter}` of its trained parameters.
         optimizer: The optimizer that steps.
-        config: What is measured.
-        probe_data: With what it probes.
-        arguments: The training's settings; None: those that can be seen here.
+        config: The options of the run.
+        probe_data: The examples it probes with.
+        arguments: Settings of the training. None: learning rate, batch size and accumulation, as far as known.
 
     Returns:
-        What JSON can hold.
+        Metadata that JSON can hold.
     """
     model_config: Any = getattr(model, "config", None)
     adapters = getattr(model, "peft_config", None) or {}
@@ -89,14 +91,11 @@ def provenance(
 
 
 def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
-    """Make the profile of a run that has measured nothing yet.
+    """Return a profile without steps, for a run that has measured nothing yet.
 
     Args:
-        metadata: Its `provenance`.
-        groups: Which joint rates it will have: `{granularity: {path: {name: share}}}`.
-
-    Returns:
-        A profile of no steps.
+        metadata: The `provenance` of the run.
+        groups: The joint rates that it will have: `{granularity: {path: {canonical name: share of its update}}}`.
     """
     joint: dict[str, dict[str, list[float]]] = {
         granularity: {path: [] for path in of} for granularity, of in groups.items()
@@ -105,15 +104,12 @@ def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str,
 
 
 def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMConfig) -> RateProfile:
-    """Put a checkpoint's rates under the provenance of the run that goes on from it.
+    """Return a checkpoint's rates with the provenance of the run that resumes from it.
 
     Args:
-        resumed: The checkpoint's profile.
-        begun: The run's, with the same tensors.
-        config: The run's.
-
-    Returns:
-        The profile to go on with.
+        resumed: The profile of the checkpoint.
+        begun: The profile of the run, from `begun_profile`.
+        config: The options of the run.
 
     Raises:
         RateProfileError: If tensors or units differ.
@@ -141,15 +137,12 @@ def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str,
 
 
 def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
-    """Refuse a profile whose rates are rates of something else than a run's.
+    """Raise RateProfileError if the rates of a profile have other units (output, positions, metric) than a run's.
 
     Args:
-        profile: Was recorded before.
-        config: The run's.
+        profile: The profile.
+        config: The options of the run.
         which: What to call the profile in the message.
-
-    Raises:
-        RateProfileError: If output, positions or metric differ.
     """
     recorded = profile.about.units
     for name, value in _units(config).items():
@@ -161,14 +154,13 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
 
 
 def check_unscaled(profile: RateProfile, which: str) -> None:
-    """Refuse the profile of a run whose learning rates were scaled: how far it moved the outputs is not in its rates.
+    """Raise RateProfileError if a profile was recorded in a matched run with scales other than 1.
+
+    Its rates are per unit of scaled learning rates, which are not in the profile at every step.
 
     Args:
-        profile: Was recorded before.
+        profile: The profile.
         which: What to call the profile in the message.
-
-    Raises:
-        RateProfileError: If its run was matched, at scales other than 1.
     """
     scales = profile.about.matched_scales.values()
     unknown = profile.about.is_matched and not scales
@@ -181,11 +173,11 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
 
 
 def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> None:
-    """Warn of a run that is matched at another learning rate than its base's, which the scales are relative to.
+    """Warn if a matched run has another learning rate than its base: scales are relative to that of the base.
 
     Args:
-        profile: The base's.
-        described: The run's `provenance`.
+        profile: The profile of the base run.
+        described: The `provenance` of the matched run.
     """
     was, now = profile.about.learning_rate, ProfileMetadata(described).learning_rate
     if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
@@ -205,7 +197,7 @@ def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: sets sorted, everything unknown as text, numbers that are not finite as None."""
+    """Return the value as JSON can hold it: sets sorted, unknown types as text, non-finite numbers as None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

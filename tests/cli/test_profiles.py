@@ -1,0 +1,182 @@
+"""Every command through the entry point of the package: its help, a good case, a bad case."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_flerm import FLeRMConfig, RateProfile
+from tests.shared.profiles import REPO
+from tests.shared.training import gpt2, lora, recorded
+
+COMMANDS = ("plan", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders: a recorded profile, another one, one of a matched run, one of LoRA, and models' configs."""
+    folder = tmp_path_factory.mktemp("profiles")
+    found = recorded(folder / "run", gpt2())
+    found.save_pretrained(folder / "one")
+    twice = {name: 2 * rates for name, rates in found.rates.items()}
+    RateProfile(found.steps, twice, found.metadata, found.joint_rates).save_pretrained(folder / "two")
+    recorded(folder / "run", gpt2(width=32), flerm=FLeRMConfig("match", found)).save_pretrained(folder / "matched")
+    recorded(folder / "run", lora()).save_pretrained(folder / "lora")
+    gpt2(layers=4).config.save_pretrained(folder / "deep")
+    lora().save_pretrained(folder / "adapter")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
+    """What the shell would see of `hf-flerm words`."""
+    command = next(iter(entry_points(group="console_scripts", name="hf-flerm")))
+    monkeypatch.setattr(sys, "argv", ["hf-flerm", *map(str, words)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as left:
+        command.load()()
+    out, err = capsys.readouterr()
+    return int(left.value.code or 0), out, err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    return lambda *words: run(capsys, monkeypatch, *words)
+
+
+def test_help_names_every_command_and_the_exit_codes(shell) -> None:
+    code, out, _ = shell("--help")
+    assert code == 0
+    assert all(f" {command} " in out for command in COMMANDS)
+    assert "2 something is wrong" in out
+    assert "--show-completion" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(shell, command: str) -> None:
+    code, out, _ = shell(command, "--help")
+    assert code == 0
+    assert f"hf-flerm {command}" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "{0}/nowhere"),
+        ("validate", "{0}/deep/config.json"),
+        ("diff", "{0}/one", "{0}/nowhere"),
+        ("average", "{0}/one", "-o", "{0}/mean"),
+        ("average", "{0}/one", "{0}/lora", "-o", "{0}/mean"),
+        ("map", "{0}/lora", "{0}/deep"),
+        ("plan", "{0}/nowhere", "{0}/one", "{0}/one"),
+        ("plan", "{0}/deep", "{0}/nowhere", "{0}/one"),
+        ("plan", "{0}/deep", "{0}/one", "{0}/one", "--optim", "none"),
+        ("plan", "{0}/deep", "{0}/one", "{0}/one", "--adapter", "{0}/nowhere"),
+        ("plot", "{0}/one", "--what", "multipliers", "-o", "{0}/bad.png"),
+        ("plot", "{0}/one", "-o", "{0}/bad.doc"),
+        ("report", "{0}/one", "-o", "{0}/nowhere/bad.html"),
+        ("push", "{0}/nowhere", "me/tuned"),
+        ("push", "{0}/one", "no/such/id"),
+        ("pull", "me/nowhere", "-o", "{0}/bad"),
+        ("diff", "{0}/one"),
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_bad_input_is_named_and_exits_with_2(shell, base: Path, hub, words: tuple[str, ...]) -> None:
+    code, out, err = shell(*(word.format(base) for word in words))
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert "hf-flerm" in err
+    assert not list(base.glob("bad*"))
+
+
+def test_inspect(shell, base: Path) -> None:
+    code, out, _ = shell("inspect", base / "one")
+    assert code == 0
+    assert "0.01, linear" in out
+    assert "transformer.h.*.attn.c_attn.weight" in out
+    found = RateProfile.from_pretrained(base / "one")
+    content = json.loads(shell("inspect", base / "one", "--json")[1])
+    assert content["steps"] == found.steps.tolist()
+    rates = [found.rates[f"transformer.h.{layer}.attn.c_attn.weight"] for layer in (0, 1)]
+    expected = (rates[0] * rates[1]).sqrt().tolist()
+    assert content["kinds"]["transformer.h.*.attn.c_attn.weight"] == {"tensors": 2, "rates": pytest.approx(expected)}
+
+
+def test_validate(shell, base: Path) -> None:
+    assert shell("validate", base / "one")[:2] == (0, "valid: 28 tensors, 4 steps\n")
+    assert json.loads(shell("validate", base / "one", "--json")[1])["valid"] is True
+
+
+def test_diff_says_by_its_exit_code_whether_profiles_differ(shell, base: Path) -> None:
+    assert shell("diff", base / "one", base / "one")[:2] == (0, "alike\n")
+    code, out, _ = shell("diff", base / "one", base / "two", "--json")
+    content = json.loads(out)
+    assert code == 1
+    assert content["largest"] == pytest.approx(0.5)
+    assert content["kinds"]["transformer.wte.weight"] == pytest.approx([2.0] * 4)
+    assert shell("diff", base / "one", base / "two", "--tolerance", "0.51")[0] == 0
+    assert shell("diff", base / "one", base / "two", "--tolerance", "0.49")[0] == 1
+    found = RateProfile.from_pretrained(base / "one")
+    together = {"global": {"": 4 * found.joint_rates["global"][""]}}
+    RateProfile(found.steps, found.rates, found.metadata, found.joint_rates | together).save_pretrained(base / "joint")
+    code, out, _ = shell("diff", base / "one", base / "joint", "--json")
+    assert (code, json.loads(out)["largest"]) == (1, pytest.approx(0.75))
+    code, out, _ = shell("diff", base / "one", base / "lora")
+    assert code == 1
+    assert "only in first" in out
+
+
+def test_average(shell, base: Path, tmp_path: Path) -> None:
+    code, out, _ = shell("average", base / "one", base / "two", "-o", tmp_path)
+    assert (code, Path(out.strip()).parent) == (0, tmp_path)
+    one = RateProfile.from_pretrained(base / "one")
+    for name, rates in RateProfile.from_pretrained(tmp_path).rates.items():
+        assert torch.allclose(rates, one.rates[name] * 2**0.5, rtol=1e-12)
+    assert json.loads(shell("average", base / "one", base / "two", "-o", tmp_path, "--json")[1])["averaged_over"] == 2
+
+
+def test_map(shell, base: Path) -> None:
+    code, out, _ = shell("map", base / "one", base / "deep", "--depth", "joint")
+    assert code == 0
+    assert "joint rate: transformer.h.*.attn.c_attn.weight" in out
+    units = json.loads(shell("map", base / "one", base / "deep", "--json")[1])["units"]
+    name = "transformer.h.3.attn.c_attn.weight"
+    half = RateProfile.from_pretrained(base / "one").rates["transformer.h.1.attn.c_attn.weight"] / 2
+    assert units[name] == {
+        "sources": ["transformer.h.1.attn.c_attn.weight"],
+        "shares": {name: 1.0},
+        "rates": pytest.approx(half.tolist()),
+    }
+    assert shell("map", base / "lora", base / "deep", "--adapter", base / "adapter")[0] == 0
+
+
+@pytest.mark.parametrize(("what", "source"), [("rates", "one"), ("layers", "one"), ("multipliers", "matched")])
+def test_plot(shell, base: Path, tmp_path: Path, what: str, source: str) -> None:
+    file = tmp_path / f"{what}.png"
+    assert shell("plot", base / source, "--what", what, "-o", file)[:2] == (0, f"{file}\n")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(shell("plot", base / source, "--what", what, "-o", file, "--json")[1]) == {"file": str(file)}
+
+
+def test_report(shell, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    assert shell("report", base / "one", "-o", file)[:2] == (0, f"{file}\n")
+    assert "transformer.wte.weight" in file.read_text(encoding="utf-8")
+    assert json.loads(shell("report", base / "one", "-o", file, "--json")[1]) == {"file": str(file)}
+
+
+def test_push_and_pull(shell, base: Path, tmp_path: Path, hub) -> None:
+    code, out, _ = shell("push", base / "one", REPO, "--subfolder", "seed-0", "--message", "From the shell", "--json")
+    assert code == 0
+    assert json.loads(out)["commit"] == hub.repos[REPO].branches["main"]
+    assert hub.repos[REPO].messages[-1] == "From the shell"
+    code, out, _ = shell("pull", f"{REPO}@main/seed-0", "-o", tmp_path)
+    assert code == 0
+    assert Path(out.strip()).read_bytes() == (base / "one" / "rate_profile.safetensors").read_bytes()
+    assert shell("push", base / "one", REPO, "--create-pr")[1] == f"{hub.endpoint}/{REPO}/discussions/1\n"

@@ -1,0 +1,151 @@
+"""`plan`: what it recommends where the answer is known, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, plan
+from hf_flerm.planning.plan import Multiplier
+from tests.shared.plans import LEARNING_RATE, arguments, lora, planned, recorded, sgd
+from tests.shared.training import Rows, gpt2
+
+
+def test_a_model_is_told_to_keep_its_own_learning_rate(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora())
+    advice = planned(tmp_path, lora(), base)
+    assert advice.learning_rate == pytest.approx(LEARNING_RATE)
+    assert advice.overall.is_one
+    assert advice.keeps
+    assert "Keep your learning rate, 0.01" in str(advice)
+
+
+@pytest.mark.parametrize("factor", [0.1, 3.0])
+def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
+    """A base whose rates are so many times the target's own wants so many times its learning rate."""
+    model = gpt2()
+    base = recorded(tmp_path, model, optimizers=(sgd(model), None))
+    times = RateProfile(
+        base.steps,
+        {name: rates * factor for name, rates in base.rates.items()},
+        base.metadata,
+        {key: {path: rates * factor for path, rates in groups.items()} for key, groups in base.joint_rates.items()},
+    )
+    advice = planned(tmp_path, gpt2(), times, optimizer=sgd)
+    assert abs(math.log(advice.overall.value / factor)) < 4 * advice.overall.error + 0.3
+    assert advice.learning_rate == advice.base_learning_rate * advice.overall.value
+    assert not advice.keeps
+    for multiplier in advice.multipliers.values():
+        assert 0.2 < multiplier.value / factor < 5.0
+
+
+def test_measurements_count_by_learning_rate_and_step(tmp_path: Path) -> None:
+    """Of a training that moves next to nothing: its first scales cannot act on what is measured later."""
+    base = recorded(tmp_path, gpt2())
+    told = {**base.metadata, "training_arguments": {**base.metadata["training_arguments"], "learning_rate": 1e-5}}
+    steps, factor = 6, 9.0
+    weights = [(step + 1) * (1 - step / 8) for step in range(steps)]  # of a linear schedule over 8 steps
+
+    def times(step: int | None) -> RateProfile:
+        by_step = torch.ones(len(base.steps), dtype=torch.float64)
+        if step is not None:
+            by_step[step] = factor
+        joint = {key: {p: rates * by_step for p, rates in of.items()} for key, of in base.joint_rates.items()}
+        return RateProfile(base.steps, {n: rates * by_step for n, rates in base.rates.items()}, told, joint)
+
+    plain = planned(tmp_path, gpt2(), times(None)).overall.value
+    for step in (0, steps - 1):
+        found = math.log(planned(tmp_path, gpt2(), times(step)).overall.value / plain) / math.log(factor)
+        assert found == pytest.approx(weights[step] / sum(weights), rel=0.15)
+
+
+class Drawn(Rows):
+    """Rows by random numbers of the data set's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = random.Random(7)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(self.generator.randrange(len(self)))
+
+
+def test_planning_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = recorded(tmp_path / "base", lora())
+    model, folder = lora(rank=4), tmp_path / "plan"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    args = arguments(folder, save_strategy="steps", save_steps=1)
+    capsys.readouterr()
+    plan(model, args, rows := Drawn(), base, steps=3)
+    assert rows.generator.getstate() == Drawn().generator.getstate()
+    assert capsys.readouterr().out == ""
+    drawn = (random.random(), np.random.rand(), torch.rand(()).item())
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not folder.exists() or not any(folder.iterdir())
+    assert (args.output_dir, args.learning_rate) == (str(folder), LEARNING_RATE)
+
+
+def test_what_is_measured_is_what_the_profile_has(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora(), metric="fisher")
+    args = arguments(tmp_path)
+    advice = plan(lora(rank=4), args, Rows(), base, steps=3)
+    same = plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig(metric="fisher"))
+    assert advice.to_dict() == same.to_dict()
+    with pytest.raises(RateProfileError, match="recorded with metric='fisher', this run has 'euclidean'"):
+        plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig())
+
+
+def test_another_adapter_is_matched_by_module(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora())
+    advice = planned(tmp_path, lora(use_dora=True), base)
+    assert set(advice.multipliers) == {"transformer.h.*.attn.c_attn"}
+    assert advice.change.target_adapter == "DORA"
+
+
+def test_the_average_of_runs_of_one_learning_rate_has_that_one(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    other = RateProfile(base.steps, base.rates, base.metadata | {"training_arguments": {}}, base.joint_rates)
+    other.metadata["training_arguments"] = base.metadata["training_arguments"] | {"seed": 1}
+    average = RateProfile.average([base, other])
+    args = arguments(tmp_path, learning_rate=1.0)
+    assert plan(gpt2(width=32), args, Rows(), average, steps=1).base_learning_rate == LEARNING_RATE
+
+
+def test_a_training_that_is_shorter_or_begins_with_an_evaluation(tmp_path: Path) -> None:
+    base = recorded(tmp_path, gpt2())
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_on_start=True)
+    assert plan(gpt2(width=32), args, Rows(), base, steps=6).steps == 2
+    with pytest.raises(ValueError, match="steps is 0"):
+        plan(gpt2(width=32), args, Rows(), base, steps=0)
+
+
+def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path) -> None:
+    base = recorded(tmp_path, lora())
+    args = arguments(tmp_path, warmup_steps=8, lr_scheduler_type="linear", max_steps=100)
+    with pytest.raises(ValueError, match="nothing could be measured in 1 steps"):
+        plan(lora(rank=4), args, Rows(), base, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "is_one"),
+    [(2.0, 0.4, True), (2.0, 0.3, False), (0.5, 0.4, True), (1.7, 0.0, True), (1.9, 0.0, False), (0.5, 0.0, False)],
+)
+def test_a_multiplier_is_one_within_two_standard_errors_or_what_the_method_misses_by(
+    value: float, error: float, is_one: bool
+) -> None:
+    assert Multiplier(value, error).is_one == is_one
+
+
+def test_steps_are_refused_by_their_own_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^steps is 0; it must be a whole number of at least 1"):
+        plan(gpt2(), arguments(tmp_path), Rows(), "no profile", steps=0)
