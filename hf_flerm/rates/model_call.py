@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_input_
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # Methods of Transformers' models that make decoder inputs of labels.
 _SHIFTS = ("prepare_decoder_input_ids_from_labels", "_shift_right")
+_TOKENS = ("decoder_start_token_id", "pad_token_id")
+# Models that make a mask of the decoder's inputs, too, when they make them of labels.
+_MASKS_TOO = ("EncoderDecoderModel", "Pix2StructForConditionalGeneration")
 
 
 class OutputError(ValueError):
@@ -114,7 +117,7 @@ def call_inputs(model: nn.Module, batch: Batch, left_out: frozenset[str]) -> dic
     inputs = {name: value for name, value in batch.items() if name not in left_out}
     signature = Signature.of(model)
     if "labels" in left_out and makes_decoder_inputs(model, batch) and signature.accepts("decoder_input_ids"):
-        inputs["decoder_input_ids"] = _decoder_inputs(base_model(model), batch["labels"])
+        inputs["decoder_input_ids"] = _decoder_inputs(base_model(model), batch)
     if hasattr(getattr(model, "config", None), "use_cache") and signature.accepts("use_cache"):
         inputs["use_cache"] = False
     return inputs
@@ -148,20 +151,33 @@ def makes_decoder_inputs(model: nn.Module, batch: Batch) -> bool:
     )
 
 
+def missing_tokens(model: nn.Module, batch: Batch) -> str:
+    """Return what to set in the config, if decoder inputs are made of labels and a token for it is None; else ""."""
+    config = base_model(model).config if makes_decoder_inputs(model, batch) else None
+    missing = [name for name in _TOKENS if hasattr(config, name) and getattr(config, name) is None]
+    if not missing:
+        return ""
+    return (
+        f"{type(base_model(model)).__name__} makes its decoder's inputs of the labels, by tokens that its config does "
+        f"not set: {' and '.join(missing)} is None. Set model.config.{missing[0]} (often the tokenizer's pad or bos "
+        "token), or give the batches decoder_input_ids."
+    )
+
+
 def _shifts_labels_itself(model: nn.Module, batch: Batch, signature: Signature) -> bool:
     """Whether only a call with labels makes the decoder's inputs as training does: nothing tells the model's rule."""
     if not makes_decoder_inputs(model, batch) or not signature.accepts("labels"):
         return False
-    if not generates(model) or not signature.accepts("decoder_input_ids"):
+    base, labels = base_model(model), batch["labels"]
+    if type(base).__name__ in _MASKS_TOO or not generates(model) or not signature.accepts("decoder_input_ids"):
         return True
-    base = base_model(model)
     told = any(callable(getattr(base, name, None)) for name in _SHIFTS)
-    labels = batch["labels"]
     return not told and (labels.ndim != 2 or labels.is_floating_point() or base.config.decoder_start_token_id is None)
 
 
-def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+def _decoder_inputs(model: Any, batch: Batch) -> Tensor:
     """Shift the labels by the model's own rule; without one, by the rule of most models: start token, then labels."""
+    labels = batch["labels"].clone()  # a rule may write into them
     try:
         for name in _SHIFTS:
             if callable(getattr(model, name, None)):
@@ -170,17 +186,4 @@ def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
     except (RuntimeError, TypeError, ValueError) as error:
-        missing = list(_missing_tokens(model.config))
-        if not missing:
-            raise
-        raise OutputError(
-            f"{type(model).__name__} makes its decoder's inputs of the labels by tokens that its config does not set: "
-            f"{' and '.join(missing)} is None. Set model.config.{missing[0]} (often the tokenizer's pad or bos "
-            "token), or give the batches decoder_input_ids."
-        ) from error
-
-
-def _missing_tokens(config: Any) -> Iterator[str]:
-    for name in ("decoder_start_token_id", "pad_token_id"):
-        if getattr(config, name, None) is None:
-            yield name
+        raise OutputError(missing_tokens(model, batch) or f"no decoder inputs can be made: {error!r}") from error

@@ -19,7 +19,16 @@ from ..choices import check_choice
 from ..model.isolation import checkpointed, trainable, undisturbed
 from .distributions import distribution_of
 from .metrics import FISHER, METRICS, Metric
-from .model_call import Batch, ModelCallError, OutputError, Signature, base_model, call_inputs, ways_to_call
+from .model_call import (
+    Batch,
+    ModelCallError,
+    OutputError,
+    Signature,
+    base_model,
+    call_inputs,
+    missing_tokens,
+    ways_to_call,
+)
 from .positions import trained_weight, unpadded_weight
 
 logger = logging.get_logger(__name__)
@@ -245,11 +254,12 @@ class MeasuredOutput:
                 failure = failure or error
             finally:
                 clear_device_cache()  # training starts with as much memory as it would have
-        named = sorted(Signature.of(model).named)
+        told = missing_tokens(model, batch)
         raise ModelCallError(
-            f"{type(base_model(model)).__name__} cannot be run on a probe batch: {failure!r}. The batch has "
-            f"{sorted(batch)}, forward takes {named}. Pass FLeRMConfig(output=(model, batch) -> tensor) to say how it "
-            "is run and what its output is, or a probe_dataset with what it needs."
+            f"{type(base_model(model)).__name__} cannot be run on a probe batch: {failure!r}. "
+            f"{told and f'{told} '}The batch has {sorted(batch)}, forward takes {sorted(Signature.of(model).named)}. "
+            "Pass FLeRMConfig(output=(model, batch) -> tensor) to say how the model is run and what its output is, or "
+            "a probe_dataset with what it needs."
         ) from failure
 
 
