@@ -131,6 +131,7 @@ class ProbeData:
         )
         self.fingerprint = getattr(examples, "_fingerprint", None)
         self._seed = config.seed
+        self._warned = False
         self._examples = examples
         self._collate = collate_fn or dataloader.collate_fn
         self._drawing = (examples, self._collate, getattr(dataloader, "collate_fn", None))
@@ -163,7 +164,7 @@ class ProbeData:
                 check(single)
             except ModelCallError:
                 raise error from error.__cause__
-            _warn_of_single_examples(error.__cause__ or error)
+            self._warn_of_single_examples(error.__cause__ or error)
             self.num_batches *= self.batch_size
             self.batch_size, self.example = 1, single
 
@@ -240,8 +241,13 @@ class ProbeData:
                 batches = [collate(self._read([index])) for index in indices]
             except Exception:  # the batch says more about the data than one example does
                 raise error from None
-            _warn_of_single_examples(error)
+            self._warn_of_single_examples(error)
             return batches
+
+    def _warn_of_single_examples(self, error: BaseException) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(f"the examples of a probe batch cannot be mixed, and are probed one at a time: {error!r}")
 
     def _read(self, indices: Iterable[int]) -> list[Any]:
         # Each is copied as soon as it is read: a data set may hand out the same object every time.
@@ -274,18 +280,11 @@ def copied(value: Any) -> Any:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether a value is an object of a plain class that holds attributes and nothing else."""
+    """Whether a value is an object that holds attributes and nothing else, and is copied by them."""
     kind = type(value)
-    return (
-        hasattr(value, "__dict__")
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and getattr(kind, "__getstate__", None) is getattr(object, "__getstate__", None)
-        and not any(hasattr(kind, name) for name in ("__call__", "__getitem__", "__iter__", "__copy__"))
-    )
-
-
-def _warn_of_single_examples(error: BaseException) -> None:
-    logger.warning_once(f"the examples of a probe batch cannot be mixed, and are probed one at a time: {error!r}")
+    special = {name for base in kind.__mro__ if base is not object for name in vars(base)}
+    others = {"__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__call__", "__getitem__", "__iter__"}
+    return hasattr(value, "__dict__") and not callable(value) and not special & others
 
 
 def _batch_size(dataloader: Any) -> int:
