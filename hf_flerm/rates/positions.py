@@ -149,7 +149,7 @@ def _fitted(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Ten
     if mask.ndim == 2 and values.ndim == 3 and len(mask) == len(values):
         length = values.shape[1]
         if length > mask.shape[1]:
-            return _behind_prompt(mask, length, True).to(values).unsqueeze(-1)
+            return _behind_prompt(mask, length, True).to(values).unsqueeze(-1) if _has_prompt(model) else None
         frames = _frame_mask(model, mask, length)
         return None if frames is None else frames.to(values).unsqueeze(-1)
     if mask.ndim == 3 and values.ndim == 4 and len(mask) == len(values):  # pixels, at another resolution
@@ -172,8 +172,14 @@ def _beside(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Ten
     return None
 
 
+def _has_prompt(model: Any) -> bool:
+    """Whether a model puts tokens of its own in front: by prompt tuning, or of an image that it writes about."""
+    config = getattr(model, "active_peft_config", None)
+    return generates(model) or bool(getattr(config, "is_prompt_learning", False))
+
+
 def _behind_prompt(mask: Tensor, length: int, fill: bool) -> Tensor:
-    """A mask [N, T] with virtual tokens, which prompt tuning puts in front, [N, length]."""
+    """A mask [N, T] with the tokens that a model puts in front, [N, length]."""
     return nn.functional.pad(mask, (max(length - mask.shape[1], 0), 0), value=fill)
 
 
