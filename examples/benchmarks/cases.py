@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.utils import logging
 
+from hf_flerm.engines.engine import MasterWeights
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.step import Snapshot
 
@@ -87,7 +88,7 @@ class Training:
 
     def measured(self, measure: Callable[[Any], Any]) -> None:
         """A step whose update is measured."""
-        before = Snapshot(self.parameters)
+        before = Snapshot(MasterWeights(self.parameters))
         self.update()
         with before.put_back(dict.fromkeys(self.parameters, LEARNING_RATE)) as updates:
             measure(updates)

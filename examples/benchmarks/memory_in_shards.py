@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_flerm.engines import engine_of
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.step import Snapshot
 from hf_flerm.rates.probe import RateProbe
@@ -64,6 +65,7 @@ def row(width: int, layers: int) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     batch = {"input_ids": torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))}
     parameters = trainable_parameters(model)
+    weights = engine_of(model).master_weights(optimizer, parameters)
     probe = RateProbe(model)
 
     def train() -> None:
@@ -72,7 +74,7 @@ def row(width: int, layers: int) -> list[float]:
         optimizer.zero_grad()
 
     def measure() -> None:
-        before = Snapshot(parameters)
+        before = Snapshot(weights)
         train()
         with before.put_back(dict.fromkeys(parameters, 1e-3)) as updates:
             probe.measure(updates, [batch], torch.Generator().manual_seed(0))
@@ -80,7 +82,7 @@ def row(width: int, layers: int) -> list[float]:
     train()
     measure()  # the first one of a run also verifies its gates
     whole = sum(parameter.nbytes for parameter in parameters.values())
-    snapshot = peak(lambda: Snapshot(parameters))
+    snapshot = peak(lambda: Snapshot(weights))
     plain, measured = (min(peak(run) for _ in range(REPEATS)) for run in (train, measure))
     return [layers, whole / MB, snapshot / MB, plain / MB, measured / MB]
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from workload import Run, adapted, python_data, quiet
 
+from hf_flerm.engines.engine import MasterWeights
 from hf_flerm.optimizer.step import Snapshot
 from hf_flerm.rates.probe import RateProbe
 
@@ -70,7 +71,7 @@ def cost(name: str, make: Callable[[], Training], repeats: int) -> str:
     for _ in range(2):  # LoRA's A has no effect, and cannot be verified, before B has moved
         training.measured(measure)
     several.measure({n: torch.zeros_like(p) for n, p in training.parameters.items()}, [training.probe_batch])
-    before = Snapshot(training.parameters)
+    before = Snapshot(MasterWeights(training.parameters))
     training.update()
     for _ in range(repeats):
         steps.append(seconds(training.step))
@@ -95,7 +96,7 @@ def errors(examples: int, repeats: int) -> tuple[list[str], str]:
     training = Training(adapted(Run(8, LEARNING_RATE)), rows[:examples], rows[examples:])
     for _ in range(3):
         training.step()
-    before = Snapshot(training.parameters)
+    before = Snapshot(MasterWeights(training.parameters))
     training.update()
     squares: dict[tuple[tuple[str, int], int], list[float]] = {}
     spent: dict[tuple[str, int], list[float]] = {}

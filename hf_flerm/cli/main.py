@@ -1,4 +1,4 @@
-"""`hf-flerm` on the command line."""
+"""The `hf-flerm` command: its commands on profiles (`profiles.py`) and `plan`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import typer
 
 import hf_flerm
 
-from .profiles import AsJson, Granularity, adapted, commands, explained, show
+from ..choices import Granularity
+from .profiles import AsJson, adapted, commands, explained, show
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-_WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")  # the latter are refused: they are pickled
+# A folder with pickled weights alone is refused: its model must not be taken for one that starts from scratch.
+_WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(commands)
@@ -42,34 +44,42 @@ def _commands(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder or repository; a folder with a config alone is untrained.")],
-    data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or one on the Hub.")],
-    profile: Annotated[str, typer.Argument(help="The base's profile: a folder, a file or a repository.")],
+    model: Annotated[
+        str, typer.Argument(help="The target: a folder or repository. A folder without weights is initialized.")
+    ],
+    data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or a data set on the Hub.")],
+    profile: Annotated[str, typer.Argument(help="The profile of the base run: a folder, a file or a repository.")],
     adapter: Annotated[
         str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
     ] = None,
-    optim: Annotated[str, typer.Option(help="The optimizer, as TrainingArguments names it.")] = "adamw_torch",
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per example, where the data is text.")] = 512,
-    max_steps: Annotated[int, typer.Option(min=1, help="Of the training that is planned: its schedule.")] = 1000,
-    warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
-    scheduler: Annotated[str, typer.Option(help="The schedule, as TrainingArguments names it.")] = "linear",
-    steps: Annotated[int, typer.Option(min=1, help="Steps to train a copy for.")] = 32,
-    granularity: Annotated[Granularity | None, typer.Option(help="What is matched.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 42,
+    optim: Annotated[str, typer.Option(help="Optimizer, as in TrainingArguments.")] = "adamw_torch",
+    batch_size: Annotated[int, typer.Option(min=1, help="Training examples per step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per example, if the data is text.")] = 512,
+    max_steps: Annotated[int, typer.Option(min=1, help="Length of the planned training, for its schedule.")] = 1000,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Warm-up of the planned training.")] = 0,
+    scheduler: Annotated[str, typer.Option(help="Learning-rate schedule, as in TrainingArguments.")] = "linear",
+    steps: Annotated[int, typer.Option(min=1, help="Steps for which a copy of the model is trained.")] = 32,
+    granularity: Annotated[
+        Granularity | None, typer.Option(help="What gets a multiplier of its own. Default: tensor, if names agree.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initialization and training.")] = 42,
     as_json: AsJson = False,
 ) -> None:
-    """Say which learning rate a model wants, from a base's profile and a few steps on a copy; nothing is saved."""
+    """Find the learning rate for a model from the profile of a base run.
+
+    Trains a copy of the model for a few steps; nothing is saved.
+    """
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments, set_seed
 
-    set_seed(seed)  # of the weights that nothing was loaded for, too
+    set_seed(seed)  # also of weights that are initialized here
     with explained(), tempfile.TemporaryDirectory() as scratch:
         base = hf_flerm.RateProfile.from_pretrained(profile)
         if base.about.learning_rate is None:
             raise ValueError(
-                f"{profile} does not tell the learning rate of its run, which this starts from (an average does if all "
-                "its runs had the same one). Call hf_flerm.plan with arguments that have it."
+                f"{profile} does not tell the learning rate of its run, from which plan starts: its metadata lack it "
+                "(those of an average have it if all its runs had the same). Call hf_flerm.plan with arguments that "
+                "have it."
             )
         args = TrainingArguments(
             output_dir=scratch,
@@ -102,7 +112,7 @@ def _progress(bar: Any) -> TrainerCallback:
     from transformers import TrainerCallback
 
     class Progress(TrainerCallback):
-        """Moves a bar on standard error, where that is a terminal."""
+        """Advances the progress bar."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             bar.update()
@@ -121,7 +131,7 @@ def _model(source: str) -> Any:
 
 
 def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
-    """Training examples and their collator; a data set with `input_ids` is taken as it is."""
+    """Training examples and their collator; a data set with `input_ids` is used as it is."""
     from datasets import Dataset, load_dataset, load_from_disk
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
 

@@ -1,4 +1,7 @@
-"""What `hf-flerm` does with profiles; see `cli.py` for the command itself."""
+"""The commands of `hf-flerm` that work on profiles.
+
+What needs torch is imported inside the commands, so that `--help` and shell completion answer at once.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,38 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import hf_flerm
 
+from ..choices import Depth, Granularity, Picture, Unmatched
+
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-DIFFERENT = 1
+    from hf_flerm import RateProfile
+
+DIFFERENT = 1  # exit code of `diff`; 2 is what click uses for wrong input
 HERE, PICTURE, PAGE = Path(), Path("rate_profile.png"), Path("rate_profile.html")
 
 Source = Annotated[
     str, typer.Argument(help="A folder, a file, or a repository: org/repo, org/repo@revision/subfolder.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
-Picture = Literal["rates", "layers", "multipliers"]
-Granularity = Literal["tensor", "module", "block", "global"]
-Depth = Literal["joint", "equal", "sqrt", "copy"]
-Unmatched = Literal["error", "global", "nominal", "freeze"]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to; created if it does not exist.")]
 
 commands = typer.Typer()
 
 
 @commands.command()
 def inspect(profile: Source, as_json: AsJson = False) -> None:
-    """Say where a profile comes from, and its rates by kind of tensor (geometric means, output units per unit lr)."""
+    """Show where a profile comes from and its rates by kind of tensor.
+
+    Rates are geometric means over the tensors of a kind, in output units per unit learning rate.
+    """
     from ..show.summary import described, rates_by_kind
 
     with explained():
@@ -48,7 +55,7 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
         "commit": found.commit_hash,
         "steps": found.steps.tolist(),
         "kinds": kinds,
-        "scales": found.about.matched_scales,
+        "scales": {unit: _finite(scale) for unit, scale in found.about.matched_scales.items()},
     }
     about = described(found) | ({"commit": found.commit_hash} if found.commit_hash else {})
     lines = [f"{what:14} {_text(text)}" for what, text in about.items()]
@@ -62,7 +69,7 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
 
 @commands.command()
 def validate(profile: Source, as_json: AsJson = False) -> None:
-    """Check that a file is a whole and valid profile. Exit code 2 if not."""
+    """Check that a file is a whole and valid profile; exit code 2 if it is not."""
     with explained():
         found = hf_flerm.RateProfile.from_pretrained(profile)
     content = {"valid": True, "tensors": len(found.names), "steps": len(found.steps), "commit": found.commit_hash}
@@ -74,73 +81,75 @@ def diff(
     first: Source,
     second: Source,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Largest relative difference of (joint) rates that is none.")
+        float, typer.Option(min=0, help="Largest relative difference of rates and joint rates that counts as alike.")
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the rates of two profiles. Exit code 0: alike; 1: different; 2: one cannot be read."""
-    import torch
+    """Compare the rates of two profiles.
 
-    from ..show.summary import rates_by_kind
-
+    Exit code 0: alike; 1: different; 2: one cannot be read.
+    """
     with explained():
         one, other = hf_flerm.RateProfile.from_pretrained(first), hf_flerm.RateProfile.from_pretrained(second)
-    content: dict[str, Any] = {
-        "steps": [one.steps.tolist(), other.steps.tolist()],
-        "only_in_first": sorted(one.rates.keys() - other.rates.keys()),
-        "only_in_second": sorted(other.rates.keys() - one.rates.keys()),
-        "metadata": sorted(
-            key
-            for key in one.metadata.keys() | other.metadata.keys()
-            if one.metadata.get(key) != other.metadata.get(key)
-        ),
-        "kinds": {},
-        "largest": None,
-    }
-    same_steps = torch.equal(one.steps, other.steps)
-    common = [name for name in one.names if name in other.rates]
-    if same_steps and common and len(one.steps):
-        pairs = [(groups, other.joint_rates.get(kind, {})) for kind, groups in one.joint_rates.items()]
+    content = _compared(one, other, tolerance)
+    show(content, _difference(content), as_json)
+    raise typer.Exit(DIFFERENT if content["differs"] else 0)
+
+
+def _compared(one: RateProfile, other: RateProfile, tolerance: float) -> dict[str, Any]:
+    from ..show.summary import rates_by_kind
+
+    steps = [one.steps.tolist(), other.steps.tolist()]
+    only_in_first, only_in_second = one.rates.keys() - other.rates.keys(), other.rates.keys() - one.rates.keys()
+    largest, ratios = None, {}
+    if steps[0] == steps[1] != [] and one.rates.keys() & other.rates.keys():
+        pairs = [(one.rates, other.rates)]
+        pairs += [(groups, other.joint_rates.get(granularity, {})) for granularity, groups in one.joint_rates.items()]
         largest = max(
-            _relative(rates[name], others[name])
-            for rates, others in [(one.rates, other.rates), *pairs]
-            for name in rates.keys() & others.keys()
+            _relative(rates[name], others[name]) for rates, others in pairs for name in rates.keys() & others.keys()
         )
-        content["largest"] = _finite(largest)
-        others = rates_by_kind(other)
-        content["kinds"] = {
-            kind: [_finite(ratio) for ratio in (others[kind].mean / rates.mean).tolist()]
-            for kind, rates in rates_by_kind(one).items()
-            if kind in others
+        kinds, others_by_kind = rates_by_kind(one), rates_by_kind(other)
+        ratios = {
+            kind: [_finite(ratio) for ratio in (others_by_kind[kind].mean / rates.mean).tolist()]
+            for kind, rates in kinds.items()
+            if kind in others_by_kind
         }
-        differs = largest > tolerance
-    else:
-        differs = not same_steps or not common
-    differs = differs or bool(content["only_in_first"] or content["only_in_second"])
-    content["differs"] = differs
-    only = {key: content[key] for key in ("only_in_first", "only_in_second") if content[key]}
-    lines = [f"{key.replace('_', ' ')}: {_text(names)}" for key, names in only.items()]
-    lines += [] if same_steps else [f"steps: {content['steps'][0]} and {content['steps'][1]}"]
+    keys = one.metadata.keys() | other.metadata.keys()
+    return {
+        "steps": steps,
+        "only_in_first": sorted(only_in_first),
+        "only_in_second": sorted(only_in_second),
+        "metadata": sorted(key for key in keys if one.metadata.get(key) != other.metadata.get(key)),
+        "kinds": ratios,
+        "largest": None if largest is None else _finite(largest),
+        "differs": bool(only_in_first or only_in_second) or steps[0] != steps[1] or (largest or 0.0) > tolerance,
+    }
+
+
+def _difference(content: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{key.replace('_', ' ')}: {_text(content[key])}" for key in ("only_in_first", "only_in_second") if content[key]
+    ]
+    first, second = content["steps"]
+    lines += [] if first == second else [f"steps: {first} and {second}"]
     lines += [f"metadata that differ: {_text(', '.join(content['metadata']))}"] if content["metadata"] else []
     lines += [
         f"second / first, at the first and last step: {_ratio(ratios[0])}, {_ratio(ratios[-1])}  {_text(kind)}"
-        for kind, ratios in (content["kinds"].items() if differs else ())
+        for kind, ratios in (content["kinds"].items() if content["differs"] else ())
     ]
-    lines.append("different" if differs else "alike")
-    show(content, lines, as_json)
-    raise typer.Exit(DIFFERENT if differs else 0)
+    return [*lines, "different" if content["differs"] else "alike"]
 
 
 @commands.command()
 def average(
-    profiles: Annotated[list[str], typer.Argument(help="Two or more: folders, files or repositories.")],
+    profiles: Annotated[list[str], typer.Argument(help="Two or more profiles: folders, files or repositories.")],
     output: Output,
     as_json: AsJson = False,
 ) -> None:
-    """Average profiles of the same model and steps geometrically, for instance over seeds."""
+    """Write the geometric mean of profiles of the same model and steps, for instance over seeds."""
     with explained():
         if len(profiles) < 2:
-            raise hf_flerm.RateProfileError("there is one profile: give two or more.")
+            raise hf_flerm.RateProfileError("an average needs two or more profiles; got one.")
         file = hf_flerm.RateProfile.average(profiles).save_pretrained(output)
     show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
@@ -148,14 +157,22 @@ def average(
 @commands.command("map")
 def map_(
     profile: Source,
-    model: Annotated[str, typer.Argument(help="The target: what has a config.json; weights are not read.")],
-    adapter: Annotated[str | None, typer.Option(help="What has the target's adapter_config.json.")] = None,
-    granularity: Annotated[Granularity, typer.Option(help="What is matched.")] = "tensor",
-    depth: Annotated[Depth, typer.Option(help="How a block's rate is split.")] = "equal",
-    unmatched: Annotated[Unmatched, typer.Option(help="What becomes of tensors without a rate.")] = "error",
+    model: Annotated[
+        str, typer.Argument(help="The target: a folder or repository with a config.json. Weights are not read.")
+    ],
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
+    ] = None,
+    granularity: Annotated[Granularity, typer.Option(help="What gets a scale of its own.")] = "tensor",
+    depth: Annotated[
+        Depth, typer.Option(help="How the rate of a base block is split over the target's blocks that it becomes.")
+    ] = "equal",
+    unmatched: Annotated[
+        Unmatched, typer.Option(help="What happens to tensors for which the profile has no rate.")
+    ] = "error",
     as_json: AsJson = False,
 ) -> None:
-    """Say which rates of a profile stand for which tensors of a model."""
+    """Show which rates of a profile apply to which tensors of a model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -163,7 +180,7 @@ def map_(
         base = hf_flerm.RateProfile.from_pretrained(profile)
         with torch.device("meta"):
             target: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-            target.tie_weights()  # which transformers 5.0 leaves undone without memory
+            target.tie_weights()  # transformers 5.0 does not tie weights on the meta device
             if adapter is not None:
                 target = adapted(target, adapter)
         found = hf_flerm.map_profile(base, target, granularity=granularity, depth=depth, unmatched=unmatched)
@@ -181,11 +198,13 @@ def map_(
 @commands.command()
 def plot(
     profile: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .svg or .pdf.")] = PICTURE,
-    what: Annotated[Picture, typer.Option(help="By kind, by layer, or a matched run's multipliers.")] = "rates",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the picture: .png, .svg or .pdf.")] = PICTURE,
+    what: Annotated[
+        Picture, typer.Option(help="Rates by kind of tensor, by layer, or the multipliers of a matched run.")
+    ] = "rates",
     as_json: AsJson = False,
 ) -> None:
-    """Draw a profile into a file."""
+    """Draw a picture of a profile."""
     from ..show.plotting import PICTURES
 
     with explained():
@@ -197,10 +216,10 @@ def plot(
 @commands.command("report")
 def report_(
     profile: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page: .html.")] = PAGE,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the page: .html.")] = PAGE,
     as_json: AsJson = False,
 ) -> None:
-    """Show a profile in one HTML file that opens offline and can be zoomed."""
+    """Write an HTML page with zoomable pictures of a profile; it works offline."""
     from ..show.report import report
 
     with explained():
@@ -211,15 +230,20 @@ def report_(
 @commands.command()
 def push(
     profile: Source,
-    repo: Annotated[str, typer.Argument(help="The repository, made if it is not there.")],
-    subfolder: Annotated[str | None, typer.Option(help="Folder inside of it.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
-    private: Annotated[bool | None, typer.Option(help="Whether a new repository is private.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload rate profile",
+    repo: Annotated[str, typer.Argument(help="Id of the repository; created if it does not exist.")],
+    subfolder: Annotated[str | None, typer.Option(help="Folder inside the repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; created if it does not exist.")] = None,
+    private: Annotated[
+        bool | None, typer.Option(help="Whether a new repository is private; by default as its owner has set.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload rate profile",
     as_json: AsJson = False,
 ) -> None:
-    """Upload a profile with its card and picture; the token is that of `hf auth login` or HF_TOKEN."""
+    """Upload a profile with its card and picture to the Hub.
+
+    Uses the token of `hf auth login` or of HF_TOKEN.
+    """
     with explained():
         commit = hf_flerm.RateProfile.from_pretrained(profile).push_to_hub(
             repo,
@@ -239,33 +263,26 @@ def pull(
     output: Output = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Download a profile into a folder."""
+    """Download a profile from the Hub into a folder."""
     with explained():
         found = hf_flerm.RateProfile.from_pretrained(profile)
         file = found.save_pretrained(output)
     show({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
 
 
-def adapted(model: Any, source: str) -> Any:
-    """Put an adapter into a model, to be trained.
-
-    Args:
-        model: The model.
-        source: What has the adapter's config; PEFT saves that of a trained one as for inference.
-
-    Returns:
-        The model with the adapter.
-    """
+def adapted(model: Any, source: str) -> nn.Module:
+    """Add a trainable adapter, with the config in folder or repository `source`, to a model."""
     from peft import PeftConfig, get_peft_model
 
     config = PeftConfig.from_pretrained(source)
-    config.inference_mode = False
-    return get_peft_model(model, config)
+    config.inference_mode = False  # PEFT saves the config of a trained adapter for inference
+    adapted_model: nn.Module = get_peft_model(model, config)
+    return adapted_model
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn what is wrong with the input into a message and exit code 2."""
+    """Turn errors about the input into a message and exit code 2."""
     try:
         yield
     except (ValueError, ImportError, OSError) as error:
@@ -273,7 +290,7 @@ def explained() -> Iterator[None]:
 
 
 def show(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
-    """Print what a command found, as JSON or as lines."""
+    """Print the result of a command, as JSON or as lines."""
     typer.echo(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) if as_json else "\n".join(lines))
 
 
@@ -291,5 +308,5 @@ def _finite(value: float) -> float | None:
 
 
 def _text(value: object) -> str:
-    """A text from a file as a terminal may have it."""
+    """A text from a file without characters that control a terminal."""
     return "".join(character if character.isprintable() else " " for character in str(value))

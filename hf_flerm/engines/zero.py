@@ -1,12 +1,15 @@
-"""DeepSpeed: it steps flat float32 partitions of the weights (ZeRO), and the model's weights are copies of them.
+"""DeepSpeed with whole weights: ZeRO-1 and ZeRO-2 step flat float32 partitions, and stage 0 the model's parameters.
 
-Nothing of DeepSpeed is imported: what is needed of it is handed over by a training.
+The model's weights are copies of the partitions, rounded to the model's dtype. A partition holds one param group of the
+optimizer, one tensor after the other; the part of a tensor in the partition of a process is called a fragment.
+
+DeepSpeed is never imported: Accelerate's state and the attributes that DeepSpeed sets on parameters tell enough.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +21,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..model.names import preview
-from ..optimizer.step import NO_DECAY, Snapshot, Stepping, decayed
-from .processes import anywhere
-from .zero3 import is_partitioned, rewritten
+from .engine import Engine, MasterWeights, accelerate_state, exchange_by_copy
+from .processes import any_process
 
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
 _IN_GROUPS = "a group of processes has all weights beside its own partitions, which was never tried. Take it out"
@@ -38,7 +40,8 @@ _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
         "tensor_parallel": "processes share their examples, and are not told from those that do not. Take it out",
     }
 )
-# Of each optimizer of DeepSpeed's: where the model's tensors are by group, and the partition that it steps of a group.
+# The attributes of DeepSpeed's optimizers for each of its modes: the model's parameters by param group, and this
+# process's partition of each group.
 _PARTITIONS = {
     "bit16_groups": "single_partition_of_fp32_groups",
     "bf16_groups": "fp32_groups_flat_partition",
@@ -46,75 +49,69 @@ _PARTITIONS = {
 }
 
 
-def is_deepspeed() -> bool:
-    """Tell whether Accelerate trains with DeepSpeed."""
-    return bool(AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED)
+class DeepSpeed(Engine):
+    """Any stage but ZeRO-3: every process has the whole model and runs it independently."""
+
+    @classmethod
+    def runs(cls, model: nn.Module) -> bool:
+        """Tell whether Accelerate trains with DeepSpeed."""
+        return bool(accelerate_state().get("distributed_type") == DistributedType.DEEPSPEED)
+
+    def check(self, estimator: str) -> None:
+        """Raise if the config has a block that makes steps impossible to follow."""
+        super().check(estimator)
+        if not DeepSpeed.runs(self.model):
+            return  # DeepSpeed without Accelerate: there is no config to look at
+        for path, reason in _REFUSED_BLOCKS.items():
+            block: Any = AcceleratorState().deepspeed_plugin.deepspeed_config
+            for key in path.split("."):
+                block = block.get(key) or {}
+            if _is_on(block):
+                raise ValueError(
+                    "function-space learning rates cannot be followed here: the config of DeepSpeed has "
+                    f"{path!r}, so {reason}."
+                )
+
+    def check_loop(self, wrapped: nn.Module) -> None:
+        """Raise: DeepSpeed's step is in the backward pass."""
+        raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
+
+    def master_weights(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
+        """Find the partitions. Without ZeRO, in float32, there are none: the optimizer is a plain one of torch."""
+        while hasattr(optimizer, "accelerator_state"):  # Accelerate's wrapper, which is a torch.optim.Optimizer as well
+            optimizer = optimizer.optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return _AllStepped(parameters)
+        return self._partitions(optimizer, parameters)
+
+    def _partitions(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
+        return _Fragments(optimizer, parameters)
 
 
-def check_deepspeed() -> None:
-    """Refuse what DeepSpeed is told to do, if it trains, where its steps cannot be followed.
+class _AllStepped(MasterWeights):
+    """DeepSpeed makes a gradient of 0 where there is none, so that every tensor is stepped."""
 
-    Raises:
-        ValueError: With the reason, and what to use instead.
-    """
-    if not is_deepspeed():
-        return
-    config = AcceleratorState().deepspeed_plugin.deepspeed_config
-    refused = "function-space learning rates cannot be followed here: "
-    for path, reason in _REFUSED_BLOCKS.items():
-        block: Any = config
-        for key in path.split("."):
-            block = block.get(key) or {}
-        if _asks(block):
-            raise ValueError(f"{refused}the config of DeepSpeed has {path!r}, so {reason}.")
-
-
-def _asks(block: Any) -> bool:
-    """Whether an entry of a config asks for something, and is not there to say no."""
-    if isinstance(block, int):
-        return block > 1
-    return bool(block) and block.get("device") != "none" and block.get("autotp_size") not in (0, 1)
-
-
-def stepping(model: nn.Module, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> Stepping:
-    """How the weights of a model are stepped.
-
-    Args:
-        model: What is trained.
-        optimizer: What steps, as Accelerate has prepared it.
-        parameters: `{canonical name: parameter}` of all that is trained.
-
-    Returns:
-        What to take updates from.
-
-    Raises:
-        ValueError: If DeepSpeed steps in a way that cannot be followed.
-    """
-    if not is_deepspeed():
-        return Stepping(model, parameters)
-    check_deepspeed()
-    while hasattr(optimizer, "accelerator_state"):
-        optimizer = optimizer.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return _UnderDeepSpeed(model, parameters)
-    partitioned = any(map(is_partitioned, parameters.values()))
-    return (_Zero3 if partitioned else _Zero)(model, parameters, optimizer)
-
-
-class _UnderDeepSpeed(Stepping):
-    """The model's own tensors, of which DeepSpeed lets every one step: it makes gradients of 0 where there are none."""
+    is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
 
     is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
 
     def stepped(self) -> dict[str, Tensor]:
-        return dict(self.held)
+        return dict(self.in_optimizer)
 
 
-class _Zero(_UnderDeepSpeed):
-    """Flat partitions, one for each param group; every process steps its own."""
+class Partitions(_AllStepped):
+    """Flat float32 partitions of param groups, of which each process steps its own.
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-        super().__init__(model, parameters)
+    Args:
+        optimizer: DeepSpeed's, which wraps the one that steps.
+        parameters: `{canonical name: parameter}`.
+
+    Raises:
+        ValueError: If a parameter is in no partition, or a partition does not hold the weights where they are expected.
+    """
+
+    def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
         self._optimizer = optimizer
         partitions = {
             id(parameter): partition
@@ -129,22 +126,20 @@ class _Zero(_UnderDeepSpeed):
                 f"{type(optimizer).__name__} of DeepSpeed has no float32 partition of the trainable parameters "
                 f"{preview(missing)}. Use ZeRO-1 or ZeRO-2 (zero_stage), with float32 or bf16."
             )
-        self.held = {name: partitions[id(parameter)] for name, parameter in parameters.items()}
-        self.agree = anywhere
-        strange = [name for name, parameter in parameters.items() if not _is_copy(parameter)]
-        (found,) = anywhere([bool(strange)])
-        if found:
-            raise ValueError(
-                f"the partitions of ZeRO do not hold the weights of {preview(strange) or 'other processes'}. "
-                "Set round_robin_gradients to false in the config of DeepSpeed."
-            )
+        self.in_optimizer = {name: partitions[id(parameter)] for name, parameter in parameters.items()}
 
-    def snapshot(self, device: str | None) -> Snapshot:
-        return _ZeroSnapshot(self._parameters, device, self._optimizer)
+    def exchange(self, name: str, part: Tensor) -> Tensor:
+        """Exchange by copy: DeepSpeed has the partition by reference in several places."""
+        return exchange_by_copy(self.local(name), part)
 
-    def check_apart(self) -> None:
-        shared = Counter(map(id, self.held.values()))
-        together = [name for name, partition in self.held.items() if shared[id(partition)] > 1]
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Decide together: updates are put together in collective calls."""
+        return any_process(flags)
+
+    def check_own_learning_rates(self) -> None:
+        """Raise if tensors share a partition: it is one tensor of the optimizer."""
+        counts = Counter(map(id, self.in_optimizer.values()))
+        together = [name for name, partition in self.in_optimizer.items() if counts[id(partition)] > 1]
         if together:
             raise ValueError(
                 f"ZeRO steps {preview(together)} at one learning rate: they share a param group. FLeRMTrainer gives "
@@ -152,105 +147,64 @@ class _Zero(_UnderDeepSpeed):
             )
 
 
-class _Zero3(_Zero):
-    """Flat partitions too; the model's weights are gathered from copies of them, one module at a time.
+class _Fragments(Partitions):
+    """ZeRO-1 and ZeRO-2: of each tensor a process steps one fragment, which may be empty."""
 
-    Outside its steps the optimizer's groups are empty.
-    """
+    gathers_together = True
 
-    def snapshot(self, device: str | None) -> Snapshot:
-        return _Zero3Snapshot(self._parameters, device, self._optimizer)
+    def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(optimizer, parameters)
+        # With round_robin_gradients DeepSpeed reorders a partition without telling where the fragments are.
+        misplaced = [name for name in parameters if not self._is_copied(name)]
+        (found,) = any_process([bool(misplaced)])
+        if found:
+            raise ValueError(
+                f"the partitions of ZeRO do not hold the weights of {preview(misplaced) or 'other processes'}. "
+                "Set round_robin_gradients to false in the config of DeepSpeed."
+            )
 
-    @contextmanager
-    def in_groups(self) -> Iterator[None]:
-        self._optimizer._set_fp32_optimizer_param_groups()
-        try:
-            yield
-        finally:
-            self._optimizer._clear_fp32_optimizer_param_groups()
+    def local(self, name: str) -> Tensor:
+        mapping = self._mapping(name)
+        if mapping is None:
+            return torch.zeros(0, device=self.parameters[name].device)
+        fragment: Tensor = mapping.hp_fragment.data
+        return fragment
 
-
-class _Zero3Snapshot(Snapshot):
-    """The partitions from before a step."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None, optimizer: Any) -> None:
-        super().__init__(parameters, device)
-        self._optimizer = optimizer
-
-    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
-        with rewritten(self._optimizer):
-            super().rescale(ratios, decays)
-
-    def _swap(self) -> None:
-        with rewritten(self._optimizer):
-            super()._swap()
-
-
-class _ZeroSnapshot(Snapshot):
-    """The partitions from before a step: of each tensor the fragment that lies here, in float32."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None, optimizer: Any) -> None:
-        super().__init__(parameters, device)
-        self._optimizer = optimizer
-
-    @contextmanager
-    def put_back(
-        self, learning_rates: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY
-    ) -> Iterator[Mapping[str, Tensor]]:
-        """As `Snapshot` does; the updates are put together first, so that each process may probe as it will."""
-        updates = {name: self._update(name, learning_rates[name], decays.get(name, 0.0)) for name in self._parameters}
-        try:
-            self._swap()
-            yield updates
-        finally:
-            self._swap()
-
-    def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
-        super().rescale(ratios, decays)
-        self._optimizer.update_lp_params()
-
-    def _part(self, parameter: nn.Parameter) -> Tensor:
-        return _fragment(parameter)
-
-    def _swap(self) -> None:
-        for name, parameter in self._parameters.items():
-            own = _fragment(parameter)
-            other, self._buffer[name] = self._buffer[name], own.to(self._device or own.device, copy=True)
-            own.copy_(other)
-        self._optimizer.update_lp_params()
-
-    def _update(self, name: str, learning_rate: float, decay: float) -> Tensor:
-        """The unit update of a whole tensor, like its weights; a collective call."""
-        parameter = self._parameters[name]
-        whole = torch.zeros(parameter.numel(), device=parameter.device)
-        mapping = _mapping(parameter)
-        if mapping is not None and learning_rate:
-            address, after = mapping.lp_fragment_address, _fragment(parameter)
-            moved = torch.sub(after, decayed(self._buffer[name].to(after.device), decay)).div_(learning_rate)
-            whole[address.start : address.start + address.numel] = moved
-        dist.all_reduce(whole, group=parameter._dp_group)  # type: ignore[attr-defined]
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        # Every number of a tensor is in the fragment of one process alone: a sum puts them together.
+        parameter: Any = self.parameters[name]
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if self._mapping(name) is not None:
+            whole[self._place(name)] = part
+        dist.all_reduce(whole, group=parameter._dp_group)
         return whole.to(parameter.dtype).view_as(parameter)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        try:
+            yield
+        finally:  # also after a failure: it is a collective call, and the other processes make it
+            self._optimizer.update_lp_params()
 
-def _mapping(parameter: nn.Parameter) -> Any:
-    """Which part of a tensor is which part of a partition of this process; None if there is none here."""
-    return getattr(parameter, "_hp_mapping", None)
+    def _mapping(self, name: str) -> Any:
+        """Where the fragment on this process lies in the tensor and in the partition; None if there is none here."""
+        return getattr(self.parameters[name], "_hp_mapping", None)
+
+    def _place(self, name: str) -> slice:
+        """The place of the fragment in the flattened tensor."""
+        address = self._mapping(name).lp_fragment_address
+        return slice(address.start, address.start + address.numel)
+
+    def _is_copied(self, name: str) -> bool:
+        """Whether the model's weights are the fragment's numbers, rounded."""
+        if self._mapping(name) is None:
+            return True
+        weights = self.parameters[name].detach().flatten()[self._place(name)]
+        return torch.equal(weights, self.local(name).to(weights.dtype))
 
 
-def _fragment(parameter: nn.Parameter) -> Tensor:
-    """The float32 numbers here that a tensor's are copies of; writing into them changes the partition."""
-    mapping = _mapping(parameter)
-    if mapping is None:
-        return torch.zeros(0, device=parameter.device)
-    fragment: Tensor = mapping.hp_fragment.data
-    return fragment
-
-
-def _is_copy(parameter: nn.Parameter) -> bool:
-    """Whether a tensor has the numbers that its partition has."""
-    mapping = _mapping(parameter)
-    if mapping is None:
-        return True
-    address = mapping.lp_fragment_address
-    own = parameter.detach().flatten()[address.start : address.start + address.numel]
-    return torch.equal(own, _fragment(parameter).to(own.dtype))
+def _is_on(block: Any) -> bool:
+    """Whether an entry of the config turns something on: a size above 1, or a block that does not say no."""
+    if isinstance(block, int):
+        return block > 1
+    return bool(block) and block.get("device") != "none" and block.get("autotp_size") not in (0, 1)

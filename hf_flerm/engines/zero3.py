@@ -1,152 +1,150 @@
-"""ZeRO-3: DeepSpeed has every weight in partitions, and puts a module's together for as long as the module runs.
+"""ZeRO-3: DeepSpeed partitions every weight, and gathers those of a module for as long as the module runs.
 
-Nothing of DeepSpeed is imported: what is needed of it hangs on the parameters.
+A partitioned parameter stays the same object: only its data come and go. Its attributes (`ds_*`, `_z3_optimizer`) lead
+to everything else, so that DeepSpeed is never imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_COUNTS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")  # of a module: backward passes that are to come
+from .engine import MasterWeights
+from .processes import any_process
+from .zero import DeepSpeed, Partitions
+
+# Attributes of modules in which DeepSpeed counts the backward passes that are still to come.
+_BACKWARD_COUNTS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
-def is_partitioned(tensor: Tensor) -> bool:
-    """Tell whether a weight is in partitions.
+class ZeRO3(DeepSpeed):
+    """Weights in partitions, gathered module by module."""
 
-    Args:
-        tensor: Any tensor.
+    sharded = True
+    forward_mode = False  # functorch crashes in DeepSpeed's hooks
 
-    Returns:
-        Whether it is a parameter of ZeRO-3.
-    """
+    @classmethod
+    def runs(cls, model: nn.Module) -> bool:
+        """Tell whether any weight is partitioned."""
+        return any(map(_is_partitioned, model.parameters()))
+
+    def shape(self, parameter: Any) -> torch.Size:
+        """Return the shape that DeepSpeed has noted: between uses the data are empty."""
+        shape: torch.Size = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
+        return shape
+
+    def release(self) -> None:
+        """Partition all weights again, and have DeepSpeed forget the order in which modules ran.
+
+        DeepSpeed records this order (its trace) to gather weights ahead, and would take a probe's order for the
+        training's.
+        """
+        offload = self._offload()
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():  # to invalidate it twice is an error
+            coordinator._invalidate_trace()
+        offload.release_backward_leftovers()
+        offload.empty_partition_cache()
+
+    @contextmanager
+    def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Gather the weights of some modules, and call the modules without DeepSpeed's hooks.
+
+        The hooks would partition the weights again after each call, and note the call in the trace.
+        """
+        parts = dict.fromkeys(part for module in modules for part in module.modules())
+        parameters = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
+        partitioned: list[Any] = list(filter(_is_partitioned, parameters))
+        if not partitioned:
+            yield
+            return
+        missing = [parameter for parameter in partitioned if parameter.ds_status.name == "NOT_AVAILABLE"]
+        with ExitStack() as stack:
+            if missing:
+                missing[0].all_gather(param_list=missing)
+                stack.callback(missing[0].partition, param_list=missing)
+            # DeepSpeed may have put an autograd function of its own there, which cannot be differentiated twice.
+            stack.callback(setattr, nn.functional, "linear", nn.functional.linear)
+            nn.functional.linear = torch._C._nn.linear
+            for state in map(vars, parts):
+                for kind in _HOOKS:
+                    stack.callback(state.__setitem__, kind, state[kind])
+                    others = {key: hook for key, hook in state[kind].items() if not _is_of_deepspeed(hook)}
+                    state[kind] = type(state[kind])(others)
+            yield
+
+    @contextmanager
+    def repeatable_backward(self) -> Iterator[None]:
+        """Put DeepSpeed's counts of backward passes back, so that the next pass finds those of the first."""
+        modules = [vars(module) for module in self.model.modules()]
+        counts = [{key: state[key] for key in _BACKWARD_COUNTS if key in state} for state in modules]
+        try:
+            yield
+        finally:
+            for state, own in zip(modules, counts, strict=True):
+                state.update(own)
+
+    def agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Decide together: a process that runs the model alone would wait for the others forever."""
+        return any_process(flags)
+
+    def _partitions(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
+        return _Partitioned(optimizer, parameters)
+
+    def _offload(self) -> Any:
+        """What gathers and partitions the weights of the model."""
+        partitioned: Iterator[Any] = (p for p in self.model.parameters() if _is_partitioned(p))
+        return next(partitioned)._z3_optimizer.parameter_offload
+
+
+class _Partitioned(Partitions):
+    """Of each tensor every process steps an equal part of its flattened numbers, the last one padded."""
+
+    def shape(self, name: str) -> torch.Size:
+        parameter: Any = self.parameters[name]
+        shape: torch.Size = parameter.ds_shape
+        return shape
+
+    def local(self, name: str) -> Tensor:
+        parameter: Any = self.parameters[name]
+        group, start, length = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        part: Tensor = self._optimizer.fp32_partitioned_groups_flat[group].data.narrow(0, start, length)
+        return part
+
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        parameter = self.parameters[name]
+        whole: Tensor = self._optimizer._fp32_state_allgather(parameter, part.to(parameter.device))
+        return whole
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Copy the partitions into the model's, as DeepSpeed does at the end of its own step."""
+        self._optimizer.checkpoint_event_prologue()  # frees gathered weights, which would be used again as they are
+        try:
+            yield
+        finally:
+            for group in range(len(self._optimizer.fp16_groups)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self._optimizer.checkpoint_event_epilogue()
+
+    @contextmanager
+    def in_param_groups(self) -> Iterator[None]:
+        """DeepSpeed empties the param groups outside of its steps."""
+        self._optimizer._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._optimizer._clear_fp32_optimizer_param_groups()
+
+
+def _is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_tensor")
 
 
-def partition(parameter: Any) -> Tensor:
-    """The float32 numbers here that a weight's are copies of.
-
-    Args:
-        parameter: A weight in partitions that is trained.
-
-    Returns:
-        A flat tensor, with padding at the end of the last process's; writing into it changes what is stepped.
-    """
-    optimizer = parameter._z3_optimizer
-    group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    own: Tensor = optimizer.fp32_partitioned_groups_flat[group].data.narrow(0, start, length)
-    return own
-
-
-def put_together(part: Tensor, parameter: Any) -> Tensor:
-    """Put the parts of a tensor together; a collective call.
-
-    Args:
-        part: What lies here of it.
-        parameter: A weight that is in partitions in the same way.
-
-    Returns:
-        The whole tensor.
-    """
-    whole: Tensor = parameter._z3_optimizer._fp32_state_allgather(parameter, part.to(parameter.device))
-    return whole
-
-
-def release(model: nn.Module) -> None:
-    """Let go of all weights that DeepSpeed has put together, and of its memory of the order in which modules run.
-
-    It gathers ahead by that order, and would take a probe's for the training's.
-
-    Args:
-        model: The model; nothing happens if it is not in partitions.
-    """
-    offload = _offload(model)
-    if offload is None:
-        return
-    coordinator = offload.get_param_coordinator()
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-    offload.release_backward_leftovers()
-    offload.empty_partition_cache()
-
-
-@contextmanager
-def rewritten(optimizer: Any) -> Iterator[None]:
-    """Give the model the weights that its float32 partitions hold after a block, as an optimizer step does.
-
-    Args:
-        optimizer: DeepSpeed's.
-
-    Yields:
-        Nothing.
-    """
-    optimizer.checkpoint_event_prologue()  # whole weights from before would be used again
-    try:
-        yield
-    finally:
-        for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()
-
-
-@contextmanager
-def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have all weights of some modules whole for a block in which they are called by themselves, unknown to DeepSpeed.
-
-    Args:
-        modules: The modules; nothing happens if they have no weights in partitions.
-
-    Yields:
-        Nothing.
-    """
-    parts = dict.fromkeys(part for module in modules for part in module.modules())
-    own = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
-    parameters: list[Any] = [parameter for parameter in own if is_partitioned(parameter)]
-    missing = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
-    with ExitStack() as stack:
-        if missing:
-            missing[0].all_gather(param_list=missing)
-            stack.callback(missing[0].partition, param_list=missing)
-        if parameters:  # DeepSpeed may have put a product of its own there, which has no second derivative
-            stack.callback(setattr, nn.functional, "linear", nn.functional.linear)
-            nn.functional.linear = torch._C._nn.linear
-        for state, kind in product(map(vars, parts) if parameters else (), _HOOKS):
-            stack.callback(state.__setitem__, kind, state[kind])
-            others = {key: hook for key, hook in state[kind].items() if not _is_deepspeeds(hook)}
-            state[kind] = type(state[kind])(others)
-        yield
-
-
-@contextmanager
-def repeatable(model: nn.Module) -> Iterator[None]:
-    """Let a backward pass, in a block, be one of several through one graph: DeepSpeed counts on a single one.
-
-    Args:
-        model: The model; nothing happens if it is not in partitions.
-
-    Yields:
-        Nothing.
-    """
-    modules = [] if _offload(model) is None else [vars(module) for module in model.modules()]
-    kept = [(module, {key: module[key] for key in _COUNTS if key in module}) for module in modules]
-    try:
-        yield
-    finally:
-        for module, counts in kept:
-            module.update(counts)
-
-
-def _is_deepspeeds(hook: Any) -> bool:
+def _is_of_deepspeed(hook: Any) -> bool:
     return str(hook.__module__).startswith("deepspeed.")
-
-
-def _offload(model: nn.Module) -> Any:
-    """What gathers and releases the weights of a model; None if they are not in partitions."""
-    partitioned: Iterator[Any] = (parameter for parameter in model.parameters() if is_partitioned(parameter))
-    return next((parameter._z3_optimizer.parameter_offload for parameter in partitioned), None)

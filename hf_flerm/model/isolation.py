@@ -1,8 +1,13 @@
-"""Temporary states of a model, each put back by reference and also when the block raises."""
+"""Context managers that change a model for a block and leave no trace of it, also if the block raises.
+
+State is put back by reference or from a copy, never by arithmetic. Nothing here knows of engines: a caller that runs a
+model with sharded weights frees what was gathered (`Engine.released_after`) inside of `undisturbed`.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +20,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
-from ..engines.sharding import reshard
+from .names import preview
 
-# What modules are given for the time of a probe. Autograd leaves an embedding's padding row out of its gradient and may
+logger = logging.get_logger(__name__)
+
+# Attributes that modules have during a probe. Autograd leaves an embedding's padding row out of its gradient and may
 # divide by frequencies, though outputs do not; bitsandbytes repacks 4-bit weights in place for a product that has no
 # gradient.
 _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
@@ -32,14 +40,7 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Put the random streams of Python, NumPy, torch's CPU and a device back after a block.
-
-    Args:
-        device: The device.
-
-    Yields:
-        Nothing.
-    """
+    """Put the random states of Python, NumPy, torch's CPU generator and a device's back after a block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if device.type in ("cpu", "meta") else [device]
     try:
@@ -52,13 +53,12 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def own_generators(*holders: object) -> Iterator[None]:
-    """Let objects draw by copies of their random generators for a block, and leave no generator that is made in it.
+    """Let objects draw from copies of their random generators during a block, and keep no generator made in it.
+
+    A collator with a seed makes its generator at the first call: it makes another one after the block.
 
     Args:
-        *holders: Objects that may have some: a data set, a collator with a seed, or one in another collator.
-
-    Yields:
-        Nothing.
+        *holders: Objects that may hold generators, or hold an object that does: a data set, a collator in a collator.
     """
     outer = [vars(holder) for holder in holders if hasattr(holder, "__dict__")]
     inner = [getattr(value, "__dict__", None) for attributes in outer for value in attributes.values()]
@@ -79,24 +79,25 @@ def own_generators(*holders: object) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block in eval mode with nothing trainable, uncompiled, and leave no trace of it.
+    """Run a block in eval mode, uncompiled and with no parameter trainable, and leave no trace of it.
+
+    Modes, `requires_grad` flags, random states, buffers, numbers and strings in modules, and the parameters themselves
+    are put back.
 
     Args:
-        model: The model whose modes and `requires_grad` flags are put back.
-        device: The device whose random stream is put back, beside those of Python, NumPy and torch's CPU.
-
-    Yields:
-        Nothing.
+        model: The model.
+        device: The device whose random state is put back, beside those of Python, NumPy and torch's CPU generator.
     """
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(device))
-        if "torch._dynamo" in sys.modules:  # what is compiled does not see hooks
+        stack.enter_context(_kept_parameters(model))
+        if "torch._dynamo" in sys.modules:  # compiled code does not run hooks that were set after compilation
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modes:
             for kind, attribute, value in _PROBED_WITH:
-                if attribute in vars(module) and isinstance(module, kind):
+                if attribute in vars(module) and isinstance(module, kind) and not _computes_with(module, attribute):
                     stack.callback(setattr, module, attribute, getattr(module, attribute))
                     setattr(module, attribute, value)
             stack.enter_context(_kept_state(module))
@@ -107,16 +108,53 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             with torch.enable_grad():
                 yield
         finally:
-            reshard(model)
             for module, training in modes.items():
                 vars(module)["training"] = training
             for parameter in frozen:
                 parameter.requires_grad_(True)
 
 
+def _computes_with(module: nn.Module, attribute: str) -> bool:
+    """Whether a subclass of an embedding reads an attribute in a forward of its own: learned positions begin there."""
+    forward = inspect.unwrap(type(module).forward)
+    has_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward
+    return has_own and attribute in forward.__code__.co_names
+
+
+@contextmanager
+def _kept_parameters(model: nn.Module) -> Iterator[None]:
+    """Put a parameter back where another object is in its place after the block, and warn.
+
+    This is a last defense: a module is differentiated with other tensors in place of its parameters, and a fault there
+    would leave a model that can no longer be trained. Buffers are put back without a warning (`_kept_state`), since
+    modules replace these themselves in forward passes.
+    """
+    kept = [(path, module, dict(module._parameters)) for path, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        replaced = []
+        for path, module, parameters in kept:
+            now = module._parameters
+            wrong = [name for name, own in parameters.items() if name not in now or now[name] is not own]
+            for name in wrong:
+                vars(module).pop(name, None)  # a plain attribute would hide the parameter
+            if wrong:
+                added = {name: value for name, value in now.items() if name not in parameters}
+                now.clear()  # and filled again, so that the order of `named_parameters` stays
+                now.update(parameters | added)
+            replaced += [f"{path}.{name}" if path else name for name in wrong]
+        if replaced:
+            logger.warning_once(
+                f"measuring left other objects in place of the parameters {preview(replaced)} of "
+                f"{type(model).__name__}. They were put back and training is not affected, but the rates may be wrong. "
+                "Please report this, with the model's class and its adapter."
+            )
+
+
 @contextmanager
 def _kept_state(module: nn.Module) -> Iterator[None]:
-    """Put back a module's buffers and the numbers beside them: rotary embeddings note the longest input seen there."""
+    """Put back a module's buffers, and its numbers and strings: rotary embeddings note the longest input seen there."""
     buffers = {
         name: (value, None if value is None else (value._version, value.clone()))
         for name, value in module._buffers.items()
@@ -134,13 +172,9 @@ def _kept_state(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Checkpoint the layers for a block that are checkpointed in training: Transformers does not in eval mode.
+    """Checkpoint activations in eval mode where training does: Transformers checkpoints in training mode alone.
 
-    Args:
-        model: The model. Its layers are checkpointed without re-entering autograd, whichever way training does it.
-
-    Yields:
-        Nothing.
+    The checkpoints are non-reentrant, whichever kind training uses: reentrant ones do not allow `autograd.grad`.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -151,15 +185,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward for a block.
-
-    Args:
-        module: The module.
-        forward: What runs in its forward's place.
-
-    Yields:
-        Nothing.
-    """
+    """Replace the forward method of a module during a block."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -179,14 +205,7 @@ def _checkpoint(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let some parameters require a gradient for a block.
-
-    Args:
-        parameters: Parameters that do not require one outside of it.
-
-    Yields:
-        Nothing.
-    """
+    """Let parameters that do not require a gradient require one during a block."""
     parameters = list(parameters)
     try:
         for parameter in parameters:

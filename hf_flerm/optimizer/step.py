@@ -1,39 +1,52 @@
-"""One optimizer step, seen from before it: the old weights, and the update per unit learning rate."""
+"""One optimizer step, seen from before it: W_before, and the unit update U = (W_after - W_before) / learning rate.
+
+A step has two parts: decoupled weight decay, which takes `decay * W_before`, and the update, which is the rest. Only
+the update is measured, and only the update is scaled:
+
+    W_after = (1 - decay) * W_before + learning rate * U
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from ..engines.processes import agreement
-from ..engines.sharding import gathered, in_parts, runs_on, shard, whole_shape
+from ..engines.engine import Engine, MasterWeights
 
 NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
 
 class UnitUpdates(Mapping[str, Tensor]):
-    """Unit updates by canonical name, in the dtype and on the device of their parameters, fetched one at a time.
+    """Unit updates by canonical name, in the dtype and on the device of their parameters.
+
+    Each is fetched when it is looked up, so that no two need to be in memory.
 
     Args:
         updates: Unit updates by any name.
         keys: `{canonical name: name in updates}`.
         parameters: `{canonical name: parameter}`.
+        engine: Tells on which device a parameter is used.
     """
 
     def __init__(
-        self, updates: Mapping[str, Tensor], keys: Mapping[str, str], parameters: Mapping[str, nn.Parameter]
+        self,
+        updates: Mapping[str, Tensor],
+        keys: Mapping[str, str],
+        parameters: Mapping[str, nn.Parameter],
+        engine: Engine,
     ) -> None:
         self._updates = updates
         self._keys = keys
         self._parameters = parameters
+        self._engine = engine
 
     def __getitem__(self, name: str) -> Tensor:
         parameter = self._parameters[name]
-        return self._updates[self._keys[name]].detach().to(runs_on(parameter), parameter.dtype)
+        return self._updates[self._keys[name]].detach().to(self._engine.device(parameter), parameter.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -43,36 +56,35 @@ class UnitUpdates(Mapping[str, Tensor]):
 
 
 class Snapshot:
-    """The weights from before an optimizer step, in one buffer that is swapped with those from after it.
+    """W_before of an optimizer step: a copy of all that the optimizer steps on this process.
 
-    A step has two parts: decoupled weight decay, which takes `decay * before`, and the update, which is the rest. Only
-    the update is measured, and only the update is scaled.
+    Weights before and after the step are exchanged, never computed from each other, so that no bit changes.
 
     Args:
-        parameters: `{canonical name: parameter}`.
-        device: Where the buffer lies; None: with the parameters.
+        weights: The weights that the optimizer steps.
+        device: Where the copy lies; None: with the weights.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], device: str | None = None) -> None:
-        self._parameters = parameters
-        self._device = device
-        self._buffer = {
-            name: self._part(parameter).to(device or parameter.device, copy=True)
-            for name, parameter in parameters.items()
-        }
+    def __init__(self, weights: MasterWeights, device: str | None = None) -> None:
+        self._weights = weights
+        self._kept: dict[str, Tensor] = {}
+        for name in weights.parameters:
+            part = weights.local(name)
+            self._kept[name] = part.to(device or part.device, copy=True)
 
     def moved(self) -> bool:
-        """Tell whether any weight has changed since, of those that lie here."""
-        return any(
-            not torch.equal(self._buffer[name].to(parameter.device), self._part(parameter))
-            for name, parameter in self._parameters.items()
-        )
+        """Tell whether any weight that this process steps has changed since."""
+        for name, kept in self._kept.items():
+            part = self._weights.local(name)
+            if not torch.equal(kept.to(part.device), part):
+                return True
+        return False
 
     @contextmanager
     def put_back(
         self, learning_rates: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY
     ) -> Iterator[Mapping[str, Tensor]]:
-        """Give the model its weights from before the step for a block, bit for bit, and then those from after it.
+        """Give the model W_before for a block, and W_after at its end.
 
         Args:
             learning_rates: `{canonical name: learning rate that the step used}`.
@@ -80,12 +92,23 @@ class Snapshot:
 
         Yields:
             The unit updates, each computed when it is looked up; 0 at a learning rate of 0.
+
+        Raises:
+            RuntimeError: If another process could not exchange its weights.
         """
+        exchanged: list[str] = []
         try:
-            self._swap()
-            yield _Step(self._parameters, self._buffer, learning_rates, decays)
+            failure = self._exchange_all(exchanged)
+            # The others must not begin to probe: they would wait for this process in their next collective call.
+            (failed,) = self._weights.agree([failure is not None])
+            if failed:
+                raise failure or RuntimeError("another process could not put the weights from before the step back.")
+            updates: Mapping[str, Tensor] = _Updates(self._weights, self._kept, learning_rates, decays)
+            yield dict(updates) if self._weights.gathers_together else updates
         finally:
-            self._swap()
+            with self._weights.writing():
+                for name in exchanged:
+                    self._exchange(name)
 
     def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
         """Redo the step with other learning rates, for an optimizer that is linear in them; weights decay as before.
@@ -94,124 +117,70 @@ class Snapshot:
             ratios: `{canonical name: new learning rate / old one}`.
             decays: `{canonical name: fraction of the weights that decayed in it}`; 0 for a tensor that is not there.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._weights.writing():
             for name, ratio in ratios.items():
-                parameter = self._parameters[name]
                 if ratio != 1.0:
-                    start, end = (
-                        decayed(self._buffer[name].to(parameter.device), decays.get(name, 0.0)),
-                        self._part(parameter),
-                    )
+                    end = self._weights.local(name)
+                    start = decayed(self._kept[name].to(end.device), decays.get(name, 0.0))
                     end.copy_(start + (end - start) * ratio)
 
-    def _part(self, parameter: nn.Parameter) -> Tensor:
-        """What lies here of what the optimizer steps for a tensor; writing into it changes that."""
-        return shard(parameter)
+    def _exchange_all(self, exchanged: list[str]) -> Exception | None:
+        """Exchange all weights, noting which were; return what stopped it."""
+        with self._weights.writing():
+            try:
+                for name in self._kept:
+                    self._exchange(name)
+                    exchanged.append(name)
+            except Exception as error:  # out of memory: an exchange by copy needs room for a tensor
+                return error
+        return None
 
-    def _swap(self) -> None:
-        for name, parameter in self._parameters.items():
-            other = self._buffer[name]
-            if self._device is None and not in_parts(parameter):
-                parameter.data, self._buffer[name] = other, parameter.data
-            else:
-                own = shard(parameter)
-                self._buffer[name] = own.to(self._device or own.device, copy=True)
-                own.copy_(other)
+    def _exchange(self, name: str) -> None:
+        self._kept[name] = self._weights.exchange(name, self._kept[name])
 
 
-class Stepping:
-    """How the weights of a model are stepped: by an optimizer over the model's own tensors.
-
-    Attributes:
-        is_seen_by_hooks: Whether the update is all that happens between the pre- and post-hooks of `optimizer.step`.
-        held: `{canonical name: what the optimizer holds of this tensor}`.
-        agree: How processes decide together that take updates together.
+class _Updates(Mapping[str, Tensor]):
+    """U = (W_after - (1 - decay) * W_before) / learning rate, while the model has W_before.
 
     Args:
-        model: What is trained.
-        parameters: `{canonical name: parameter}` of all that is trained.
+        weights: The weights that the optimizer steps, from before the step.
+        after: What they were after it, on this process.
+        learning_rates: As for `Snapshot.put_back`.
+        decays: As for `Snapshot.put_back`.
     """
-
-    is_seen_by_hooks = True
-
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.held: Mapping[str, Tensor] = parameters
-        self.agree = agreement(model)
-        self._parameters = parameters
-
-    def snapshot(self, device: str | None) -> Snapshot:
-        """Keep the weights from before a step.
-
-        Args:
-            device: As for `Snapshot`.
-
-        Returns:
-            The snapshot.
-        """
-        return Snapshot(self._parameters, device)
-
-    def stepped(self) -> dict[str, Tensor]:
-        """Tell, after a step, what was stepped of what is held: not what had no gradient.
-
-        Returns:
-            `{canonical name: what the optimizer holds of this tensor}`.
-        """
-        return {name: tensor for name, tensor in self.held.items() if tensor.grad is not None}
-
-    def in_groups(self) -> AbstractContextManager[None]:
-        """Have what is held in the optimizer's param groups for a block.
-
-        Returns:
-            That block's context.
-        """
-        return nullcontext()
-
-    def check_apart(self) -> None:
-        """Refuse tensors that cannot have learning rates of their own.
-
-        Raises:
-            ValueError: If there are some, with what to use instead.
-        """
-
-
-class _Step(Mapping[str, Tensor]):
-    """(after - before + decay * before) / learning rate."""
 
     def __init__(
         self,
-        before: Mapping[str, nn.Parameter],
+        weights: MasterWeights,
         after: Mapping[str, Tensor],
         learning_rates: Mapping[str, float],
         decays: Mapping[str, float],
     ) -> None:
-        self._before = before
+        self._weights = weights
         self._after = after
         self._learning_rates = learning_rates
         self._decays = decays
 
     def __getitem__(self, name: str) -> Tensor:
-        parameter, rate = self._before[name], self._learning_rates[name]
-        before = shard(parameter)
+        before, rate = self._weights.local(name), self._learning_rates[name]
         if not rate:
-            return before.new_zeros(whole_shape(parameter))
+            return before.new_zeros(self._weights.shape(name))
         start = decayed(before, self._decays.get(name, 0.0))
-        return gathered(torch.sub(self._after[name].to(before.device), start).div_(rate), parameter)
+        part = torch.sub(self._after[name].to(before.device), start).div_(rate)
+        return self._weights.gather(name, part)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._before)
+        return iter(self._after)
 
     def __len__(self) -> int:
-        return len(self._before)
+        return len(self._after)
 
 
 def decayed(before: Tensor, decay: float) -> Tensor:
-    """The weights after decay alone, rounded as an optimizer rounds them that decays before it updates.
+    """Return the weights after decay alone, rounded as an optimizer rounds them that decays before it updates.
 
     Args:
         before: The weights before a step.
         decay: The fraction of them that decays in it.
-
-    Returns:
-        The rest.
     """
     return before * (1.0 - decay) if decay else before

@@ -1,4 +1,4 @@
-"""One profile for all processes of a run, though each node may have a disk of its own."""
+"""One profile for all processes of a run, though each node may have its own disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers.utils import logging
 
-from ..engines.processes import anywhere, broadcast_bytes
+from ..engines.processes import any_process, broadcast_bytes
 from .file import parse_bytes
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 
@@ -16,17 +16,17 @@ logger = logging.get_logger(__name__)
 
 
 def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RateProfile | None:
-    """Read a profile that is one for all processes, though each node may have a disk of its own; a collective call.
+    """Read a profile and make it the same on all processes, though each node may have its own disk; a collective call.
 
     Args:
-        what: What it is.
-        read: Reads it on this process; None if there is none.
+        what: What the profile is, for messages.
+        read: Reads it on this process; returns None if there is none.
 
     Returns:
-        The first process's, also where it could not be read; None if it has none.
+        The profile of the first process, also on processes that could not read one; None if the first has none.
 
     Raises:
-        RateProfileError: On every process: if the first cannot read it, or another has one with other rates.
+        RateProfileError: On every process, if the first cannot read the profile or another has one with other rates.
     """
     state = PartialState()
     if state.num_processes == 1:
@@ -35,7 +35,7 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
     try:
         own = read()
         content = own.to_bytes() if own is not None else b""
-    except Exception as error:  # which the others must not wait for
+    except Exception as error:  # raised below, on every process: none may wait for one that has failed
         failure = error
     commit = (own is not None and own.commit_hash) or ""
     content, told_commit, reason = (
@@ -44,7 +44,7 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
     if reason:
         raise RateProfileError(f"{what} cannot be read on the first process: {reason.decode()}") from failure
     first = RateProfile(*parse_bytes(content, Path(PROFILE_NAME))) if content else None
-    (differs,) = anywhere([own is not None and (first is None or _rates(own) != _rates(first))])
+    (differs,) = any_process([own is not None and (first is None or _rates(own) != _rates(first))])
     if differs:
         raise RateProfileError(
             f"{what} is not the same on all {state.num_processes} processes: every node needs the same file, or the "
@@ -54,10 +54,10 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
         first.commit_hash = told_commit.decode() or None
         if own is None:
             because = f": {failure}" if failure else "."
-            logger.warning(f"{what} is not on this node, and that of the first process is used{because}")
+            logger.warning(f"{what} is not on this node; the one of the first process is used{because}")
     return first
 
 
 def _rates(profile: RateProfile) -> bytes:
-    """A profile but for its metadata, in which nodes may differ: a data set's fingerprint may be random."""
+    """Bytes without the metadata: they may differ between nodes, for instance by a random data set fingerprint."""
     return RateProfile(profile.steps, profile.rates, None, profile.joint_rates).to_bytes()

@@ -1,4 +1,9 @@
-"""`rate_profile.safetensors`: what is in it, and that it is whole."""
+"""The file `rate_profile.safetensors`: write it whole or not at all, read it without trusting it.
+
+tensor `steps`                       int64 [S]: optimizer steps
+a tensor per canonical name          float64 [S]: rates
+metadata key `hf_flerm`              sorted JSON: `schema_version`, `joint_rates`, and the profile's metadata
+"""
 
 from __future__ import annotations
 
@@ -22,8 +27,12 @@ _METADATA_KEY = "hf_flerm"
 _VERSION = "schema_version"
 _JOINT_RATES = "joint_rates"
 RESERVED = {_VERSION, _JOINT_RATES}
-_LENGTH_BYTES = 8
-_MOST = {
+_LENGTH_BYTES = 8  # of the header's length, with which a safetensors file begins
+# What a file may hold. A file above a limit is refused before it is parsed; reading one just below takes about a second
+# and 200 MB of memory. Runs stay far below: LoRA on 80 layers (1,120 tensors), measured at 1,000 steps, makes 22 MB,
+# with a header of 13 MB, 1,100 objects, 4,000 lists and 650,000 values. Objects and lists are those of the safetensors
+# header (one and two per tensor) and of the metadata; values are counted by commas.
+_LIMITS = {
     "bytes": 2**26,
     "bytes of header": 2**25,
     "tensors": 30_000,
@@ -31,7 +40,7 @@ _MOST = {
     "JSON lists": 300_000,
     "JSON values": 2_000_000,
 }
-_LESS = "Measure less often (measure_every)."
+_MEASURE_LESS = "Measure less often (measure_every)."
 _MARKS = {"{": "JSON objects", "[": "JSON lists", ",": "JSON values"}
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -42,13 +51,9 @@ class RateProfileError(ValueError):
 
 
 def check_name(name: str) -> None:
-    """Refuse what is no name of a parameter as torch makes them, and might be taken for a path or a terminal's code.
+    """Raise RateProfileError unless `name` can be the name of a parameter in torch.
 
-    Args:
-        name: The name.
-
-    Raises:
-        RateProfileError: If it is none.
+    Names from a file are printed and joined to paths: control characters and slashes must not pass.
     """
     if not name.isprintable() or not all(name.split(".")) or "/" in name or "\\" in name:
         raise RateProfileError(
@@ -61,19 +66,16 @@ Content = tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, A
 
 
 def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str, Any], joint_rates: Groups) -> bytes:
-    """Make the content of a file: a tensor per parameter and the steps; everything else is one sorted JSON text.
+    """Return the bytes of a file; they are the same for the same content.
 
     Args:
         steps: Int64 [S].
         rates: `{canonical name: float64 [S]}`.
-        metadata: What JSON can hold.
+        metadata: Anything that JSON can hold.
         joint_rates: `{granularity: {path: float64 [S]}}`.
 
-    Returns:
-        The same bytes for the same content.
-
     Raises:
-        RateProfileError: If there is more JSON than a file takes.
+        RateProfileError: If the content exceeds a limit of the file, so that it could not be read again.
     """
     joint = {
         granularity: {path: row.tolist() for path, row in rows.items()} for granularity, rows in joint_rates.items()
@@ -83,27 +85,24 @@ def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str,
     try:
         content = save({STEPS: steps, **rates}, metadata={_METADATA_KEY: text})
     except SafetensorError as error:
-        raise RateProfileError(f"the profile cannot be written: {error}. {_LESS}") from error
+        raise RateProfileError(f"the profile cannot be written: {error}. {_MEASURE_LESS}") from error
     header_bytes = int.from_bytes(content[:_LENGTH_BYTES], "little")
     found = {"bytes": len(content), "bytes of header": header_bytes, "tensors": len(rates) + 1}
     found |= {counted: content[:header_bytes].count(mark.encode()) for mark, counted in _MARKS.items()}
     for counted, number in found.items():
-        if number > _MOST[counted]:
+        if number > _LIMITS[counted]:
             raise RateProfileError(
-                f"the profile cannot be written: it has {number:,} {counted}, a file takes {_MOST[counted]:,}. {_LESS}"
+                f"the profile cannot be written: it has {number:,} {counted}, a file takes {_LIMITS[counted]:,}. "
+                f"{_MEASURE_LESS}"
             )
     return content
 
 
 def write_whole(folder: Path, content: bytes) -> Path:
-    """Write the file of a folder; it is whole or absent, also if the process dies meanwhile.
+    """Write the profile's file into a folder, which is created if it does not exist, and return its path.
 
-    Args:
-        folder: Made if it is not there.
-        content: Of the file.
-
-    Returns:
-        The file.
+    The file is whole or absent, also if the process dies meanwhile: it is written under another name in the same folder
+    and renamed when it is on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{PROFILE_NAME}.", delete=False) as file:
@@ -111,7 +110,7 @@ def write_whole(folder: Path, content: bytes) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
+            os.chmod(file.name, 0o644)  # temporary files are private to their user
             os.replace(file.name, folder / PROFILE_NAME)
         except BaseException:
             os.unlink(file.name)
@@ -120,50 +119,42 @@ def write_whole(folder: Path, content: bytes) -> Path:
 
 
 def parse(path: Path) -> Content:
-    """Read a file, as `parse_bytes` does.
+    """Read the file at `path`; see `parse_bytes`.
 
-    It is read at once, so that a file that is replaced or cut off meanwhile is the old one or no profile.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Steps, rates, metadata and joint rates, to be checked by `RateProfile`.
-
-    Raises:
-        RateProfileError: If it is no whole profile.
+    All bytes are read at once. If another process replaces or truncates the file meanwhile, the result is the old
+    profile or an error, not a mixture.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST["bytes"] + 1)
+            content = file.read(_LIMITS["bytes"] + 1)
     except OSError as error:
         raise RateProfileError(f"{path} cannot be read: {error}") from error
     return parse_bytes(content, path)
 
 
 def parse_bytes(content: bytes, path: Path) -> Content:
-    """Read what a file holds; nothing in it is executed or trusted, and time and memory are bounded.
+    """Read the bytes of a file. Nothing in them is executed or trusted; time and memory are bounded.
 
     Args:
-        content: Of the file.
-        path: Where it comes from, for messages.
+        content: The bytes.
+        path: Where they come from, for messages.
 
     Returns:
-        Steps, rates, metadata and joint rates, to be checked by `RateProfile`.
+        Steps, rates, metadata and joint rates, which `RateProfile` checks further.
 
     Raises:
-        RateProfileError: If it is no whole profile.
+        RateProfileError: If these are not the bytes of a whole profile.
     """
-    _check_most(len(content), "bytes", path)
+    _check_limit(len(content), "bytes", path)
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-    _check_most(length, "bytes of header", path)
+    _check_limit(length, "bytes of header", path)
     header_text = content[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")
     _check_marks(header_text, path)
     try:
         entries = dict(sorted(deserialize(content)))
     except SafetensorError as error:
         raise RateProfileError(f"{path} is not a whole safetensors file: {error}") from error
-    _check_most(len(entries), "tensors", path)
+    _check_limit(len(entries), "tensors", path)
     header = _object(header_text, "header", path)
     own = header.get("__metadata__", {})
     text = own.get(_METADATA_KEY) if isinstance(own, dict) else None
@@ -194,7 +185,7 @@ def parse_bytes(content: bytes, path: Path) -> Content:
 
 
 def _object(text: str, what: str, path: Path) -> dict[str, Any]:
-    """A JSON object with distinct keys."""
+    """Parse a JSON object; a key that is there twice is refused, as readers differ in which of them counts."""
     _check_marks(text, path)
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
@@ -206,14 +197,14 @@ def _object(text: str, what: str, path: Path) -> dict[str, Any]:
 
 
 def _check_marks(text: str, path: Path) -> None:
-    """Refuse JSON that would fill the memory, before it is parsed."""
+    """Raise RateProfileError if JSON would fill the memory, before it is parsed."""
     for mark, counted in _MARKS.items():
-        _check_most(text.count(mark), counted, path)
+        _check_limit(text.count(mark), counted, path)
 
 
-def _check_most(found: int, counted: str, path: Path) -> None:
-    if found > _MOST[counted]:
-        raise RateProfileError(f"{path} is no rate profile: it has more than {_MOST[counted]:,} {counted}.")
+def _check_limit(found: int, counted: str, path: Path) -> None:
+    if found > _LIMITS[counted]:
+        raise RateProfileError(f"{path} is no rate profile: it has more than {_LIMITS[counted]:,} {counted}.")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

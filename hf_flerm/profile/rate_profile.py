@@ -36,16 +36,16 @@ class RateProfile:
     Args:
         steps: Optimizer steps at which the rates were measured (0 = the first update), strictly increasing, int64 [S].
         rates: `{canonical parameter name: float64 [S]}` in output units per unit learning rate, finite and >= 0.
-        metadata: Where the rates come from; anything that JSON can hold.
-        joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all that was trained of a module, a block
-            or everything.
+        metadata: How the rates were measured, anything that JSON can hold; `about` reads them.
+        joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all trained tensors of a module, a block
+            or the model.
 
     Attributes:
         commit_hash: The commit of the repository that the profile was read from; None for a profile from anywhere else.
             It is not in the file, whose bytes are the same wherever it is stored.
 
     Raises:
-        RateProfileError: If any of these is not so.
+        RateProfileError: If an argument is not of this form.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class RateProfile:
         self.metadata = dict(metadata or {})
         self.commit_hash: str | None = None
         if not torch.equal(self.steps.double(), torch.as_tensor(steps).double()):
-            raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()}.")
+            raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()!s:.200}.")
         if self.steps.ndim != 1 or bool((self.steps < 0).any()) or bool((self.steps.diff() <= 0).any()):
             raise RateProfileError(
-                f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()}."
+                f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()!s:.200}."
             )
         check_metadata(self.metadata)
         if not self.rates:
@@ -88,7 +88,9 @@ class RateProfile:
         wrong = (~table.isfinite() | (table < 0)).any(1)
         if bool(wrong.any()):
             name, values = list(rows.items())[int(wrong.int().argmax())]
-            raise RateProfileError(f"the rates of {name!r} must be finite and not negative; got {values.tolist()}.")
+            raise RateProfileError(
+                f"the rates of {name!r} must be finite and not negative; got {values.tolist()!s:.200}."
+            )
 
     @property
     def names(self) -> list[str]:
@@ -109,35 +111,29 @@ class RateProfile:
     __hash__ = None  # type: ignore[assignment]
 
     def at(self, step: int) -> dict[str, float]:
-        """Rates at a step.
-
-        Args:
-            step: Optimizer step.
-
-        Returns:
-            `{name: rate}`, linear between recorded steps, and the nearest recorded rate before and after them.
+        """Return `{name: rate}` at an optimizer step: linear between recorded steps, constant before and after them.
 
         Raises:
-            RateProfileError: If nothing was recorded.
+            RateProfileError: If no step was recorded.
         """
         rates = torch.stack(list(self.rates.values()), 1)
         return dict(zip(self.rates, self.interpolated(rates, step).tolist(), strict=True))
 
     def interpolated(self, series: Tensor, step: int) -> Tensor:
-        """What a series over the profile's steps is at a step: linear between them, constant before and after.
+        """Interpolate values given at the profile's steps: linear between them, constant before and after.
 
         Args:
-            series: [S, ...].
+            series: One value or row of values per recorded step, [S, ...].
             step: Optimizer step.
 
         Returns:
-            [...].
+            The value or row at `step`, [...].
 
         Raises:
-            RateProfileError: If nothing was recorded.
+            RateProfileError: If no step was recorded.
         """
         if not len(self.steps):
-            raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
+            raise RateProfileError("the profile holds no step: its run ended before the first measurement.")
         right = int(torch.searchsorted(self.steps, step).clamp(max=len(self.steps) - 1))
         left = right if self.steps[right] <= step or right == 0 else right - 1
         span = float(self.steps[right] - self.steps[left])
@@ -150,18 +146,15 @@ class RateProfile:
         rates: Mapping[str, float],
         joint_rates: Mapping[str, Mapping[str, float]] | None = None,
     ) -> RateProfile:
-        """A profile with one more step.
+        """Return a new profile with one more step.
 
         Args:
-            step: After the last one.
-            rates: The rates of the same parameters.
-            joint_rates: The joint rates of the same groups.
-
-        Returns:
-            A new profile.
+            step: An optimizer step after the last recorded one.
+            rates: `{name: rate}` of the same parameters.
+            joint_rates: `{granularity: {path: rate}}` of the same groups.
 
         Raises:
-            RateProfileError: If the names differ or the step is not later.
+            RateProfileError: If names differ or the step is not later.
         """
         check_names(self.rates, rates, "this profile", "the new rates")
         joint = joint_rates or {}
@@ -179,10 +172,9 @@ class RateProfile:
         )
 
     def equalized(self) -> RateProfile:
-        """A profile in which all tensors have one rate: at every step the root mean square of those above 0.
+        """Return a profile in which all tensors have the same rate: at every step, the RMS of the rates above 0.
 
-        Returns:
-            A new profile, without joint rates. As a base it is what a mass of 1 for every module amounts to (Modula).
+        It has no joint rates. As a base it is a baseline for matching: a mass of 1 for every module, as Modula has it.
         """
         rows = torch.stack(list(self.rates.values()))
         mean = (rows.square().sum(0) / (rows > 0).sum(0).clamp(min=1)).sqrt()
@@ -196,11 +188,11 @@ class RateProfile:
             profiles: Profiles with the same names and steps: objects, folders, files or repositories.
 
         Returns:
-            A profile with the metadata that all share, entries of nested objects too; 0 where any has rate 0. What was
-            measured of scales is of one run alone and left out.
+            A profile with the metadata that all share, also inside nested objects. A rate is 0 where any profile has 0.
+            The scales of matched runs are left out: they belong to one run.
 
         Raises:
-            RateProfileError: If there is none, one cannot be loaded, or names, steps or units differ.
+            RateProfileError: If there is no profile, one cannot be loaded, or names, steps or units differ.
         """
         if not profiles:
             raise RateProfileError("there is no profile to average.")
@@ -224,11 +216,7 @@ class RateProfile:
         return RateProfile(first.steps, rates, {**shared, AVERAGED_OVER: len(loaded)}, joint)
 
     def to_bytes(self) -> bytes:
-        """Serialize.
-
-        Returns:
-            The content of a `rate_profile.safetensors`; the same for the same profile.
-        """
+        """Return the bytes of `rate_profile.safetensors`; they are the same for the same profile."""
         return serialize(self.steps, self.rates, self.metadata, self.joint_rates)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
@@ -339,11 +327,7 @@ class RateProfile:
         )
 
     def plot(self) -> Any:
-        """Draw rates over steps by kind of tensor, as `hf_flerm.show.plotting.plot_profile` does.
-
-        Returns:
-            The matplotlib figure.
-        """
+        """Return a matplotlib figure of the rates by kind of tensor; see `hf_flerm.show.plotting.plot_profile`."""
         return pkgutil.resolve_name("hf_flerm.show.plotting:plot_profile")(self)
 
 
@@ -365,16 +349,13 @@ def shared_files(profile: RateProfile, address: str, card: ModelCard | None = No
 
 
 def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: str, other_label: str) -> None:
-    """Refuse two mappings whose names differ.
+    """Raise RateProfileError, naming both set differences, unless two mappings have the same parameter names.
 
     Args:
-        base: One mapping.
-        other: The other.
-        base_label: What the first is, for the message.
-        other_label: What the second is.
-
-    Raises:
-        RateProfileError: Names both set differences.
+        base: `{canonical name: ...}`.
+        other: The same.
+        base_label: What `base` is, for the message.
+        other_label: What `other` is.
     """
     if base.keys() == other.keys():
         return
@@ -395,7 +376,7 @@ def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
 
 
 def _common(objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The entries that are the same in all objects, and of those that are objects themselves what is common to them."""
+    """Return the entries that are the same in all objects; entries that are objects themselves are compared inside."""
     first, *others = objects
     common = {}
     for key, value in first.items():

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..engines import engine_of
 from ..model.isolation import undisturbed
 from ..model.names import resolve_names
 from .outputs import Batch, MeasuredOutput, OutputFunction
@@ -44,7 +45,8 @@ def log_alignments(
     Raises:
         ValueError: If a name is unknown or there is no batch.
     """
-    outputs = MeasuredOutput(output)
+    outputs, engine = MeasuredOutput(output), engine_of(model)
+    engine.release()
     raw = resolve_names(model, updates)
     own = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
@@ -55,7 +57,7 @@ def log_alignments(
             for site in owners(model, model.get_parameter(path))
             if site.attribute == "weight"
         ]
-        tangent = linear_tangent(holders[0], "weight") if holders else None
+        tangent = linear_tangent(engine.own_type(holders[0]), "weight") if holders else None
         if tangent is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
             layers[name], tangents[name] = holders, tangent
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of (U x)^2, of x^2, and of their rows
@@ -81,7 +83,7 @@ def log_alignments(
     ]
     empty = True
     try:
-        with undisturbed(model, device), torch.no_grad():
+        with undisturbed(model, device), engine.released_after(), torch.no_grad():
             for batch in batches:
                 empty = False
                 sent = send_to_device(dict(batch), device)

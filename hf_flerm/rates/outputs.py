@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .. import choices
 from ..choices import check_choice
+from ..engines import engine_of
 from ..model.isolation import checkpointed, trainable, undisturbed
 from .distributions import distribution_of
 from .metrics import FISHER, METRICS, Metric
@@ -230,13 +231,14 @@ class MeasuredOutput:
             OutputError: As for a call.
             ModelCallError: If the model cannot be run on such a batch. A lack of memory is none: probes take less.
         """
+        engine = engine_of(model)
         parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         failure: Exception | None = None
         # A loop may enter autocast by itself, where it calls the model; only its steps know.
         for enter in (contextlib.nullcontext, partial(torch.autocast, device.type, torch.bfloat16)):
             try:
-                with undisturbed(model, device), checkpointed(model), enter():
+                with undisturbed(model, device), engine.released_after(), checkpointed(model), enter():
                     moved = send_to_device(dict(batch), device)
                     self.prepare(model, moved)
                     with trainable(trained):

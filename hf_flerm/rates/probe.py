@@ -16,8 +16,7 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from ..engines.processes import agreement
-from ..engines.sharding import is_sharded, reshard, runs_on, whole_shape
+from ..engines import engine_of
 from ..model.isolation import checkpointed, trainable, undisturbed
 from ..model.names import resolve_names
 from ..optimizer.step import UnitUpdates
@@ -77,7 +76,7 @@ def measure_rates(
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
         parameter = model.get_parameter(path)
-        shape = whole_shape(parameter)
+        shape = probe.engine.shape(parameter)
         if parameter.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without numbers: load the model's weights first.")
         if update.shape != shape:
@@ -114,12 +113,12 @@ class RateProbe:
         self.estimator = estimator
         self.probes_per_batch = probes_per_batch
         self.outputs = outputs or MeasuredOutput()
-        self._sites = VerifiedSites(model, self.outputs)
+        self.engine = engine_of(model)
+        self._sites = VerifiedSites(model, self.outputs, self.engine)
         self._asked: list[str] = []
         self._raw: dict[str, str] = {}
         self._head_name: str | None = None
-        self._head_sought = is_sharded(model)  # in shards, the head's own weight is never there as a whole
-        self._agree = agreement(model)
+        self._head_sought = self.engine.sharded  # in shards, the head's own weight is never there as a whole
         self._head: LinearHead | None = None
 
     def measure(
@@ -148,20 +147,20 @@ class RateProbe:
             raise ValueError("updates is empty: pass a unit update for at least one parameter.")
         if target_error is not None and not target_error > 0:
             raise ValueError(f"target_error is {target_error!r}; it must be positive, or None to use every batch.")
-        reshard(self.model)
+        self.engine.release()
         if list(updates) != self._asked:
             self._raw, self._asked = resolve_names(self.model, updates), list(updates)
         parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
-        moves = UnitUpdates(updates, dict(zip(self._raw, updates, strict=True)), parameters)
-        device = runs_on(next(iter(parameters.values())))
+        moves = UnitUpdates(updates, dict(zip(self._raw, updates, strict=True)), parameters, self.engine)
+        device = self.engine.device(next(iter(parameters.values())))
         samples = Samples(moves)
         if self._head is not None and not self._head.is_current():
             self._head = None
-        with undisturbed(self.model, device):
+        with undisturbed(self.model, device), self.engine.released_after():
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             for batch in self._there(batches, device):
-                if not is_sharded(self.model):
+                if not self.engine.sharded:
                     self.outputs.prepare(self.model, batch)
                 if self.estimator == "exact":
                     self._differentiate(moves, batch, samples)
@@ -173,7 +172,7 @@ class RateProbe:
                     self._probe(parameters, moves, batch, generator, samples)
                 if target_error is not None:
                     goes_on = samples.measurement().relative_error > target_error
-                    if not any(self._agree([goes_on])):
+                    if not any(self.engine.agree([goes_on])):
                         break
         self._sites.close_measurement(moves)
         return samples.measurement()
@@ -190,7 +189,7 @@ class RateProbe:
             except Exception as error:
                 failure = error
             out_of_memory = failure is not None and should_reduce_batch_size(failure)
-            failed, out_of_memory = self._agree([failure is not None, out_of_memory])
+            failed, out_of_memory = self.engine.agree([failure is not None, out_of_memory])
             if out_of_memory:
                 raise torch.OutOfMemoryError(f"a process ran out of memory. {failure or ''}".rstrip()) from failure
             if failed:
@@ -210,7 +209,7 @@ class RateProbe:
         """Add the samples of `probes_per_batch` probes on one batch."""
         with ExitStack() as stack:
             for _ in range(_LAYOUTS_PER_BATCH):
-                reshard(self.model)
+                self.engine.release()
                 gated = [name for name in updates if name in self._sites.sites]
                 by_gradient = {parameters[name]: name for name in updates if name not in self._sites.sites}
                 stack.enter_context(trainable(by_gradient))
@@ -283,7 +282,7 @@ class RateProbe:
             def values(parameter: Tensor, key: str = key) -> tuple[Tensor, ...]:
                 return (torch.func.functional_call(whole, {key: parameter}, (batch,)).values,)
 
-            (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update, self.model)
+            (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update, self.model, self.engine)
             tangents.append(out.sized(tangent))
         samples.add_tangents(torch.stack(tangents))
         samples.count_outputs(out.count())

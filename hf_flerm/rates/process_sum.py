@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..engines.sharding import whole_shape
+from ..engines.processes import sum_over_processes
 from .estimators import FALLBACK, num_factors, rates_from
 from .measurement import UNUSED, Measurement
 from .totals import Group, Totals, group_key
@@ -26,18 +25,14 @@ class ProcessSum:
     """Adds up the measurements of all processes, in one collective call.
 
     Args:
-        parameters: `{canonical name: parameter}` of what is measured.
+        shapes: `{canonical name: shape}` of what is measured.
         estimator: As for `measure_rates`.
         groups: The groups of tensors whose joint rates will be asked for: `{canonical name: share of its update}`.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], estimator: str, groups: Iterable[Mapping[str, float]]
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, torch.Size], estimator: str, groups: Iterable[Mapping[str, float]]) -> None:
         self._estimator = FALLBACK if estimator == "per_example" else estimator
-        self._widths = {
-            name: 2 + num_factors(estimator, len(whole_shape(tensor))) for name, tensor in parameters.items()
-        }
+        self._widths = {name: 2 + num_factors(estimator, len(shape)) for name, shape in shapes.items()}
         self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
 
     def __call__(self, own: Measurement | None, failure: Exception | None = None) -> Measurement | None:
@@ -64,7 +59,7 @@ class ProcessSum:
             numbers[0], numbers[1] = 1.0, should_reduce_batch_size(failure)
         elif own is not None:
             numbers = self._numbers(own)
-        summed: Tensor = reduce(numbers.to(PartialState().device), "sum").cpu()
+        summed = sum_over_processes(numbers)
         failed, out_of_memory, num_probes = (int(number) for number in summed[:3])
         if failed:
             processes = f"of {PartialState().num_processes} processes"

@@ -1,10 +1,12 @@
-"""Pictures of profiles and measurements (needs matplotlib: `pip install 'hf_flerm[plot]'`)."""
+"""Pictures of profiles and measurements (needs matplotlib: `pip install 'hf_flerm[plot]'`).
+
+The numbers of the figures that `report` shows too come from `figures`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from statistics import mean, stdev
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,20 +16,14 @@ from torch import Tensor
 
 from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
-from .summary import rates_by_kind
+from .figures import GRAY, RATE, STEP, layer_heat_map, layers_of, multiplier_series, rate_curves, shown, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by the color-blind, and in gray print by the marks.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_MARKS = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
-STEP = "optimizer step + 1"
-RATE = "rate (output units per unit learning rate)"
-OUTSIDE = "outside"  # of all layers
-EVERYTHING = "everything"
-_SPREAD = 0.6  # of the room between two layers
+_MARKS, _DASHES = ("o", "s", "^", "D"), ("-", "--", ":", "-.")  # by variant of `styles`
+_SPREAD = 0.6  # of the room between two layers, for the error bars of all kinds beside each other
 _MOST_STEPS, _MOST_NAMES = 16, 80  # labels that fit beside each other
 
 
@@ -45,11 +41,9 @@ def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
         ImportError: If matplotlib is not installed.
     """
     figure, axes = _axes(axes, (8, 5))
-    x = (profile.steps + 1).tolist()
-    for (kind, rates), style in zip(rates_by_kind(profile).items(), _styles(), strict=False):
-        axes.plot(x, rates.mean.tolist(), label=kind, **style)
-        low, high = (bound.tolist() for bound in rates.band)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    for curve, style in zip(rate_curves(profile), _styles(), strict=False):
+        axes.plot(curve.x, curve.rates, label=curve.kind, **style)
+        axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel=STEP, ylabel=RATE)
     axes.xaxis.set_major_formatter("{x:g}")
     _legend(axes)
@@ -64,20 +58,20 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
         axes: Where to draw. None: on a new figure.
 
     Returns:
-        The figure; layers from the first (top) to the last, and modules outside of them where they are trained.
+        The figure: a row for each layer and for each trained module outside the layers.
 
     Raises:
         ImportError: If matplotlib is not installed.
         RateProfileError: If there are no joint rates by block.
     """
-    blocks, steps, table = layer_table(profile)
-    figure, axes = _axes(axes, (8, 1.5 + 0.3 * len(blocks)))
-    positive = table[table > 0]
+    found = layer_heat_map(profile)
+    figure, axes = _axes(axes, (8, 1.5 + 0.3 * len(found.rows)))
+    positive = found.rates[found.rates > 0]
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
-    image = axes.imshow(table.where(table > 0, torch.nan).numpy(), aspect="auto", cmap="viridis", norm=scale)
-    shown = _shown(len(steps), _MOST_STEPS)
-    axes.set_xticks(shown, [str(steps[index] + 1) for index in shown])
-    axes.set_yticks(range(len(blocks)), blocks)
+    image = axes.imshow(found.positive.numpy(), aspect="auto", cmap="viridis", norm=scale)
+    labeled = shown(len(found.steps), _MOST_STEPS)
+    axes.set_xticks(labeled, [str(found.steps[index] + 1) for index in labeled])
+    axes.set_yticks(range(len(found.rows)), found.rows)
     axes.set(xlabel=STEP, ylabel="layer")
     figure.colorbar(image, ax=axes, label="joint rate (output units\nper unit learning rate)")
     return figure
@@ -98,32 +92,30 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
         ImportError: If matplotlib is not installed.
         RateProfileError: If the run only recorded.
     """
+    series = multiplier_series(profile)
+    if not series:
+        raise RateProfileError("the profile holds no multipliers: its run recorded. Use the profile of a matched run.")
     figure, axes = _axes(axes, (8, 5))
-    scales, quotients = profile.about.matched_scales, profile.about.matched_quotients
-    if not scales:
-        raise RateProfileError("the profile holds no multipliers: its run recorded. Take that of a matched run.")
-    layers = sorted({layer_of(unit) for unit in scales}, key=_indices)
-    kinds = units_by_kind(scales)
-    for index, ((kind, units), style) in enumerate(zip(kinds.items(), _styles(), strict=False)):
-        places = [layers.index(layer_of(unit)) for unit in units]
-        aside = _SPREAD * ((index + 0.5) / len(kinds) - 0.5)  # of the place, so that error bars stand side by side
-        line = {"marker": "_", "markersize": 16} if len(units) == 1 else {"linestyle": style["linestyle"]}
-        drawn = [place + aside for place in places] if len(units) == 1 else places
-        axes.plot(drawn, [scales[unit] for unit in units], label=kind, color=style["color"], **line)
-        rows = [
-            (place + aside, *quotients[unit]) for place, unit in zip(places, units, strict=True) if unit in quotients
-        ]
-        if rows:
-            x, levels, errors = zip(*rows, strict=True)
-            factors = [math.exp(error) for error in errors]
-            low = [level - level / factor for level, factor in zip(levels, factors, strict=True)]
-            high = [level * factor - level for level, factor in zip(levels, factors, strict=True)]
-            axes.errorbar(x, levels, (low, high), fmt=style["marker"], color=style["color"], markersize=5, capsize=2)
-    axes.axhline(1, color="#999999", linestyle=":", linewidth=1)
+    layers = layers_of(series)
+    for index, (one, style) in enumerate(zip(series, _styles(), strict=False)):
+        # Error bars of different kinds at the same layer are drawn side by side, so that they do not hide each other.
+        aside = _SPREAD * ((index + 0.5) / len(series) - 0.5)
+        places: list[float] = [layers.index(layer) for layer in one.layers]
+        line = {"color": style["color"], "linestyle": style["linestyle"]}
+        if len(places) == 1:  # a line through one point cannot be seen
+            places, line = [places[0] + aside], {"color": style["color"], "marker": "_", "markersize": 16}
+        axes.plot(places, one.multipliers, label=one.kind, **line)
+        if one.measured:
+            x = [layers.index(point.layer) + aside for point in one.measured]
+            y = [point.multiplier for point in one.measured]
+            low = [point.multiplier - point.low for point in one.measured]
+            high = [point.high - point.multiplier for point in one.measured]
+            axes.errorbar(x, y, (low, high), fmt=style["marker"], color=style["color"], markersize=5, capsize=2)
+    axes.axhline(1, color=GRAY, linestyle=":", linewidth=1)
     axes.set(yscale="log", xlabel="layer", ylabel="learning-rate multiplier (base rate / own rate)")
     axes.yaxis.set_major_formatter("{x:g}")
-    shown = _shown(len(layers), _MOST_STEPS)
-    axes.set_xticks(shown, [layers[index] for index in shown])
+    labeled = shown(len(layers), _MOST_STEPS)
+    axes.set_xticks(labeled, [layers[index] for index in labeled])
     _legend(axes)
     return figure
 
@@ -153,10 +145,10 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
     sizes = inner_products.diagonal().clamp(min=0).sqrt()
     correlations = inner_products / (sizes[:, None] * sizes)  # [L, L]
     image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    shown = _shown(len(names), _MOST_NAMES)
-    labels = [without_prefix(names[index]) for index in shown]
-    axes.set_xticks(shown, labels, rotation=90, fontsize="x-small")
-    axes.set_yticks(shown, labels, fontsize="x-small")
+    labeled = shown(len(names), _MOST_NAMES)
+    labels = [without_prefix(names[index]) for index in labeled]
+    axes.set_xticks(labeled, labels, rotation=90, fontsize="x-small")
+    axes.set_yticks(labeled, labels, fontsize="x-small")
     figure.colorbar(image, ax=axes, label="correlation of output changes")
     return figure
 
@@ -190,7 +182,7 @@ def plot_losses(
         errors = [_standard_error(sweep[rate]) for rate in finite]
         axes.errorbar([*finite], [*finite.values()], errors, label=name, capsize=2, **style)
         axes.plot([best], [finite[best]], "*", color=style["color"], markersize=14)
-        edge = stable_edge(means, stable)
+        edge = _stable_edge(means, stable)
         if edge is not None:
             axes.axvline(edge, color=style["color"], linestyle="--", linewidth=1)
         levels += [loss for loss in finite.values() if loss <= finite[best] + 2 * stable]
@@ -203,7 +195,7 @@ def plot_losses(
 PICTURES = {"rates": plot_profile, "layers": plot_layers, "multipliers": plot_multipliers}
 
 
-def stable_edge(means: Mapping[float, float], stable: float) -> float | None:
+def _stable_edge(means: Mapping[float, float], stable: float) -> float | None:
     """Find the largest learning rate before training becomes unstable.
 
     Args:
@@ -219,71 +211,9 @@ def stable_edge(means: Mapping[float, float], stable: float) -> float | None:
     return None if unstable is None else above[max(unstable - 1, 0)]
 
 
-def layer_table(profile: RateProfile) -> tuple[list[str], list[int], Tensor]:
-    """Lay out the joint rates of layers.
-
-    Args:
-        profile: The profile.
-
-    Returns:
-        Layers, steps, and rates, float64 [layers, steps].
-
-    Raises:
-        RateProfileError: If there are no joint rates by block.
-    """
-    found = profile.joint_rates.get("block")
-    if not found:
-        raise RateProfileError("the profile holds no joint rates by block. Record it again with this version.")
-    return [without_prefix(path) for path in found], profile.steps.tolist(), torch.stack(list(found.values()))
-
-
-def units_by_kind(units: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Group the units of a matched run by their names without indices of blocks.
-
-    Args:
-        units: By name.
-
-    Returns:
-        `{kind: units}`, in the order of blocks; what is matched as one has no name: `EVERYTHING`.
-    """
-    groups: dict[str, list[str]] = {}
-    for unit in units:
-        kind = ".".join("*" if part.isdigit() else part for part in unit.split("."))
-        groups.setdefault(kind or EVERYTHING, []).append(unit)
-    return {
-        kind: sorted(found, key=lambda unit: [int(part) for part in unit.split(".") if part.isdigit()])
-        for kind, found in groups.items()
-    }
-
-
-def layer_of(unit: str) -> str:
-    """Say in which layer a unit of a matched run lies.
-
-    Args:
-        unit: Its name.
-
-    Returns:
-        The indices in it, joined by dots, outermost stack first; `OUTSIDE` if there are none.
-    """
-    return ".".join(part for part in unit.split(".") if part.isdigit()) or OUTSIDE
-
-
 def close(figure: Figure) -> None:
-    """Let go of a figure.
-
-    Args:
-        figure: What one of the functions here has drawn.
-    """
+    """Close a figure that one of these functions has drawn, so that pyplot does not keep it in memory."""
     _pyplot().close(figure)
-
-
-def _indices(layer: str) -> list[int]:
-    return [] if layer == OUTSIDE else [int(part) for part in layer.split(".")]
-
-
-def _shown(count: int, most: int) -> list[int]:
-    """Which of so many ticks have a label: all, or every second, third, ... of them."""
-    return list(range(0, count, math.ceil(count / most) or 1))
 
 
 def _axes(axes: Axes | None, size: tuple[float, float]) -> tuple[Figure, Any]:
@@ -301,9 +231,9 @@ def _pyplot() -> ModuleType:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    while True:
-        for (marker, line), color in product(_MARKS, COLORS):
-            yield {"color": color, "marker": marker, "linestyle": line, "markersize": 4, "linewidth": 1.5}
+    for color, variant in styles():
+        marks = {"marker": _MARKS[variant], "linestyle": _DASHES[variant]}
+        yield {"color": color, **marks, "markersize": 4, "linewidth": 1.5}
 
 
 def _legend(axes: Any) -> None:

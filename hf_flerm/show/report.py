@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from itertools import cycle
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jinja2 import Environment
 from markupsafe import Markup
-from torch import Tensor
 
-from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile
-from .plotting import COLORS, OUTSIDE, RATE, STEP, layer_of, layer_table, units_by_kind
+from .figures import (
+    GRAY,
+    RATE,
+    STEP,
+    Curve,
+    HeatMap,
+    MultiplierSeries,
+    layer_heat_map,
+    layers_of,
+    multiplier_series,
+    rate_curves,
+    shown,
+    styles,
+    tensor_heat_map,
+)
 from .summary import KindRates, described, rates_by_kind
 
 if TYPE_CHECKING:
@@ -105,37 +115,31 @@ def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
     yield (
         "Rates over training",
         "A line for each kind of tensor, in a band of one standard error over its tensors.",
-        _rates(profile),
+        _rates(rate_curves(profile)),
     )
-    steps = profile.steps.tolist()
-    if profile.joint_rates.get("block") and steps:
-        layers, steps, table = layer_table(profile)
-        yield "Layers", "The joint rate of all tensors of a layer.", _heat_map(layers, steps, table)
-    if steps:
-        names = [without_prefix(name) for name in profile.names]
-        table = torch.stack([profile.rates[name] for name in profile.names])
-        yield "Tensors", "The rate of each tensor; zoom in where there are many.", _heat_map(names, steps, table)
-    if profile.about.matched_scales:
+    has_steps = len(profile.steps) > 0
+    if has_steps and profile.joint_rates.get("block"):
+        yield "Layers", "The joint rate of all tensors of a layer.", _heat_map(layer_heat_map(profile))
+    if has_steps:
+        about = "The rate of each tensor. Zoom in to see the names of all of them."
+        yield "Tensors", about, _heat_map(tensor_heat_map(profile))
+    if series := multiplier_series(profile):
         yield (
             "Learning-rate multipliers",
-            "Lines are the multipliers that were used; marks with a standard error are what the measurements of each "
+            "Lines are the multipliers that were used. Marks with a standard error are what the measurements of each "
             "layer alone say (base rate / own rate).",
-            _multipliers(profile),
+            _multipliers(series),
         )
 
 
-def _rates(profile: RateProfile) -> Figure:
+def _rates(curves: Iterable[Curve]) -> Figure:
     graph, figure = _figure(height=520)
-    steps = profile.steps.tolist()
-    for (kind, rates), style in zip(rates_by_kind(profile).items(), _styles(), strict=False):
-        known = rates.mean.isfinite()
-        x = [step + 1 for step, there in zip(steps, known.tolist(), strict=True) if there]
-        low, high = (bound[known].tolist() for bound in rates.band)
-        group = {"legendgroup": kind, "name": escape(kind)}
+    for curve, style in zip(curves, _styles(), strict=False):
+        group = {"legendgroup": curve.kind, "name": escape(curve.kind)}
         figure.add_trace(
             graph.Scatter(
-                x=[*x, *reversed(x)],
-                y=[*high, *reversed(low)],
+                x=[*curve.x, *reversed(curve.x)],
+                y=[*curve.high, *reversed(curve.low)],
                 fill="toself",
                 fillcolor=style["line"]["color"],
                 opacity=0.2,
@@ -148,10 +152,10 @@ def _rates(profile: RateProfile) -> Figure:
         )
         figure.add_trace(
             graph.Scatter(
-                x=x,
-                y=rates.mean[known].tolist(),
-                customdata=[step - 1 for step in x],
-                hovertemplate=f"step %{{customdata}}<br>rate %{{y:.3g}}<br>{len(rates.names)} tensors",
+                x=curve.x,
+                y=curve.rates,
+                customdata=[x - 1 for x in curve.x],
+                hovertemplate=f"step %{{customdata}}<br>rate %{{y:.3g}}<br>{curve.tensors} tensors",
                 mode="lines+markers",
                 **group,
                 **style,
@@ -162,65 +166,58 @@ def _rates(profile: RateProfile) -> Figure:
     return figure
 
 
-def _heat_map(rows: Sequence[str], steps: Sequence[int], table: Tensor) -> Figure:
-    """Rates on a logarithmic scale of colors; 0 is left white.
-
-    Args:
-        rows: What the rates are of, [R].
-        steps: Optimizer steps, [S].
-        table: Rates, [R, S].
-    """
-    graph, figure = _figure(height=min(180 + _ROW * len(rows), _TALLEST))
-    logs = table.log10()
+def _heat_map(found: HeatMap) -> Figure:
+    """Draw rates on a logarithmic scale of colors; 0 is left white."""
+    graph, figure = _figure(height=min(180 + _ROW * len(found.rows), _TALLEST))
+    logs = found.positive.log10()  # plotly has no logarithmic color scale
     known = logs[logs.isfinite()]
     ticks = range(math.floor(known.min()), math.ceil(known.max()) + 1) if len(known) else range(0)
     figure.add_trace(
         graph.Heatmap(
-            x=[str(step) for step in steps],
-            y=list(range(len(rows))),
+            x=[str(step) for step in found.steps],
+            y=list(range(len(found.rows))),
             z=[[value if math.isfinite(value) else None for value in row] for row in logs.tolist()],
-            customdata=table.tolist(),
-            text=[[escape(row)] * len(steps) for row in rows],
+            customdata=found.rates.tolist(),
+            text=[[escape(row)] * len(found.steps) for row in found.rows],
             hovertemplate="%{text}<br>step %{x}<br>rate %{customdata:.3g}<extra></extra>",
             colorscale="Viridis",
             colorbar={"title": "rate", "tickvals": [*ticks], "ticktext": [f"1e{tick}" for tick in ticks]},
         )
     )
     figure.update_xaxes(type="category", title="optimizer step")
-    step = max(1, math.ceil(_ROW * len(rows) / _TALLEST))
-    shown = list(range(0, len(rows), step))
+    labeled = shown(len(found.rows), _TALLEST // _ROW)
     figure.update_yaxes(
-        autorange="reversed", tickvals=shown, ticktext=[escape(rows[index]) for index in shown], automargin=True
+        autorange="reversed",
+        tickvals=labeled,
+        ticktext=[escape(found.rows[index]) for index in labeled],
+        automargin=True,
     )
     return figure
 
 
-def _multipliers(profile: RateProfile) -> Figure:
+def _multipliers(series: Sequence[MultiplierSeries]) -> Figure:
     graph, figure = _figure(height=520)
-    scales, quotients = profile.about.matched_scales, profile.about.matched_quotients
-    for (kind, units), style in zip(units_by_kind(scales).items(), _styles(), strict=False):
-        layers = [layer_of(unit) for unit in units]
-        group = {"legendgroup": kind, "name": escape(kind)}
+    for one, style in zip(series, _styles(), strict=False):
+        group = {"legendgroup": one.kind, "name": escape(one.kind)}
         figure.add_trace(
             graph.Scatter(
-                x=layers,
-                y=[scales[unit] for unit in units],
+                x=one.layers,
+                y=one.multipliers,
                 hovertemplate="layer %{x}<br>multiplier %{y:.3g}",
-                mode="lines+markers" if layers == [OUTSIDE] else "lines",
+                mode="lines+markers" if len(one.layers) == 1 else "lines",
                 **group,
                 **style,
             )
         )
-        seen = [(layer, *quotients[unit]) for layer, unit in zip(layers, units, strict=True) if unit in quotients]
         figure.add_trace(
             graph.Scatter(
-                x=[layer for layer, _, _ in seen],
-                y=[level for _, level, _ in seen],
+                x=[point.layer for point in one.measured],
+                y=[point.multiplier for point in one.measured],
                 error_y={
                     "type": "data",
                     "symmetric": False,
-                    "array": [level * math.exp(error) - level for _, level, error in seen],
-                    "arrayminus": [level - level / math.exp(error) for _, level, error in seen],
+                    "array": [point.high - point.multiplier for point in one.measured],
+                    "arrayminus": [point.multiplier - point.low for point in one.measured],
                 },
                 hovertemplate="layer %{x}<br>measured %{y:.3g}",
                 mode="markers",
@@ -229,8 +226,8 @@ def _multipliers(profile: RateProfile) -> Figure:
                 **group,
             )
         )
-    figure.add_hline(1, line={"color": "#999999", "dash": "dot", "width": 1})
-    figure.update_xaxes(type="category", title="layer")
+    figure.add_hline(1, line={"color": GRAY, "dash": "dot", "width": 1})
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=layers_of(series), title="layer")
     figure.update_yaxes(type="log", title="learning-rate multiplier", exponentformat="power")
     return figure
 
@@ -248,9 +245,9 @@ def _embedded(figure: Figure, name: str) -> str:
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    for symbol, dash in cycle(zip(_SYMBOLS, _DASHES, strict=True)):
-        for color in COLORS:
-            yield {"line": {"color": color, "dash": dash, "width": 1.5}, "marker": {"symbol": symbol, "size": 6}}
+    for color, variant in styles():
+        line = {"color": color, "dash": _DASHES[variant], "width": 1.5}
+        yield {"line": line, "marker": {"symbol": _SYMBOLS[variant], "size": 6}}
 
 
 def _ends(rates: KindRates) -> list[str]:

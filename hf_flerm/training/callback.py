@@ -207,12 +207,7 @@ class FLeRMCallback(TrainerCallback):
         if args.should_save:
             self.save(str(args.output_dir))
         self.run.close()
-        self.run.report_unmatched()
-        if not len(self.rate_profile.steps):
-            reason = "no measurement succeeded; the first failure was reported above."
-            if not self.seconds:
-                reason = f"measure_steps={self.config.measure_steps} asks for none of the {state.global_step} steps."
-            logger.warning(f"nothing was measured and the profile is empty: {reason}")
+        self.run.report()
 
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> RateProfile | None:
         """Read the profile of the checkpoint that training resumes from; None if it has none."""

@@ -56,9 +56,11 @@ class Failures:
 
     Attributes:
         given_up: Whether nothing more is to be measured.
+        latest: The latest exception as text (itself, it would keep tensors alive); empty if no measurement has failed.
     """
 
     def __init__(self) -> None:
+        self.latest = ""
         self.given_up = False
         self._in_a_row = 0
         self._reported: set[str] = set()
@@ -70,6 +72,7 @@ class Failures:
             step: The optimizer step that was to be measured.
             error: The exception.
         """
+        self.latest = repr(error)
         if should_reduce_batch_size(error):
             self.given_up = True
             logger.warning(

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..config import FLeRMConfig
-from ..engines.sharding import own_type, whole_shape
+from ..engines import engine_of
 from ..model.names import tensor_kinds
 from ..profile.metadata import CALLABLE, SETTINGS, UNITS, ProfileMetadata
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
@@ -65,6 +65,7 @@ def provenance(
     Returns:
         Metadata that JSON can hold.
     """
+    engine = engine_of(model)
     model_config: Any = getattr(model, "config", None)
     adapters = getattr(model, "peft_config", None) or {}
     if arguments is None:
@@ -76,12 +77,12 @@ def provenance(
     description: dict[str, Any] = _plain(
         {
             "packages": {name: version(name) for name in _PACKAGES},
-            "model": own_type(model).__name__,
+            "model": engine.own_type(model).__name__,
             "model_config": model_config.to_diff_dict() if hasattr(model_config, "to_diff_dict") else None,
             "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
             "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
             "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
-            "shapes": {name: list(whole_shape(parameter)) for name, parameter in parameters.items()},
+            "shapes": {name: list(engine.shape(parameter)) for name, parameter in parameters.items()},
             "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
             "dataset_fingerprint": probe_data.fingerprint,
             SETTINGS: _measuring_settings(config, probe_data),

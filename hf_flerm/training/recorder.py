@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import nn
 from transformers.utils import logging
 
 from ..model.names import means_by_kind, preview
@@ -37,7 +36,7 @@ class Recorder:
         probe: Measures on the model.
         probe_data: Examples to probe with.
         device: Where the model runs.
-        parameters: `{canonical name: parameter}` of all that is trained.
+        shapes: `{canonical name: shape}` of all that is trained.
         joint_groups: Tensors whose joint rates are recorded: `{granularity: {path: shares}}`.
         matched_groups: Further tensors whose joint rates will be asked of measurements.
         logged_as: `{canonical name: name in the logs}`.
@@ -49,7 +48,7 @@ class Recorder:
         probe: RateProbe,
         probe_data: ProbeData,
         device: torch.device,
-        parameters: Mapping[str, nn.Parameter],
+        shapes: Mapping[str, torch.Size],
         joint_groups: Mapping[str, Mapping[str, Shares]],
         matched_groups: Iterable[Shares],
         logged_as: Mapping[str, str],
@@ -62,7 +61,7 @@ class Recorder:
         self._joint_groups = joint_groups
         self._logged_as = logged_as
         groups = [shares for paths in joint_groups.values() for shares in paths.values()]
-        self._sum_over_processes = ProcessSum(parameters, probe.estimator, [*groups, *matched_groups])
+        self._sum_over_processes = ProcessSum(shapes, probe.estimator, [*groups, *matched_groups])
 
     def record(self, step: int, update: StepUpdate | None, attempt: Attempt) -> Measurement | None:
         """Measure the update of one optimizer step and append its rates to the profile; a collective call.

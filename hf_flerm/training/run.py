@@ -19,9 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
-from ..engines.processes import check_engine, check_loop
-from ..engines.sharding import is_sharded, runs_on
-from ..engines.zero import stepping
+from ..engines import engine_of
 from ..model.names import tensor_kinds, trainable_parameters
 from ..optimizer.behavior import check_optimizer, weight_decays
 from ..optimizer.param_groups import learning_rates, raw_optimizer
@@ -102,23 +100,24 @@ class FLeRMRun:
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config = replace(check_config(config), positions=config.positions or "attention_mask")
-        check_engine(model, config.research.estimator)
         self._wrapped = model
         model = extract_model_from_parallel(model, keep_torch_compile=False)
+        self._engine = engine = engine_of(model)
+        engine.check(config.research.estimator)
         self._parameters = parameters = trainable_parameters(model)
         self._optimizer = raw_optimizer(optimizer)
         _check_unfollowed(self._optimizer)
         self._accumulation = getattr(optimizer, "gradient_state", None)
-        self._stepping = stepping(model, optimizer, parameters)
-        with self._stepping.in_groups():
-            learning_rates(self._optimizer, self._stepping.held)
+        self._weights = engine.master_weights(optimizer, parameters)
+        with self._weights.in_param_groups():
+            learning_rates(self._optimizer, self._weights.in_optimizer)
         check_optimizer(self._optimizer, config.mode)
 
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         outputs = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
-        device = runs_on(next(iter(parameters.values())))
-        if not is_sharded(model):
+        device = engine.device(next(iter(parameters.values())))
+        if not engine.sharded:
             try:
                 probe_data.check(partial(outputs.check, model, device=device))
             except ModelCallError as error:
@@ -131,9 +130,9 @@ class FLeRMRun:
         base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
         self._scaler: Scaler | None = None
         if base is not None:
-            self._stepping.check_apart()
+            self._weights.check_own_learning_rates()
             warn_of_other_rate(base, described)
-            self._scaler = Scaler(base, model, self._optimizer, self._stepping.held, config)
+            self._scaler = Scaler(base, model, self._optimizer, self._weights.in_optimizer, config)
 
         self._schedule = Schedule(config.measure_every, config.measure_steps)
         groups = joint_groups(model, parameters)
@@ -147,7 +146,7 @@ class FLeRMRun:
             ),
             probe_data,
             device,
-            parameters,
+            {name: engine.shape(parameter) for name, parameter in parameters.items()},
             groups,
             [] if self._scaler is None else self._scaler.shares,
             tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters},
@@ -162,7 +161,7 @@ class FLeRMRun:
         self._logs: dict[str, float] = {}
         self._saved: tuple[Path, RateProfile] | None = None
         self._hooks: list[RemovableHandle] = []
-        if self._stepping.is_seen_by_hooks and runs_step_hooks(self._optimizer):
+        if self._weights.is_seen_by_hooks and runs_step_hooks(self._optimizer):
             self._hooks = [  # after those of the scaler, which put the nominal learning rates back
                 self._optimizer.register_step_pre_hook(self._keep_weights),
                 self._optimizer.register_step_post_hook(self._measure_update),
@@ -198,7 +197,7 @@ class FLeRMRun:
         Raises:
             ValueError: If DeepSpeed steps, or processes may run out of batches one before the other.
         """
-        check_loop(self._wrapped)
+        self._engine.check_loop(self._wrapped)
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             yield
             return
@@ -299,15 +298,23 @@ class FLeRMRun:
         if self._scaler is not None:
             self._scaler.remove()
 
-    def report_unmatched(self) -> None:
-        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
+    def report(self) -> None:
+        """Warn, when training has ended, of tensors that were not scaled, and of a profile that is empty."""
         if self._scaler is not None:
             self._scaler.report_unmatched()
+        if len(self._recorder.profile.steps):
+            return
+        reason = f"measure_steps={self._config.measure_steps} asks for none of its steps."
+        if self._failures.latest:
+            reason = f"every measurement failed, the last one with {self._failures.latest}"
+        elif self.seconds:
+            reason = "no step that was due moved the weights: the learning rate was 0, or steps were skipped."
+        logger.warning(f"nothing was measured in this run, and its profile is empty: {reason}")
 
     def _keep_weights(self, *_: Any) -> None:
         if self._is_due and self._before is None:
-            attempt = Attempt(self._stepping.agree)
-            self._before = attempt, attempt.run(partial(self._stepping.snapshot, self._config.snapshot_device))
+            attempt = Attempt(self._weights.agree)
+            self._before = attempt, attempt.run(partial(Snapshot, self._weights, self._config.snapshot_device))
 
     def _measure_update(self, *_: Any) -> None:
         """Measure the update since `_keep_weights`, if there was one; report a failure."""
@@ -321,18 +328,19 @@ class FLeRMRun:
         except Exception as error:
             self._failures.add(self._step, error)
         finally:
+            attempt.failure = None  # its traceback would keep the tensors of the probe alive
             self.seconds += time.perf_counter() - start
             self._logs["flerm/seconds"] = self.seconds
 
     def _measure(self, step: int, attempt: Attempt, snapshot: Snapshot | None) -> None:
         """Record the update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
-        with self._stepping.in_groups():
-            nominal = learning_rates(self._optimizer, self._stepping.held)
-            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._stepping.stepped()).items()}
+        with self._weights.in_param_groups():
+            nominal = learning_rates(self._optimizer, self._weights.in_optimizer)
+            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._weights.stepped()).items()}
         used = {name: nominal[name] * scale for name, scale in self.scales.items()}
         if not any(used.values()):
             return  # a warm-up begins at learning rate 0; the next step is due
-        update = StepUpdate(snapshot, used, decays, self._stepping.agree) if snapshot is not None else None
+        update = StepUpdate(snapshot, used, decays, self._weights.agree) if snapshot is not None else None
         measurement = self._recorder.record(step, update, attempt)
         if measurement is None or update is None:
             return
@@ -349,6 +357,7 @@ def _check_unfollowed(optimizer: Optimizer) -> None:
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
     if any(isinstance(getattr(hook, "__self__", None), FLeRMRun) for hook in hooks):
         raise ValueError(
-            "this training has two FLeRMCallbacks or FLeRMRuns: scales would be applied twice. Leave one: FLeRMTrainer "
-            "and FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). Call close() on a run that has ended."
+            "this training has two FLeRMCallbacks: scales would be applied twice. Leave one: FLeRMTrainer and "
+            "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). In a loop of your own, close() the FLeRMRun "
+            "that has ended."
         )

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from ..config import FLeRMConfig
-from ..engines.zero import check_deepspeed
+from ..engines import engine_of
 from ..model.names import trainable_parameters
 from ..optimizer.param_groups import joined_scheduler, raw_optimizer, split_param_groups
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
@@ -67,8 +67,8 @@ class FLeRMMixin(_Base):
         """
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._flerm.config.mode == "match" and self.lr_scheduler is None and not self.is_fsdp_enabled:
-            check_deepspeed()
             model: Any = self.model
+            engine_of(model).check(self._flerm.config.research.estimator)
             sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
             self._group_sizes = sizes or self._group_sizes  # DeepSpeed has it made twice
         return optimizer

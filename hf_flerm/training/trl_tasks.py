@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainingArguments, default_data_collator
 
-from ..engines.sharding import is_sharded
+from ..engines import engine_of
 from ..rates.model_call import Batch
 from .probe_data import Collate, Staged
 
@@ -109,7 +109,7 @@ def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task
     def prompts(rows: Sequence[Any]) -> Batch:
         if "input_ids" in rows[0]:
             return _given(rows, processing_class)
-        if is_sharded(model):
+        if engine_of(model).sharded:
             raise ValueError(
                 "completions are not sampled from a model in shards: pass probe_dataset, rows of input_ids and labels"
             )

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from ..engines.sharding import whole_shape
+from ..engines import engine_of
 from ..model.names import Place, preview, tensor_places, trainable_parameters, without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
 from .blocks import block_indices, names_of_kind, overlapping, stack_blocks, with_indices
@@ -201,6 +201,7 @@ def map_profile(
         for unit in _units(kind, overlaps, known, sources, members, _rates(base, granularity), depth):
             units[unit.name] = unit
     matched = {name for unit in units.values() for name in unit.shares}
+    engine = engine_of(model)
     result = ProfileMap(
         base,
         units,
@@ -208,7 +209,7 @@ def map_profile(
         tuple(name for name in sources.values() if name not in used),
         unmatched,
         depth,
-        {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()},
+        {name: tuple(engine.shape(parameter)) for name, parameter in parameters.items()},
     )
     _check(result, granularity)
     return result

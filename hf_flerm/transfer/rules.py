@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..engines.sharding import whole_shape
+from ..engines import engine_of
 from ..model.names import resolve_names, tensor_kinds, trainable_parameters, without_prefix
 from ..profile.metadata import Adapter
 from ..profile.rate_profile import RateProfile, RateProfileError
@@ -117,7 +117,8 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
     """
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
-    after = _by_kind({name: tuple(whole_shape(p)) for name, p in parameters.items()}, kinds)
+    engine = engine_of(model)
+    after = _by_kind({name: tuple(engine.shape(p)) for name, p in parameters.items()}, kinds)
     before = _by_kind(base.about.shapes, base.about.kinds)
     common = before.keys() & after.keys()
     widths, ranks = [], []
@@ -160,12 +161,12 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
     Raises:
         RateProfileError: If the profile does not tell the shape of a tensor of the model.
     """
-    parameters, kinds = trainable_parameters(model), tensor_kinds(model)
+    parameters, kinds, engine = trainable_parameters(model), tensor_kinds(model), engine_of(model)
     before = _by_kind(base.about.shapes, base.about.kinds)
     groups: dict[float, list[nn.Parameter]] = {}
     for (name, path), parameter in zip(resolve_names(model, parameters).items(), parameters.values(), strict=True):
         kind = without_prefix(kinds[name])
-        shape = whole_shape(parameter)
+        shape = engine.shape(parameter)
         if kind not in before or len(before[kind][0]) != len(shape):
             raise RateProfileError(
                 f"the profile does not tell what shape {name!r} (here {tuple(shape)}) had in the base. "

@@ -180,3 +180,10 @@ def test_push_and_pull(shell, base: Path, tmp_path: Path, hub) -> None:
     assert code == 0
     assert Path(out.strip()).read_bytes() == (base / "one" / "rate_profile.safetensors").read_bytes()
     assert shell("push", base / "one", REPO, "--create-pr")[1] == f"{hub.endpoint}/{REPO}/discussions/1\n"
+
+
+def test_json_has_no_number_that_json_does_not_know(shell, tmp_path: Path) -> None:
+    hostile = RateProfile([0], {"w": [1.0]}, {"matching": {"scales": {"w": 1e6, "v": 0.0}}})
+    hostile.save_pretrained(tmp_path)
+    code, out, _ = shell("inspect", tmp_path, "--json")
+    assert (code, json.loads(out)["scales"]) == (0, {"w": None, "v": 1.0})

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from hf_flerm import FLeRMConfig, Research, plan
-from hf_flerm.optimizer import step as updates
+from hf_flerm.engines.fsdp2 import Shards
 from hf_flerm.optimizer.param_groups import raw_optimizer
 from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.training.probe_data import ProbeData
@@ -49,15 +49,15 @@ class Alive:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = self.most = 0
-        original = updates.gathered
+        original = Shards.gather
 
-        def gathered(part: Tensor, like: Tensor) -> Tensor:
-            whole = original(part, like)
+        def gather(weights: Shards, name: str, part: Tensor) -> Tensor:
+            whole = original(weights, name, part)
             self._count(whole.nbytes)
             weakref.finalize(whole, self._count, -whole.nbytes)
             return whole
 
-        patch.setattr(updates, "gathered", gathered)
+        patch.setattr(Shards, "gather", gather)
 
     def _count(self, size: int) -> None:
         self.now += size

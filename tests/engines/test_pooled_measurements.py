@@ -67,7 +67,8 @@ def probe_together(kind: str, estimator: str, count: int) -> dict[str, Any]:
     rank = dist.get_rank()
     model, moves = moving(kind)
     probe = RateProbe(model, estimator=estimator)
-    sum_over_processes = ProcessSum(trainable_parameters(model), estimator, groups_of(model))
+    shapes = {name: parameter.shape for name, parameter in trainable_parameters(model).items()}
+    sum_over_processes = ProcessSum(shapes, estimator, groups_of(model))
     result = sum_over_processes(probe.measure(moves, batches_of(rank, count), seeded(rank)))
     return summary(model, result)
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_flerm.engines.engine import MasterWeights
 from hf_flerm.optimizer.behavior import TABLE, check_optimizer, weight_decays
 from hf_flerm.optimizer.param_groups import split_param_groups
-from hf_flerm.optimizer.step import Snapshot, Stepping
+from hf_flerm.optimizer.step import Snapshot
 from hf_flerm.optimizer.step_scales import StepScales
 
 LR = 1e-3
@@ -168,7 +169,7 @@ def test_the_table_says_where_weight_decay_enters(module: str, name: str, option
 def test_unit_updates_leave_decay_out(module: str, name: str, options: dict[str, Any]) -> None:
     run = Twins(module, name, options)
     decaying = run.twin()
-    before = Snapshot(decaying.parameters)
+    before = Snapshot(MasterWeights(decaying.parameters))
     moved = decaying.step()
     decays = {key: LR * decay for key, decay in weight_decays(decaying.optimizer, decaying.parameters).items()}
     apart = any(decays.values())
@@ -201,7 +202,7 @@ def test_scaled_and_redone_steps_decay_as_at_the_nominal_rate(
     old = {"a": 3.0, "b": 0.5}
     redone = run.twin()
     StepScales(redone.optimizer, redone.parameters).scales = old
-    before = Snapshot(redone.parameters)
+    before = Snapshot(MasterWeights(redone.parameters))
     redone.step()
     before.rescale({key: SCALES[key] / old[key] for key in SHAPES}, decays)
     run.close({key: redone.parameters[key].detach() - start[key] for key in SHAPES}, expected)
@@ -213,7 +214,7 @@ def test_scales_of_one_change_no_bit(module: str, name: str, options: dict[str, 
     plain, scaled = run.twin(), run.twin()
     StepScales(scaled.optimizer, scaled.parameters).scales = dict.fromkeys(SHAPES, 1.0)
     for seed in range(2):
-        before = Snapshot(scaled.parameters)
+        before = Snapshot(MasterWeights(scaled.parameters))
         plain.step(seed)
         scaled.step(seed)
         decays = {key: LR * decay for key, decay in weight_decays(scaled.optimizer, scaled.parameters).items()}
@@ -298,10 +299,10 @@ def test_a_tensor_without_a_gradient_does_not_decay() -> None:
     parameters = {name: nn.Parameter(torch.ones(2)) for name in ("used", "unused")}
     optimizer = torch.optim.AdamW(parameters.values(), lr=LR, weight_decay=DECAY)
     parameters["used"].grad = torch.ones(2)
-    before = Snapshot(parameters)
+    weights = MasterWeights(parameters)
+    before = Snapshot(weights)
     optimizer.step()
-    stepping = Stepping(nn.ParameterDict(parameters), parameters)
-    decays = weight_decays(optimizer, stepping.stepped())
+    decays = weight_decays(optimizer, weights.stepped())
     assert decays == {"used": DECAY}
     with before.put_back(dict.fromkeys(parameters, LR), {name: LR * decay for name, decay in decays.items()}) as units:
         assert units["unused"].tolist() == [0.0, 0.0]

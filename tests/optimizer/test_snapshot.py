@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_flerm.engines.engine import MasterWeights
 from hf_flerm.optimizer.step import Snapshot
 
 
@@ -14,7 +15,7 @@ def test_a_snapshot_gives_back_every_bit(device: str | None) -> None:
     parameters = {"w": nn.Parameter(torch.tensor([0.1, -0.0, 1e-40, 3.0])), "frozen": nn.Parameter(torch.ones(2))}
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
-    snapshot = Snapshot(parameters, device)
+    snapshot = Snapshot(MasterWeights(parameters), device)
     assert not snapshot.moved()
     with torch.no_grad():
         parameters["w"].sub_(torch.tensor([0.3, 0.0, 1e-40, 7.0]))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_flerm.engines.engine import MasterWeights
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.step import Snapshot
 from hf_flerm.rates.probe import RateProbe
@@ -57,7 +58,7 @@ class Steps:
         self.optimizer.zero_grad()
 
     def measured(self) -> None:
-        before = Snapshot(self.parameters, self.snapshot_device)
+        before = Snapshot(MasterWeights(self.parameters), self.snapshot_device)
         self.model(**self.batch).loss.backward()
         self.optimizer.step()
         with before.put_back(dict.fromkeys(self.parameters, 1e-3)) as updates:

@@ -30,6 +30,8 @@ from transformers import (
     PegasusForConditionalGeneration,
     PLBartConfig,
     PLBartForConditionalGeneration,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
@@ -53,6 +55,15 @@ def translator(kind: type[Any], config: type[Any], **settings: Any) -> nn.Module
     return kind(config(**{**LAYERS, **SIZES, **special, **settings}))
 
 
+def prophetnet() -> nn.Module:
+    """Its positions are an embedding that counts from its padding index."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "ngram": 2}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    config = ProphetNetConfig(**sizes, **layers, **heads, max_position_embeddings=32, decoder_start_token_id=1)
+    return ProphetNetForConditionalGeneration(config)
+
+
 def two_berts() -> nn.Module:
     bert = BertConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     config = EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
@@ -67,6 +78,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "Pegasus": lambda: translator(PegasusForConditionalGeneration, PegasusConfig, decoder_start_token_id=1),
     "Blenderbot": lambda: translator(BlenderbotForConditionalGeneration, BlenderbotConfig, decoder_start_token_id=0),
     "M2M100": lambda: translator(M2M100ForConditionalGeneration, M2M100Config, decoder_start_token_id=2),
+    "ProphetNet": prophetnet,
     "T5": lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0, pad_token_id=0)),
     "two BERTs": two_berts,
     "LoRA on MBart": lambda: get_peft_model(MODELS["MBart"](), LoraConfig(target_modules=["q_proj"])),
@@ -119,12 +131,35 @@ def test_whisper_hears_and_writes() -> None:
     assert torch.equal(out.weight[..., 0] != 0, LABELS != -100)
 
 
-def test_labels_that_a_rule_writes_into_stay_as_they_are() -> None:
+def fsmt() -> Any:
+    """Its positions are an embedding that counts from its padding index, and its rule writes into the labels."""
     config = FSMTConfig(langs=["en", "de"], src_vocab_size=20, tgt_vocab_size=20, **LAYERS, **SIZES, pad_token_id=1)
+    return FSMTForConditionalGeneration(config)
+
+
+def test_labels_that_a_rule_writes_into_stay_as_they_are() -> None:
     batch = {"input_ids": SOURCES, "labels": LABELS.clone()}
-    out = MeasuredOutput()(FSMTForConditionalGeneration(config).eval(), batch)
+    out = MeasuredOutput()(fsmt().eval(), batch)
     assert torch.equal(batch["labels"], LABELS)
     assert torch.equal(out.weight[..., 0] != 0, LABELS != -100)
+
+
+def test_embeddings_that_count_from_their_padding_index_can_be_probed() -> None:
+    batch = {"input_ids": SOURCES, "attention_mask": torch.ones_like(SOURCES), "labels": LABELS}
+    MeasuredOutput().check(prophetnet(), batch, torch.device("cpu"))
+    model = perturb(fsmt()).eval()
+    name = "model.decoder.layers.0.fc1.weight"
+    update = torch.randn(model.get_parameter(name).shape, generator=seeded(1))
+    given = {**batch, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(LABELS.clone())}
+    del given["labels"]
+    weight = (LABELS != -100).unsqueeze(-1)
+
+    def counted(model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch, use_cache=False).logits * weight  # with a cache FSMT has no causal mask
+
+    expected = finite_difference(model, {name: update}, [given], counted, step=1e-5).rate
+    rates = measure_rates(model, {name: update}, [batch], estimator="exact").rates
+    assert rates[name] == pytest.approx(expected / float(weight.float().mean()) ** 0.5, rel=2e-3)
 
 
 @pytest.mark.parametrize(

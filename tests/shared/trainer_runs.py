@@ -17,7 +17,7 @@ from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.param_groups import learning_rates, raw_optimizer
 from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared import training
-from tests.shared.training import MODELS, Outcome, make_trainer, recorded, scaled, some_factors, train
+from tests.shared.training import MODELS, Outcome, flerm_config, make_trainer, recorded, scaled, some_factors, train
 
 DROPOUT = 0.1
 
@@ -88,7 +88,7 @@ def known_base(folder: Path, make: Callable[[], nn.Module], **options: Any) -> R
 
 
 def match_known(base: RateProfile, **changes: Any) -> FLeRMConfig:
-    return FLeRMConfig(
+    return flerm_config(
         **{"mode": "match", "profile": base, "pool": "unit", "beta": 1.0, "measure_steps": (0,), **changes}
     )
 
@@ -103,4 +103,4 @@ def ones(model: nn.Module) -> dict[str, list[float]]:
 
 
 def match(profile: Any, **changes: Any) -> FLeRMConfig:
-    return FLeRMConfig(mode="match", profile=profile, **changes)
+    return flerm_config(mode="match", profile=profile, **changes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile
+from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, Research
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.param_groups import raw_optimizer
 
@@ -91,6 +91,12 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "use_cpu": True,
     }
     return TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def flerm_config(**options: Any) -> FLeRMConfig:
+    """A config of options that may be fields of `FLeRMConfig` or of `Research`."""
+    research = {entry.name: options.pop(entry.name) for entry in fields(Research) if entry.name in options}
+    return FLeRMConfig(research=Research(**research), **options)
 
 
 def make_trainer(

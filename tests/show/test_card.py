@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_flerm import RateProfile, RateProfileError
 from hf_flerm.show.card import profile_files, updated_card
-from hf_flerm.show.plotting import COLORS
+from hf_flerm.show.figures import COLORS
 
 
 def test_a_cards_picture_is_small_and_keeps_the_colors_of_the_lines() -> None:

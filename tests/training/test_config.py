@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.config import help_of
 from hf_flerm.rates.estimators import ESTIMATORS
-
-EARLY = {0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64}
+from tests.shared.training import flerm_config
 
 
 def logits(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -129,7 +131,7 @@ def test_bad_json_is_refused(text: str, message: str) -> None:
 )
 def test_bad_values_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FLeRMConfig(**{field: value})
+        flerm_config(**{field: value})
 
 
 def test_match_needs_a_profile() -> None:
@@ -147,14 +149,34 @@ def test_a_profile_that_is_no_place_is_refused() -> None:
         FLeRMConfig(mode="match", profile=5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("every", [1, 50, 100])
-def test_measures_densely_at_first_and_then_every_so_often(every: int) -> None:
-    config = FLeRMConfig(measure_every=every)
-    wanted = EARLY | set(range(0, 401, every))
-    assert [config.last_asked(step) for step in range(401)] == [max(w for w in wanted if w <= s) for s in range(401)]
+def test_explicit_steps_are_sorted_and_distinct() -> None:
+    assert FLeRMConfig(measure_steps=[7, 2, 7]).measure_steps == (2, 7)
 
 
-def test_explicit_steps_take_the_place_of_the_schedule() -> None:
-    config = FLeRMConfig(measure_steps=[7, 2, 7])
-    assert config.measure_steps == (2, 7)
-    assert [config.last_asked(step) for step in (0, 1, 2, 6, 7, 400)] == [None, None, 2, 2, 7, 7]
+def test_fields_of_version_0_1_are_taken_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match=r"FLeRMConfig\(beta=.*, probes=.*\) moves to .*research=Research\("):
+        old = FLeRMConfig(seed=3, beta=0.5, probes=2)
+    assert old == FLeRMConfig(seed=3, research=Research(beta=0.5, probes=2))
+    with pytest.warns(FutureWarning, match="estimator"):
+        assert replace(old, estimator="full") == FLeRMConfig(
+            seed=3, research=Research(estimator="full", beta=0.5, probes=2)
+        )
+    with pytest.warns(FutureWarning, match="beta"):
+        assert old.beta == 0.5
+    with pytest.warns(FutureWarning, match="pool"):
+        assert FLeRMConfig.from_json_string('{"pool": "unit"}') == FLeRMConfig(research=Research(pool="unit"))
+    assert not hasattr(old, "betas")
+
+
+@pytest.mark.parametrize("cls", [FLeRMConfig, Research])
+def test_every_option_is_documented(cls: type) -> None:
+    for entry in fields(cls):
+        assert help_of(entry)
+        assert re.search(rf"^        {entry.name}: ", cls.__doc__ or "", re.MULTILINE)
+
+
+def test_what_is_no_research_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"research is \{\}; it must be"):
+        FLeRMConfig(research={})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"unknown fields of research \['betas'\]; known are \['beta'"):
+        FLeRMConfig.from_json_string('{"research": {"betas": 1}}')

@@ -16,7 +16,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from hf_flerm import FLeRMConfig, Research
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.trainer_runs import DROPOUT, OPTIMIZERS, known_base, plain_run
-from tests.shared.training import MODELS, Rows, assert_same_run, gpt2, make_trainer, train
+from tests.shared.training import MODELS, Rows, assert_same_run, flerm_config, gpt2, make_trainer, train
 
 PLACES = {
     "examples": (Rows, "__getitem__"),
@@ -107,8 +107,8 @@ def test_a_probe_that_raises_leaves_the_scales_as_they_were(folder: Path, monkey
     """A matched run goes on as if the measurement had been asked for a step later."""
     base = known_base(folder, gpt2)
     config = {"mode": "match", "profile": base, "pool": "unit", "beta": 1.0}
-    expected = train(make_trainer(folder, gpt2(), FLeRMConfig(**config, measure_steps=(0, 2, 3))))
+    expected = train(make_trainer(folder, gpt2(), flerm_config(**config, measure_steps=(0, 2, 3))))
     break_measurements(monkeypatch, "after the measurement", range(1, 2), "broken while matching")
-    trainer = make_trainer(folder, gpt2(), FLeRMConfig(**config, measure_steps=(0, 1, 3)))
+    trainer = make_trainer(folder, gpt2(), flerm_config(**config, measure_steps=(0, 1, 3)))
     assert_same_run(train(trainer), expected)
     assert trainer.rate_profile.steps.tolist() == [0, 2, 3]

@@ -27,6 +27,7 @@ from tests.shared.training import (
     assert_identical,
     assert_same_run,
     flerm_callback,
+    flerm_config,
     gpt2,
     lora,
     make_trainer,
@@ -43,9 +44,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2}
 
 def matching(folder: Path, make: Callable[..., nn.Module] = gpt2, **options: Any) -> FLeRMConfig:
     base = recorded(folder / "base", make())
-    return FLeRMConfig(
-        mode="match", profile=scaled(base, some_factors(make())), research=Research(pool="unit"), **options
-    )
+    return flerm_config(mode="match", profile=scaled(base, some_factors(make())), pool="unit", **options)
 
 
 # --- disks --------------------------------------------------------------------------------------------------------
@@ -119,7 +118,7 @@ class Greedy:
 def test_too_little_memory_makes_smaller_probes(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
     plain = train(make_trainer(tmp_path, gpt2(DROPOUT)))
     options = {"probe_batch_size": 4, "probes": 2}
-    trainer = make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig(output=Greedy(1), **options))
+    trainer = make_trainer(tmp_path, gpt2(DROPOUT), flerm_config(output=Greedy(1), **options))
     assert_same_run(train(trainer), plain)
     assert warnings_of() == []
     small = make_trainer(
@@ -136,15 +135,16 @@ def test_memory_that_never_suffices_ends_the_measuring_alone(
     plain = train(make_trainer(tmp_path, gpt2(DROPOUT)))
     output = Greedy(0)
     settings = {"output": output, "probe_batch_size": 2}
-    config = FLeRMConfig(**settings) if mode == "record" else matching(tmp_path, **settings, unmatched="error")
+    config = flerm_config(**settings) if mode == "record" else matching(tmp_path, **settings, unmatched="error")
     if mode == "match":
         config.profile.metadata.clear()  # it was recorded with another output
     trainer = make_trainer(tmp_path, gpt2(DROPOUT), config)
     assert_same_run(train(trainer), plain, same_groups=mode == "record")
-    warning = warnings_of()[0]
+    warning, *unscaled, empty = warnings_of()
     assert "memory does not suffice for a measurement at step 0" in warning
     assert "can't allocate memory" in warning
-    assert len(warnings_of()) == (1 if mode == "record" else 2)  # nothing was scaled
+    assert len(unscaled) == (mode == "match")
+    assert "its profile is empty: every measurement failed, the last one with RuntimeError" in empty
     assert set(output.rows) == {2, 1}
     assert all(held() is None for held in output.held)
 
@@ -158,10 +158,11 @@ def test_memory_for_a_snapshot_may_be_missing_too(
         def __init__(self, *args: Any) -> None:
             torch.empty(2**50)
 
-    monkeypatch.setattr("hf_flerm.optimizer.step.Snapshot", Missing)
+    monkeypatch.setattr("hf_flerm.training.run.Snapshot", Missing)
     assert_same_run(train(make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig())), plain)
-    (warning,) = warnings_of()
+    warning, empty = warnings_of()
     assert "snapshot_device='cpu'" in warning
+    assert "its profile is empty: every measurement failed" in empty
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -212,7 +213,9 @@ def test_a_learning_rate_of_zero_throughout_is_no_division(
     trainer = make_trainer(tmp_path, gpt2(), config, learning_rate=0.0)
     assert_same_run(train(trainer), plain, same_groups=mode == "record")
     assert len(trainer.rate_profile.steps) == 0
-    assert len(warnings_of()) == (mode == "match")  # nothing was scaled
+    *unscaled, empty = warnings_of()
+    assert len(unscaled) == (mode == "match")
+    assert "its profile is empty: no step that was due moved the weights: the learning rate was 0" in empty
 
 
 # --- what is trained changes --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMConfig
+from hf_flerm import FLeRMConfig, Research
 from hf_flerm.model.names import tensor_kinds
 from tests.shared.training import (
     BATCH,
@@ -48,7 +48,7 @@ def test_rates_errors_and_scales_are_logged(folder: Path, mode: str, log_by: str
     config = FLeRMConfig(measure_steps=measured, log_by=log_by)
     if mode == "match":
         base = scaled(recorded(folder, lora()), some_factors(lora()))
-        config = replace(config, mode="match", profile=base, beta=1.0)
+        config = replace(config, mode="match", profile=base, research=Research(beta=1.0))
     tracker = Tracker()
     trainer = make_trainer(folder, lora(), config, alone=alone, callbacks=[tracker])
     trainer.train()

@@ -15,7 +15,17 @@ from transformers import GPT2LMHeadModel
 from hf_flerm import FLeRMConfig, RateProfileError, Research
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.profile.rate_profile import PROFILE_NAME
-from tests.shared.training import MEASURED, assert_same_run, flerm_callback, gpt2, lora, make_trainer, recorded, train
+from tests.shared.training import (
+    MEASURED,
+    assert_same_run,
+    flerm_callback,
+    flerm_config,
+    gpt2,
+    lora,
+    make_trainer,
+    recorded,
+    train,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +42,7 @@ from tests.shared.training import MEASURED, assert_same_run, flerm_callback, gpt
 )
 def test_recording_changes_nothing_whatever_is_measured(tmp_path: Path, config: dict[str, Any]) -> None:
     plain = train(make_trainer(tmp_path, gpt2(0.1)))
-    trainer = make_trainer(tmp_path, gpt2(0.1), FLeRMConfig(**config))
+    trainer = make_trainer(tmp_path, gpt2(0.1), flerm_config(**config))
     assert_same_run(train(trainer), plain)
     assert trainer.rate_profile.steps.tolist() == MEASURED
     assert all(rates.all() for rates in trainer.rate_profile.rates.values())
@@ -86,9 +96,9 @@ def test_probes_are_taken_until_the_target_or_the_cap(tmp_path: Path, target_err
 def test_a_profile_in_other_units_is_refused(
     tmp_path: Path, recorded_with: dict[str, Any], matched_with: dict[str, Any]
 ) -> None:
-    base = recorded(tmp_path, gpt2(), flerm=FLeRMConfig(**recorded_with))
+    base = recorded(tmp_path, gpt2(), flerm=flerm_config(**recorded_with))
     (name, value), *_ = recorded_with.items() or matched_with.items()
-    trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig(mode="match", profile=base, **matched_with))
+    trainer = make_trainer(tmp_path, gpt2(), flerm_config(mode="match", profile=base, **matched_with))
     with pytest.raises(RateProfileError, match=f"recorded with {name}=.*{value}|recorded with {name}='logits'"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -22,6 +22,7 @@ from tests.shared.training import (
     Rows,
     assert_identical,
     flerm_callback,
+    flerm_config,
     gpt2,
     make_trainer,
     recorded,
@@ -40,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> RateProfile:
 
 
 def config(mode: str, base: RateProfile, **options: Any) -> FLeRMConfig:
-    return FLeRMConfig(mode=mode, profile=base if mode == "match" else None, **options)
+    return flerm_config(mode=mode, profile=base if mode == "match" else None, **options)
 
 
 def whole_and_resumed(

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.param_groups import raw_optimizer
 from hf_flerm.transfer.mapping import ProfileMap
@@ -24,6 +24,7 @@ from tests.shared.training import (
     assert_identical,
     assert_same_run,
     flerm_callback,
+    flerm_config,
     gpt2,
     lora,
     make_trainer,
@@ -100,13 +101,13 @@ def test_matching_a_run_with_itself_by_other_probes_is_as_exact_as_its_noise(fol
     probe_dataset = Rows(1024, seed=5)
     options = {"probe_dataset": probe_dataset, "max_steps": 1}
     shared = {"measure_steps": (0,), "probes": 16, "probe_batch_size": len(probe_dataset)}
-    base = make_trainer(folder, make(), FLeRMConfig(**shared), **options)
+    base = make_trainer(folder, make(), flerm_config(**shared), **options)
     base.train()
     profile = base.rate_profile
     target = make_trainer(
         folder,
         make(),
-        FLeRMConfig(mode="match", profile=profile, seed=1, research=Research(pool="unit"), **shared),
+        flerm_config(mode="match", profile=profile, seed=1, pool="unit", **shared),
         **options,
     )
     target.train()

@@ -87,4 +87,7 @@ def test_a_step_at_learning_rate_zero_is_not_measured(
 
 def test_a_schedule_that_asks_for_no_step_is_told(folder: Path, warnings_of: Callable[[], list[str]]) -> None:
     make_trainer(folder, gpt2(), FLeRMConfig(measure_steps=(STEPS,))).train()
-    assert warnings_of() == [f"nothing was measured: measure_steps=({STEPS},) asks for none of the {STEPS} steps."]
+    assert warnings_of() == [
+        "nothing was measured in this run, and its profile is empty: "
+        f"measure_steps=({STEPS},) asks for none of its steps."
+    ]

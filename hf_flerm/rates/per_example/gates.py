@@ -22,9 +22,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ...engines.processes import Agree
-from ...engines.sharding import gathered_leaves, runs_on
-from ...engines.zero3 import repeatable
+from ...engines.engine import Engine
 from .readers import Kept, Reader, Readers
 from .tangents import Affine
 
@@ -111,7 +109,7 @@ class Gates(AbstractContextManager["Gates"]):
         num_examples: N of the batch that will go through.
         affine: What is known of the modules' tangents.
         hand_out: `torch.clone` for a model that writes into its modules' outputs in place.
-        agree: How processes that run in step decide.
+        engine: What holds the model's weights.
     """
 
     def __init__(
@@ -123,12 +121,11 @@ class Gates(AbstractContextManager["Gates"]):
         affine: Affine,
         *,
         hand_out: Callable[[Tensor], Tensor] = itself,
-        agree: Agree = list,
+        engine: Engine,
     ) -> None:
-        self._model = model
         self._num_examples = num_examples
         self._hand_out = hand_out
-        self._agree = agree
+        self._engine = engine
         self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}
         self._stack = ExitStack()
         self._readers = Readers(updates, affine)
@@ -140,7 +137,7 @@ class Gates(AbstractContextManager["Gates"]):
                 module = modules[site.module]
                 self._tensors.setdefault(module, []).append((name, site))
                 self._paths[module] = site.module
-        device = runs_on(next(model.parameters()))
+        device = engine.device(next(model.parameters()))
         self._rows = {name: row for row, name in enumerate(sites)}
         self._values = torch.zeros(len(self._rows), num_examples, dtype=torch.float64, device=device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -153,7 +150,7 @@ class Gates(AbstractContextManager["Gates"]):
         self.reached: set[str] = set()
 
     def __enter__(self) -> Gates:
-        self._leaves = self._stack.enter_context(gathered_leaves(self._model))
+        self._leaves = self._stack.enter_context(self._engine.gathered_leaves())
         for module in self._tensors:
             self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
         return self
@@ -218,7 +215,7 @@ class Gates(AbstractContextManager["Gates"]):
             ]
             try:
                 # The caller's autocast is for the forward pass.
-                with torch.autocast(values.device.type, enabled=False), repeatable(self._model):
+                with torch.autocast(values.device.type, enabled=False), self._engine.repeatable_backward():
                     torch.autograd.grad(
                         values,
                         [self._anchor, *leaves.values()],
@@ -230,7 +227,7 @@ class Gates(AbstractContextManager["Gates"]):
                 for handle in handles:
                     handle.remove()
             finite = [found.isfinite().all().to(values.device) for found in (self._values, *reduced.values())]
-            if not any(self._agree([not bool(torch.stack(finite).all())])):
+            if not any(self._engine.agree([not bool(torch.stack(finite).all())])):
                 break
         return dict(zip(self._rows, self._values / scale, strict=True)), reduced
 

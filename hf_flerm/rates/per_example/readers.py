@@ -88,14 +88,15 @@ class Readers:
         Returns:
             A reader by index of the outputs.
         """
-        tangent = linear_tangent(module, attribute)
+        kind = self._affine.engine.own_type(module)
+        tangent = linear_tangent(kind, attribute)
         if tangent is None or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
             tangents = self._affine.tangents(module, attribute, self._updates[name], args, kwargs, outputs)
             return {i: Reader(name, dim, _with_kept, [value]) for i, value in enumerate(tangents)}
         if attribute == "bias":
             return {0: Reader(name, dim, partial(self._bias, name), [])}
         x, output = args[0].detach(), outputs[0]
-        adjoint = linear_adjoint(module, attribute)
+        adjoint = linear_adjoint(kind, attribute)
         if adjoint is not None and output.shape[-1] < x.shape[-1]:
             with torch.no_grad():
                 update, size = _sized(self._updates[name], output.dtype)

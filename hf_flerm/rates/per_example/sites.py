@@ -12,8 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ...engines.processes import agreement
-from ...engines.sharding import reshard
+from ...engines.engine import Engine
 from ...model.isolation import trainable
 from ..outputs import Batch, MeasuredOutput, OutputValues, num_examples
 from .gates import Gates, Passage, Site, itself, layouts
@@ -41,20 +40,21 @@ class VerifiedSites:
     Args:
         model: The model.
         outputs: What "the function" is.
+        engine: What holds the model's weights.
     """
 
-    def __init__(self, model: nn.Module, outputs: MeasuredOutput) -> None:
+    def __init__(self, model: nn.Module, outputs: MeasuredOutput, engine: Engine) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
         self.absent: set[str] = set()
         self._model = model
         self._outputs = outputs
-        self._affine = Affine()
+        self._engine = engine
+        self._affine = Affine(engine)
         self._verified: dict[str, list[tuple[int, dict[str, tuple[int, ...]]]]] = {}  # examples, and layouts
         self._hand_out: Callable[[Tensor], Tensor] = itself
         self._attempts: Counter[str] = Counter()
         self._largest_gradient = 0.0
-        self._agree = agreement(model)
 
     def gates(
         self, names: Iterable[str], updates: Mapping[str, Tensor], batch: Batch, skip: str | None = None
@@ -78,7 +78,7 @@ class VerifiedSites:
             num_examples(batch),
             self._affine,
             hand_out=self._hand_out,
-            agree=self._agree,
+            engine=self._engine,
         )
 
     def find(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor], batch: Batch) -> None:
@@ -117,7 +117,7 @@ class VerifiedSites:
     def _agreed(self, names: Iterable[str], is_meant: Callable[[str], bool]) -> list[str]:
         """The names that are meant, by any process that runs in step with this one."""
         names = list(names)
-        return list(compress(names, self._agree([is_meant(name) for name in names])))
+        return list(compress(names, self._engine.agree([is_meant(name) for name in names])))
 
     def _trusts(self, name: str, batch: Batch, passages: Mapping[str, Passage] | None = None) -> bool:
         """Whether a tensor was verified, at the layouts of these passages if they are given.
@@ -144,7 +144,7 @@ class VerifiedSites:
             batch: As for `find`.
         """
         while pending:
-            reshard(self._model)  # a pass that has failed leaves weights gathered
+            self._engine.release()  # a pass that has failed leaves weights gathered
             gates = self.gates(pending, updates, batch)
             with trainable(parameters[name] for name in pending), gates:
                 try:
@@ -204,7 +204,7 @@ class VerifiedSites:
         by_row = factors.to(omega).repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
         reductions = {parameters[name]: partial(_sizes, updates, name) for name in parameters}
         values, sizes = gates.differentiate(out.values, omega, reductions, retain_graph=True)
-        if any(self._agree([not all(bool(found[2].isfinite()) for found in sizes.values())])):
+        if any(self._engine.agree([not all(bool(found[2].isfinite()) for found in sizes.values())])):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
         multiplied, _ = gates.differentiate(out.values, omega.mul_(by_row))
         self._largest_gradient = max(self._largest_gradient, *(float(found[2]) for found in sizes.values()), 0.0)

@@ -15,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ...engines.sharding import own_type
-from ...engines.zero3 import is_partitioned, whole
+from ...engines.engine import Engine
 
 Tangent = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -40,9 +39,14 @@ _ADJOINT: dict[tuple[type[nn.Module], str], Tangent] = {
 
 
 class Affine:
-    """Which parameters a module without parts is affine in, found out by trial: a plain call then gives the tangent."""
+    """Which parameters a module without parts is affine in, found out by trial: a plain call then gives the tangent.
 
-    def __init__(self) -> None:
+    Args:
+        engine: What holds the model's weights.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self._known: dict[tuple[nn.Module, str], bool] = {}
 
     def tangents(
@@ -69,10 +73,10 @@ class Affine:
         """
         key = (module, attribute)
         given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # to DoRA's layers
-        with whole([module, *given]):
+        with self.engine.gathered([module, *given]):
             if self._known.get(key):
                 return _difference(module, attribute, update, args, kwargs, outputs)
-            derivative = _derivative(module, attribute, update, args, kwargs)
+            derivative = _derivative(module, attribute, update, args, kwargs, self.engine)
             if key not in self._known and any(bool(d.any()) for d in derivative):
                 self._known[key] = next(module.children(), None) is None and all(
                     torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
@@ -84,34 +88,34 @@ class Affine:
             return derivative
 
 
-def linear_tangent(module: nn.Module, attribute: str) -> Tangent | None:
+def linear_tangent(kind: type[nn.Module], attribute: str) -> Tangent | None:
     """The tangent (module, U, x) -> T of a module of one input that is linear in a parameter, if it is known.
 
     Args:
-        module: The module.
+        kind: The module's own type.
         attribute: Name of the parameter in it.
 
     Returns:
         The function, or None.
     """
-    return _LINEAR.get((own_type(module), attribute))
+    return _LINEAR.get((kind, attribute))
 
 
-def linear_adjoint(module: nn.Module, attribute: str) -> Tangent | None:
+def linear_adjoint(kind: type[nn.Module], attribute: str) -> Tangent | None:
     """The adjoint (module, U, g) -> d (g . T) / d x of such a module, where x is narrower than its output.
 
     Args:
-        module: The module.
+        kind: The module's own type.
         attribute: Name of the parameter in it.
 
     Returns:
         The function, or None.
     """
-    return _ADJOINT.get((own_type(module), attribute))
+    return _ADJOINT.get((kind, attribute))
 
 
 def jvp(
-    function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor, model: nn.Module
+    function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor, model: nn.Module, engine: Engine
 ) -> tuple[Tensor, ...]:
     """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
 
@@ -120,16 +124,16 @@ def jvp(
         primal: Where.
         tangent: Along what, shaped like `primal`.
         model: What the function runs.
+        engine: What holds its weights.
 
     Returns:
         The derivative of each output.
     """
     primal, tangent = primal.detach(), tangent.to(primal.dtype)
-    # The products of bitsandbytes drop forward-mode tangents without a word; functorch crashes in DeepSpeed's hooks.
-    forward_mode = not any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
-    forward_mode = forward_mode and not any(map(is_partitioned, model.parameters()))
+    # The products of bitsandbytes drop forward-mode tangents without a word.
+    drops_tangents = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
-        if forward_mode:
+        if engine.forward_mode and not drops_tangents:
             try:
                 with torch.no_grad():
                     forward: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
@@ -144,14 +148,14 @@ def jvp(
 
 
 def _derivative(
-    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], engine: Engine
 ) -> list[Tensor]:
     args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
 
     def forward(parameter: Tensor) -> tuple[Tensor, ...]:
         return _tensors(torch.func.functional_call(module, {attribute: parameter}, args, kwargs))
 
-    return list(jvp(forward, module.get_parameter(attribute), update, module))
+    return list(jvp(forward, module.get_parameter(attribute), update, module, engine))
 
 
 def _difference(

@@ -1,0 +1,192 @@
+"""The figures of a profile as plain numbers, without a drawing library.
+
+`plotting` draws them with matplotlib, `report` with plotly: both show the same numbers in the same order and style.
+
+    figure                      shows                                   made by
+    rates over training         a `Curve` per kind of tensor            `rate_curves`
+    heat map of layers/tensors  a `HeatMap`: rates by row and step      `layer_heat_map`, `tensor_heat_map`
+    multipliers over layers     a `MultiplierSeries` per kind of unit   `multiplier_series`, `layers_of`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..model.names import without_prefix
+from ..profile.rate_profile import RateProfile, RateProfileError
+from .summary import rates_by_kind
+
+# The palette of Okabe and Ito, which color-blind readers can tell apart.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+GRAY = "#999999"
+VARIANTS = 4  # marks and dashes that each library has for lines of the same color
+STEP = "optimizer step + 1"  # so that a logarithmic axis has a place for step 0
+RATE = "rate (output units per unit learning rate)"
+OUTSIDE = "outside"  # the layer of units that are in no layer, such as embeddings
+EVERYTHING = "everything"  # the kind of the one unit of granularity "global", whose name is empty
+_LARGEST_LOG = 300.0  # of an error bar: math.exp overflows above 709, and the axis of a picture needs some room
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The rates of one kind of tensor over training, without the steps at which all of them are 0.
+
+    Attributes:
+        kind: Kind of tensor.
+        tensors: Number of tensors of this kind.
+        x: Optimizer steps, plus 1.
+        rates: Geometric means over the tensors.
+        low: One standard error below the mean.
+        high: One standard error above it.
+    """
+
+    kind: str
+    tensors: int
+    x: list[int]
+    rates: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Rates by row and step.
+
+    Attributes:
+        rows: Names of layers or tensors, [R].
+        steps: Optimizer steps, [S].
+        rates: Float64 [R, S].
+    """
+
+    rows: list[str]
+    steps: list[int]
+    rates: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """The rates, with nan in place of 0: a logarithmic color scale has no color for it."""
+        return self.rates.where(self.rates > 0, torch.nan)
+
+
+@dataclass(frozen=True)
+class MeasuredMultiplier:
+    """What the measurements of one layer alone say of its multiplier, with one standard error below and above."""
+
+    layer: str
+    multiplier: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MultiplierSeries:
+    """The learning-rate multipliers of one kind of unit over layers.
+
+    Attributes:
+        kind: Kind of tensor, module or block.
+        layers: Where its units are, in the order of the layers.
+        multipliers: The multipliers that the run used, one per layer.
+        measured: Of the layers for which base rate / own rate could be measured.
+    """
+
+    kind: str
+    layers: list[str]
+    multipliers: list[float]
+    measured: list[MeasuredMultiplier]
+
+
+def rate_curves(profile: RateProfile) -> list[Curve]:
+    """Return the rates over training by kind of tensor."""
+    x = (profile.steps + 1).tolist()
+    curves = []
+    for kind, rates in rates_by_kind(profile).items():
+        low, high = rates.band
+        rows = zip(x, rates.mean.tolist(), low.tolist(), high.tolist(), strict=True)
+        known = [row for row in rows if math.isfinite(row[1])]
+        columns = [list(column) for column in zip(*known, strict=True)] or [[], [], [], []]
+        curves.append(Curve(kind, len(rates.names), *columns))
+    return curves
+
+
+def layer_heat_map(profile: RateProfile) -> HeatMap:
+    """Return the joint rate of each layer, and of each module outside the layers, at each measured step.
+
+    Raises:
+        RateProfileError: If the profile has no joint rates by block.
+    """
+    joint = profile.joint_rates.get("block")
+    if not joint:
+        raise RateProfileError("the profile holds no joint rates by block. Record it again with this version.")
+    return HeatMap([without_prefix(path) for path in joint], profile.steps.tolist(), torch.stack([*joint.values()]))
+
+
+def tensor_heat_map(profile: RateProfile) -> HeatMap:
+    """Return the rate of each tensor at each measured step."""
+    names = [without_prefix(name) for name in profile.names]
+    return HeatMap(names, profile.steps.tolist(), torch.stack([*profile.rates.values()]))
+
+
+def multiplier_series(profile: RateProfile) -> list[MultiplierSeries]:
+    """Return the learning-rate multipliers of a matched run by kind of unit; none if the run only recorded.
+
+    Multipliers that a logarithmic axis cannot show (0, infinite) are left out.
+    """
+    scales = {unit: scale for unit, scale in profile.about.matched_scales.items() if 0 < scale < math.inf}
+    quotients = profile.about.matched_quotients
+    series = []
+    for kind, units in _units_by_kind(scales).items():
+        measured = []
+        for unit in units:
+            level, log_error = quotients.get(unit, (math.nan, math.nan))
+            factor = math.exp(min(log_error, _LARGEST_LOG))
+            if 0 < level < math.inf:
+                measured.append(MeasuredMultiplier(_layer_of(unit), level, level / factor, level * factor))
+        series.append(MultiplierSeries(kind, [*map(_layer_of, units)], [scales[unit] for unit in units], measured))
+    return series
+
+
+def layers_of(series: Iterable[MultiplierSeries]) -> list[str]:
+    """Return all layers of some series, first to last; `OUTSIDE` comes first."""
+    layers = {layer for one in series for layer in one.layers}
+    return sorted(layers, key=lambda layer: _numerical(_indices(layer)))
+
+
+def styles() -> Iterator[tuple[str, int]]:
+    """Yield a color and a variant (which mark and dash, 0 to 3) for each line; they repeat after all combinations."""
+    while True:
+        for variant, color in product(range(VARIANTS), COLORS):
+            yield color, variant
+
+
+def shown(count: int, most: int) -> list[int]:
+    """Return the positions of the labels to show where at most `most` fit: all, or every second, third, and so on."""
+    return list(range(0, count, math.ceil(count / most) or 1))
+
+
+def _units_by_kind(units: Iterable[str]) -> dict[str, list[str]]:
+    """Group units by their names without the indices of blocks; the units of a kind are in the order of the blocks."""
+    groups: dict[str, list[str]] = {}
+    for unit in units:
+        kind = ".".join("*" if part.isdecimal() else part for part in unit.split("."))
+        groups.setdefault(kind or EVERYTHING, []).append(unit)
+    return {kind: sorted(found, key=lambda unit: _numerical(_indices(unit))) for kind, found in groups.items()}
+
+
+def _layer_of(unit: str) -> str:
+    """The indices of the blocks in which a unit is, joined by dots, outermost first; `OUTSIDE` if it is in none."""
+    return ".".join(_indices(unit)) or OUTSIDE
+
+
+def _indices(unit: str) -> list[str]:
+    return [part for part in unit.split(".") if part.isdecimal()]
+
+
+def _numerical(indices: Iterable[str]) -> list[tuple[int, str]]:
+    """A sort key for whole numbers as text. Names come from files, and `int` refuses a text of 5,000 digits."""
+    return [(len(index), index) for index in indices]
