@@ -50,7 +50,8 @@ def measure_rates(
         model: Any `nn.Module`. It runs in eval mode and is left exactly as it was.
         updates: `{parameter name: unit update}` (weight per unit learning rate), names as `named_parameters()` gives
             them or canonical.
-        batches: Dicts of model inputs, examples along the first dimension. Labels are left out of the call.
+        batches: Dicts of model inputs, examples along the first dimension. The model is called as in training, but
+            without labels and columns that its forward does not take; with labels if it cannot do without them.
         estimator: One of `hf_flerm.estimators.ESTIMATORS`: `per_example`, the paper's `kronecker`, `full`, `iid`,
             `kronecker_output` (`kronecker`, but the output layer's known independence is used), `exact`.
         probes_per_batch: Probes (draws of omega) that share one forward pass. `exact` has none.
@@ -59,8 +60,9 @@ def measure_rates(
         positions: Which positions count: those that are not padding (`attention_mask`) or those whose label the loss
             looks at (`labels`).
         metric: Size of an output change: `euclidean`, the root mean square over all outputs, or `fisher`: omega has the
-            softmax's covariance, so that rate^2 * lr^2 / 2 is the KL divergence, in nats per position, between the
-            predictions before and after a small step.
+            covariance of the predicted distribution's Fisher matrix, so that rate^2 * lr^2 / 2 is the KL divergence, in
+            nats per position, between the predictions before and after a small step. Labels and config tell the
+            distribution: classes, independent 0/1 labels, or a regression with unit variance.
         target_error: No more batches are taken once every rate's relative standard error is at most this.
         generator: Source of omega. None goes on from the state of torch's global generator and then puts it back.
 
