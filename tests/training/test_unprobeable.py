@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from hf_flerm import FLeRMConfig, FLeRMMixin, RateProfile, Research, measure_rates
+from hf_flerm.training.probe_data import ProbeData
 from tests.shared.training import Rows, arguments, assert_same_run, flerm_callback, gpt2, make_trainer, train
 
 
@@ -96,7 +98,7 @@ def test_a_model_that_cannot_be_run_is_trained_and_told_of_where_it_is_recorded(
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "cannot be run on a probe batch" in told[0]
     assert "output=" in told[0]
-    assert any("the profile is empty" in message for message in told)
+    assert any("profile is empty" in message for message in told)
 
 
 def test_what_the_message_says_helps(tmp_path: Path) -> None:
@@ -163,6 +165,18 @@ def test_examples_that_cannot_be_stacked_are_probed_one_by_one(
     told = [record.message for record in caplog.records if "one at a time" in record.message]
     assert len(told) == 1
     assert "stack" in told[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_in_step_draw_as_many_batches_as_each_other(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(num_processes=processes, process_index=0, device=torch.device("cpu"))
+    monkeypatch.setattr("hf_flerm.training.probe_data.PartialState", lambda: state)
+    loader = torch.utils.data.DataLoader(Ragged(), batch_size=2 * processes)
+    config = FLeRMConfig(research=Research(probe_batch_size=2, probes=8))
+    batches, _ = ProbeData(config, loader, batch_size=2).drawn(0, torch.device("cpu"))
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    assert {1, 2} == set(sizes)
+    assert len(sizes) == 8 if processes > 1 else sum(sizes) == 16
 
 
 def test_examples_that_cannot_be_run_together_are_probed_one_by_one(tmp_path: Path) -> None:
