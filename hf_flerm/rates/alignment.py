@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ..engines import engine_of
 from ..model.isolation import undisturbed
 from ..model.names import resolve_names
 from .outputs import Batch, MeasuredOutput, OutputFunction
+from .per_example.layers import LayerMap, layer_tangent
 from .per_example.sites import owners
-from .per_example.tangents import Tangent, linear_tangent
 
 
 def log_alignments(
@@ -50,16 +51,16 @@ def log_alignments(
     raw = resolve_names(model, updates)
     own = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
-    tangents: dict[str, Tangent] = {}
+    tangents: dict[str, LayerMap] = {}
     for name, path in raw.items():
         holders = [
             model.get_submodule(site.module)
             for site in owners(model, model.get_parameter(path))
             if site.attribute == "weight"
         ]
-        tangent = linear_tangent(engine.own_type(holders[0]), "weight") if holders else None
-        if tangent is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
-            layers[name], tangents[name] = holders, tangent
+        layer = layer_tangent(engine.own_type(holders[0]), "weight") if holders else None
+        if layer is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
+            layers[name], tangents[name] = holders, layer.tangent
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of (U x)^2, of x^2, and of their rows
     mask: Any = None
 
@@ -76,23 +77,19 @@ def log_alignments(
         return hook
 
     device = next(model.parameters()).device
-    handles = [
-        module.register_forward_hook(add(name), with_kwargs=True)
-        for name, modules in layers.items()
-        for module in modules
-    ]
     empty = True
-    try:
-        with undisturbed(model, device), engine.released_after(), torch.no_grad():
-            for batch in batches:
-                empty = False
-                sent = send_to_device(dict(batch), device)
-                mask = sent.get("attention_mask")
+    with undisturbed(model, device), engine.released_after(), torch.no_grad():
+        for batch in batches:
+            empty = False
+            sent = send_to_device(dict(batch), device)
+            mask = sent.get("attention_mask")
+            if not engine.sharded:
                 outputs.prepare(model, sent)
+            with ExitStack() as hooks:
+                for name, modules in layers.items():
+                    for module in modules:
+                        hooks.enter_context(module.register_forward_hook(add(name), with_kwargs=True))
                 outputs(model, sent)
-    finally:
-        for handle in handles:
-            handle.remove()
     if empty:
         raise ValueError("there was no probe batch: batches is empty.")
     fan_in = {name: _fan_in(modules[0]) for name, modules in layers.items()}

@@ -219,8 +219,8 @@ class ProbeData:
             known = f" It has the columns {self._examples.column_names}, the training set has {columns}."
         return (
             f"no batch can be made of the probe data set: {reason}.{known} Prepare it as the training set is: TRL's "
-            "trainers prepare what they are given as eval_dataset, and probe_dataset=trainer.eval_dataset can be probed "
-            "with. If the training set itself is meant, pass a probe_dataset of examples that collate, or a collate_fn "
+            "trainers prepare what they are given as eval_dataset: pass probe_dataset=trainer.eval_dataset. If the "
+            "training set itself does not collate, pass a probe_dataset of examples that do, or a collate_fn "
             "to FLeRMRun."
         )
 
