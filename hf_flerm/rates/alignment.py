@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..engines import engine_of
 from ..model.isolation import undisturbed
 from ..model.names import resolve_names
-from .outputs import Batch, OutputFunction, Outputs
+from .outputs import Batch, MeasuredOutput, OutputFunction
 from .per_example.layers import LayerMap, layer_tangent
 from .per_example.sites import owners
 
@@ -45,7 +46,7 @@ def log_alignments(
     Raises:
         ValueError: If a name is unknown or there is no batch.
     """
-    outputs, engine = Outputs(output), engine_of(model)
+    outputs, engine = MeasuredOutput(output), engine_of(model)
     engine.release()
     raw = resolve_names(model, updates)
     own = dict(zip(raw, updates.values(), strict=True))
@@ -76,22 +77,19 @@ def log_alignments(
         return hook
 
     device = next(model.parameters()).device
-    handles = [
-        module.register_forward_hook(add(name), with_kwargs=True)
-        for name, modules in layers.items()
-        for module in modules
-    ]
     empty = True
-    try:
-        with undisturbed(model, device), engine.released_after(), torch.no_grad():
-            for batch in batches:
-                empty = False
-                sent = send_to_device(dict(batch), device)
-                mask = sent.get("attention_mask")
+    with undisturbed(model, device), engine.released_after(), torch.no_grad():
+        for batch in batches:
+            empty = False
+            sent = send_to_device(dict(batch), device)
+            mask = sent.get("attention_mask")
+            if not engine.sharded:
+                outputs.prepare(model, sent)
+            with ExitStack() as hooks:
+                for name, modules in layers.items():
+                    for module in modules:
+                        hooks.enter_context(module.register_forward_hook(add(name), with_kwargs=True))
                 outputs(model, sent)
-    finally:
-        for handle in handles:
-            handle.remove()
     if empty:
         raise ValueError("there was no probe batch: batches is empty.")
     fan_in = {name: _fan_in(modules[0]) for name, modules in layers.items()}

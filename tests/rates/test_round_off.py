@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 
 from hf_flerm import measure_rates
 from hf_flerm.choices import Estimator, values
-from hf_flerm.rates.outputs import Outputs
+from hf_flerm.rates.outputs import MeasuredOutput
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import WIDTH, features, seeded
 from tests.shared.reference import Batch, finite_differences
@@ -145,7 +145,7 @@ def zeroed(model: nn.Module) -> nn.Module:
 
 def test_round_off_stays_0_after_many_measurements_and_other_tensors_are_found_again() -> None:
     model, batch, blind, updates = build("bert")
-    probe = RateProbe(model, outputs=Outputs())
+    probe = RateProbe(model, outputs=MeasuredOutput())
     for step in range(12):
         result = probe.measure(updates, [batch], seeded(step))
         assert {key for key, rate in result.rates.items() if rate == 0} == {key for key in updates if blind in key}

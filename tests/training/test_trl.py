@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import geometric_mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -456,7 +457,7 @@ def test_grpo_needs_prompts_or_completions_to_probe_with(tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_completions_are_not_sampled_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_flerm.training.trl_tasks.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_flerm.training.trl_tasks.engine_of", lambda model: SimpleNamespace(sharded=True))
     trainer = made(grpo(tmp_path), CONFIG)
     with pytest.raises(ValueError, match=r"from a model in shards: pass probe_dataset, rows of input_ids and labels"):
         trainer.train()

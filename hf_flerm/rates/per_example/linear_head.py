@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.isolation import replaced_forward
-from ..outputs import Output
+from ..outputs import OutputValues
 
 _PIECES = 4  # of a block's columns; more save more of the symmetric half, in smaller products
 
@@ -69,7 +69,7 @@ class LinearHead:
         """
         return module.out_features > module.in_features * (1 + attributes)
 
-    def draw(self, hidden: Output, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, hidden: OutputValues, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw what omega sends into the head's input and into its tensors.
 
         Args:

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ...engines.engine import Engine
 from ...model.isolation import trainable
-from ..outputs import Batch, Output, Outputs, num_examples
+from ..outputs import Batch, MeasuredOutput, OutputValues, num_examples
 from ..tensors import MeasuredTensor, as_real, elementwise_products
 from .gates import Gates, ModuleCalls, call_layouts, unchanged
 from .sites import Site, outermost, owners
@@ -78,7 +78,7 @@ class VerifiedSites:
         engine: The engine that holds the model's weights.
     """
 
-    def __init__(self, model: nn.Module, outputs: Outputs, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, outputs: MeasuredOutput, engine: Engine) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
         self.absent: set[str] = set()
@@ -240,7 +240,7 @@ class VerifiedSites:
     def _refuted(
         self,
         gates: Gates,
-        out: Output,
+        out: OutputValues,
         names: Sequence[str],
         updates: Mapping[str, Tensor],
         count: int,
