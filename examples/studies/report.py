@@ -227,8 +227,8 @@ def _plans(studies: Sequence[Study]) -> list[str]:
         lines += [
             "",
             f"By {metric} rates, `plan` is within a factor of {NEAR} of the wanted factor on {len(near)} of "
-            f"{len(planned)} axes, and of the range that the seeds leave open on {len(open_)}. If it starts from the best "
-            f"point of the base's sweep (a quarter of a decade from the next) instead of its optimum, on {len(rough)}.",
+            f"{len(planned)} axes, and of the range that the seeds leave open on {len(open_)}. If it starts from the "
+            f"best point of the base's sweep (a quarter of a decade from the next) instead of its optimum, on {len(rough)}.",
         ]
     return lines
 
@@ -255,8 +255,8 @@ def verdicts(studies: Sequence[Study], method: str) -> list[str]:
         f"`{method}` is the best method, or within a standard error of it, on {len(studies) - len(beaten)} of "
         f"{len(studies)} axes. Another one is better on {', '.join(beaten) or 'none'}.",
         "",
-        f"On {len(moved)} axes the base's learning rate costs more than {WORTH} nats. `{method}` recovers at least three "
-        f"quarters of that on {len(moved) - len(left)} of them, but not on {', '.join(left) or 'any other'}.",
+        f"On {len(moved)} axes the base's learning rate costs more than {WORTH} nats. `{method}` recovers at least "
+        f"three quarters of that on {len(moved) - len(left)} of them, but not on {', '.join(left) or 'any other'}.",
     ]
 
 
