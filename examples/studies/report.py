@@ -228,7 +228,8 @@ def _plans(studies: Sequence[Study]) -> list[str]:
             "",
             f"By {metric} rates, `plan` is within a factor of {NEAR} of the wanted factor on {len(near)} of "
             f"{len(planned)} axes, and of the range that the seeds leave open on {len(open_)}. If it starts from the "
-            f"best point of the base's sweep (a quarter of a decade from the next) instead of its optimum, on {len(rough)}.",
+            "best point of the base's sweep (a quarter of a decade from the next) instead of its optimum, on "
+            f"{len(rough)}.",
         ]
     return lines
 

@@ -123,7 +123,7 @@ def main(arguments_given: list[str] | None = None) -> None:
     best = min(base, key=lambda rate: base[rate][0])
     profile = base[best][1]
     profile.save_pretrained(options.output / "base")
-    # which learning rate does the target need?
+    # what does the target need?
     advice = plan(
         with_adapter(folder, TARGET),
         arguments(folder / "run", best, steps),
