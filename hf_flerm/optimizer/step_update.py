@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .step import Snapshot
 
@@ -40,8 +39,3 @@ class StepUpdate:
     def rescale(self, ratios: Mapping[str, float]) -> None:
         """Redo the step with `{canonical name: new learning rate / the one it used}`; weight decay stays as it was."""
         self.snapshot.rescale(ratios, self.decays)
-
-
-def runs_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer calls step hooks: subclasses that skip `Optimizer.__init__` do not."""
-    return bool(getattr(type(optimizer).step, "hooked", False)) and hasattr(optimizer, "_optimizer_step_post_hooks")

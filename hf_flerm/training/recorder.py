@@ -36,7 +36,7 @@ class Recorder:
         probe: Measures on the model.
         probe_data: Examples to probe with.
         device: Where the model runs.
-        shapes: `{canonical name: shape}` of all that is trained.
+        shapes: `{canonical name: shape of Z = U * G}` of all that is trained.
         joint_groups: Tensors whose joint rates are recorded: `{granularity: {path: shares}}`.
         matched_groups: Further tensors whose joint rates will be asked of measurements.
         logged_as: `{canonical name: name in the logs}`.

@@ -15,7 +15,6 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
@@ -24,12 +23,14 @@ from ..model.names import tensor_kinds, trainable_parameters
 from ..optimizer.behavior import check_optimizer, weight_decays
 from ..optimizer.param_groups import learning_rates, raw_optimizer
 from ..optimizer.step import Snapshot
-from ..optimizer.step_update import StepUpdate, runs_step_hooks
+from ..optimizer.step_hooks import FollowedSteps, runs_step_hooks
+from ..optimizer.step_update import StepUpdate
 from ..profile.common import common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..rates.outputs import Batch, Outputs
 from ..rates.probe import RateProbe
+from ..rates.tensors import product_shapes
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import joint_groups
 from .failures import Attempt, Failures
@@ -140,7 +141,7 @@ class FLeRMRun:
             ),
             probe_data,
             device,
-            {name: engine.shape(parameter) for name, parameter in parameters.items()},
+            product_shapes(parameters, engine),
             groups,
             [] if self._scaler is None else self._scaler.shares,
             tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters},
@@ -154,12 +155,10 @@ class FLeRMRun:
         self._failures = Failures()
         self._logs: dict[str, float] = {}
         self._saved: tuple[Path, RateProfile] | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._followed: FollowedSteps | None = None
         if self._weights.is_seen_by_hooks and runs_step_hooks(self._optimizer):
-            self._hooks = [  # after those of the scaler, which put the nominal learning rates back
-                self._optimizer.register_step_pre_hook(self._keep_weights),
-                self._optimizer.register_step_post_hook(self._measure_update),
-            ]
+            # Hooks after those of the scaler, which put the nominal learning rates back.
+            self._followed = FollowedSteps(self._optimizer, self._keep_weights, self._measure_update)
 
     @property
     def profile(self) -> RateProfile:
@@ -212,12 +211,12 @@ class FLeRMRun:
         self._is_due = not self._failures.given_up and self._schedule.is_due(
             step, int(steps[-1]) if len(steps) else None
         )
-        if not self._hooks:
+        if self._followed is None:
             self._keep_weights()
 
     def after_step(self) -> None:
         """End the step that `before_step` has begun."""
-        if not self._hooks:
+        if self._followed is None:
             self._measure_update()
         self._is_due = False
 
@@ -287,8 +286,8 @@ class FLeRMRun:
         """Release the optimizer and all weights, and measure no more; the profile stays."""
         self._before = None
         self._failures.given_up = True
-        for hook in self._hooks:
-            hook.remove()
+        if self._followed is not None:
+            self._followed.remove()
         if self._scaler is not None:
             self._scaler.remove()
 
@@ -349,7 +348,8 @@ class FLeRMRun:
 def _check_unfollowed(optimizer: Optimizer) -> None:
     """Raise ValueError if another `FLeRMRun` follows this optimizer: its scales would be applied twice."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    if any(isinstance(getattr(hook, "__self__", None), FLeRMRun) for hook in hooks):
+    followed = (getattr(hook, "__self__", None) for hook in hooks)
+    if any(isinstance(getattr(getattr(each, "begin", None), "__self__", None), FLeRMRun) for each in followed):
         raise ValueError(
             "this training has two FLeRMCallbacks: scales would be applied twice. Leave one: FLeRMTrainer and "
             "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). In a loop of your own, close() the FLeRMRun "

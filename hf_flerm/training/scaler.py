@@ -29,7 +29,7 @@ class Scaler:
 
     Attributes:
         evidence: What was measured of the scales so far.
-        scales: `{canonical name: factor on the learning rate}`.
+        scales: `{canonical name: factor on the learning rate}`, as applied.
         shares: The tensors whose joint rates are matched: `{canonical name: share of its update}` for each.
 
     Args:
@@ -90,7 +90,8 @@ class Scaler:
             learning_rate: The nominal learning rate of the step.
 
         Returns:
-            `{canonical name: new scale / old one}` of the scales that changed.
+            `{canonical name: new scale / old one}` of the scales that changed; of tensors over the same memory only the
+            first, so that their step is redone once.
         """
         old, config, research = self.scales, self._config, self._config.research
         self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
@@ -101,7 +102,11 @@ class Scaler:
             max_change=config.max_change,
         )
         self._set_scales()
-        return {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
+        return {
+            name: scale / old[name]
+            for name, scale in self.scales.items()
+            if scale != old[name] and name not in self._step_scales.tied
+        }
 
     def recorded(self, profile: RateProfile) -> RateProfile:
         """Return the profile with the evidence in its metadata, from which a resumed run continues."""
@@ -138,7 +143,8 @@ class Scaler:
 
     def _set_scales(self) -> None:
         logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
-        self.scales = self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self.scales = self._step_scales.scales
 
 
 def _identity(base: RateProfile) -> dict[str, str]:
