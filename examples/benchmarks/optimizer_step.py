@@ -1,4 +1,4 @@
-"""What one learning rate per tensor costs in an optimizer step: 400 tensors, fused AdamW, side by side.
+"""Cost of one learning rate per tensor in an optimizer step: 400 tensors, fused AdamW, side by side.
 
 python examples/benchmarks/optimizer_step.py [--tensors 400] [--steps 200]
 """
