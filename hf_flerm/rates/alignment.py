@@ -15,8 +15,8 @@ from ..engines import engine_of
 from ..model.isolation import undisturbed
 from ..model.names import resolve_names
 from .outputs import Batch, OutputFunction, Outputs
+from .per_example.layers import LayerMap, layer_tangent
 from .per_example.sites import owners
-from .per_example.tangents import Tangent, linear_tangent
 
 
 def log_alignments(
@@ -50,16 +50,16 @@ def log_alignments(
     raw = resolve_names(model, updates)
     own = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
-    tangents: dict[str, Tangent] = {}
+    tangents: dict[str, LayerMap] = {}
     for name, path in raw.items():
         holders = [
             model.get_submodule(site.module)
             for site in owners(model, model.get_parameter(path))
             if site.attribute == "weight"
         ]
-        tangent = linear_tangent(engine.own_type(holders[0]), "weight") if holders else None
-        if tangent is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
-            layers[name], tangents[name] = holders, tangent
+        layer = layer_tangent(engine.own_type(holders[0]), "weight") if holders else None
+        if layer is not None and all(isinstance(module, (nn.Linear, Conv1D)) for module in holders):
+            layers[name], tangents[name] = holders, layer.tangent
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # of (U x)^2, of x^2, and of their rows
     mask: Any = None
 

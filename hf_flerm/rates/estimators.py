@@ -107,15 +107,14 @@ WEIGHT_GRADIENT_ESTIMATORS = {
     "iid": WeightGradientEstimator(iid_statistics, combine_one),
 }
 FALLBACK = "kronecker"
-ESTIMATORS = ("per_example", *WEIGHT_GRADIENT_ESTIMATORS, "exact")
 
 
 def num_factors(estimator: str, ndim: int) -> int:
     """Count what a weight-gradient estimator keeps of a tensor.
 
     Args:
-        estimator: One of `ESTIMATORS`.
-        ndim: The tensor's number of dimensions.
+        estimator: One of `hf_flerm.choices.Estimator`.
+        ndim: The number of dimensions of Z.
 
     Returns:
         F, at most; 0 for `exact`. `per_example` falls back to `kronecker`.

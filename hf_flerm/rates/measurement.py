@@ -226,6 +226,15 @@ class Samples:
         if statistics is not None:
             self._estimators[name] = estimator
 
+    def set_to_zero(self, names: Iterable[str]) -> None:
+        """Replace all samples of some tensors by 0: their numbers are nothing but round-off."""
+        for name in names:
+            self._derivatives[name] = [torch.zeros_like(values) for values in self._derivatives[name]]
+            self._statistics[name] = [s if s is None else torch.zeros_like(s) for s in self._statistics[name]]
+            if self._gram is not None:
+                index = self._names.index(name)
+                self._gram[index], self._gram[:, index] = 0.0, 0.0
+
     def add_tangents(self, tangents: Tensor) -> None:
         """Add the exact output changes of all tensors for one batch.
 

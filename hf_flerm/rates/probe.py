@@ -1,7 +1,16 @@
 """A measurement on a model: how far unit updates of its tensors move its outputs.
 
-The data's way: updates and batches -> probes (one forward and one backward with random output weights omega) ->
-samples -> `Measurement`. The model is left exactly as it was: weights, gradients, modes, hooks and random streams.
+One measurement reads top to bottom in `RateProbe.measure`: for each batch, find where each tensor can be read, run the
+model forward once, run backward once per draw of omega, and add the numbers to `Samples`; at the end they become rates.
+
+Symbols: f[n, k] are the outputs of example n, M is how many outputs count, omega ~ N(0, 1) (or as the metric has it),
+phi_n = sum_k omega[n, k] f[n, k], U a unit update, D phi_n the derivative of phi_n along U (`reference.py`).
+
+    per_example     D phi_n by gates; M * rate^2 = sum_n (D phi_n)^2
+    kronecker, ...  Z = U * G from the weight gradient G = d (sum_n phi_n) / d W (`estimators.py`)
+    exact           D f itself by one JVP per tensor; no omega
+
+The model is left exactly as it was: weights, gradients, modes, hooks and random streams.
 """
 
 from __future__ import annotations
@@ -9,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,19 +26,29 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from ..choices import Estimator, check_choice, values
 from ..engines import engine_of
 from ..model.isolation import checkpointed, trainable, undisturbed
 from ..model.names import resolve_names
 from ..optimizer.step import UnitUpdates
-from .estimators import ESTIMATORS, FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
+from .estimators import FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .measurement import Measurement, Samples
 from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
-from .per_example.gates import Gates, Site
+from .per_example.gates import Gates
 from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_cast
-from .per_example.sites import VerifiedSites, owners
-from .per_example.tangents import jvp
+from .per_example.sites import Site, owners
+from .per_example.tangents import jvp, swapped
+from .per_example.verification import VerifiedSites
+from .tensors import MeasuredTensor, SharedMemory, as_real, elementwise_products
 
-_LAYOUTS_PER_BATCH = 3  # one to meet a new layout, one to measure it, one for what verifying it has widened
+# Forward passes that one batch may need before its tensors can be read: one that meets a module in a new layout (an
+# expert that is given other tokens), one to read it there, and one more if verification has widened a site meanwhile,
+# whose module may have a layout that is new as well.
+_LAYOUTS_PER_BATCH = 3
+
+# A tensor is looked at for round-off if, per unit length of its update, it moves the outputs by at most this many eps
+# of the tensor that moves them most. Round-off was 0.1 to 4 eps there in tiny and in 12-layer models.
+_SUSPECT = 16
 
 
 def measure_rates(
@@ -51,7 +71,7 @@ def measure_rates(
         updates: `{parameter name: unit update}` (weight per unit learning rate), names as `named_parameters()` gives
             them or canonical.
         batches: Dicts of model inputs, examples along the first dimension. Labels are left out of the call.
-        estimator: One of `hf_flerm.estimators.ESTIMATORS`: `per_example`, the paper's `kronecker`, `full`, `iid`,
+        estimator: One of `hf_flerm.choices.Estimator`: `per_example`, the paper's `kronecker`, `full`, `iid`,
             `kronecker_output` (`kronecker`, but the output layer's known independence is used), `exact`.
         probes_per_batch: Probes (draws of omega) that share one forward pass. `exact` has none.
         output: What "the function" is: `logits` (None), `log_probs`, `hidden` (the last hidden state), or a callable
@@ -105,8 +125,7 @@ class RateProbe:
         probes_per_batch: int = 1,
         outputs: Outputs | None = None,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}. Choose one of {', '.join(ESTIMATORS)}.")
+        check_choice("estimator", estimator, values(Estimator))
         if probes_per_batch < 1:
             raise ValueError(f"probes_per_batch is {probes_per_batch}; it must be at least 1.")
         self.model = model
@@ -115,8 +134,10 @@ class RateProbe:
         self.outputs = outputs or Outputs()
         self.engine = engine_of(model)
         self._sites = VerifiedSites(model, self.outputs, self.engine)
+        self._memory = SharedMemory(model, self.engine)
+        self._precision = 0.0  # machine epsilon of the outputs
         self._asked: list[str] = []
-        self._raw: dict[str, str] = {}
+        self._paths: dict[str, str] = {}  # canonical name: name in named_parameters()
         self._head_name: str | None = None
         self._head_sought = self.engine.sharded  # in shards, the head's own weight is never there as a whole
         self._head: LinearHead | None = None
@@ -149,34 +170,64 @@ class RateProbe:
             raise ValueError(f"target_error is {target_error!r}; it must be positive, or None to use every batch.")
         self.engine.release()
         if list(updates) != self._asked:
-            self._raw, self._asked = resolve_names(self.model, updates), list(updates)
-        parameters = {name: self.model.get_parameter(path) for name, path in self._raw.items()}
-        moves = UnitUpdates(updates, dict(zip(self._raw, updates, strict=True)), parameters, self.engine)
+            self._paths, self._asked = resolve_names(self.model, updates), list(updates)
+        tensors = {name: self._memory.tensor(self.model.get_parameter(path)) for name, path in self._paths.items()}
+        parameters = {name: tensor.parameter for name, tensor in tensors.items()}
+        unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters, self.engine)
         device = self.engine.device(next(iter(parameters.values())))
-        samples = Samples(moves)
+        samples = Samples(unit_updates)
         if self._head is not None and not self._head.is_current():
             self._head = None
         with undisturbed(self.model, device), self.engine.released_after():
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
-            for batch in self._there(batches, device):
+            first: Batch | None = None
+            for batch in self._on_device(batches, device):
+                first = batch if first is None else first
                 if self.estimator == "exact":
-                    self._differentiate(moves, batch, samples)
+                    self._differentiate(tensors, unit_updates, batch, samples)
                     continue
                 with checkpointed(self.model):
                     self._seek_head(batch)
                     if self.estimator == "per_example":
-                        self._sites.find(parameters, moves, batch)
-                    self._probe(parameters, moves, batch, generator, samples)
+                        self._sites.find(tensors, unit_updates, batch)
+                    self._probe(tensors, unit_updates, batch, generator, samples)
                 if target_error is not None:
                     goes_on = samples.measurement().relative_error > target_error
                     if not any(self.engine.agree([goes_on])):
                         break
-        self._sites.close_measurement(moves)
+            measurement = samples.measurement()
+            if self.estimator != "per_example" and first is not None:
+                self._verify_suspects(measurement, tensors, unit_updates, first)
+        self._sites.close_measurement(unit_updates)
+        round_off = self._sites.round_off & unit_updates.keys()
+        if not round_off:
+            return measurement
+        samples.set_to_zero(round_off)
         return samples.measurement()
 
-    def _there(self, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-        """Batches on the device; one that a process cannot make is missing on all that run the model in step."""
+    def _verify_suspects(
+        self,
+        measurement: Measurement,
+        tensors: Mapping[str, MeasuredTensor],
+        updates: Mapping[str, Tensor],
+        batch: Batch,
+    ) -> None:
+        """Find out which rates of other estimators than `per_example` are round-off.
+
+        Weight gradients and JVPs do not show the terms that cancel in them; gates do. They are tried on the tensors
+        that move the outputs by no more than round-off of the largest, per unit length of the update.
+        """
+        lengths = {name: float(torch.linalg.vector_norm(as_real(update).float())) for name, update in updates.items()}
+        effects = {name: rate / lengths[name] for name, rate in measurement.rates.items() if lengths[name]}
+        floor = _SUSPECT * self._precision * max(effects.values(), default=0.0)
+        is_suspect = [0 < effects.get(name, 0.0) <= floor for name in tensors]
+        suspects = list(compress(tensors, self.engine.agree(is_suspect)))
+        with checkpointed(self.model):
+            self._sites.find({name: tensors[name] for name in suspects}, updates, batch)
+
+    def _on_device(self, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+        """Move batches to a device. Processes that run the model in step all raise if one of them cannot make one."""
         source = iter(batches)
         while True:
             batch: Batch | None = None
@@ -198,91 +249,106 @@ class RateProbe:
 
     def _probe(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, MeasuredTensor],
         updates: Mapping[str, Tensor],
         batch: Batch,
         generator: torch.Generator,
         samples: Samples,
     ) -> None:
-        """Add the samples of `probes_per_batch` probes on one batch."""
+        """Add the samples of `probes_per_batch` probes on one batch: one forward pass, one backward pass each."""
         with ExitStack() as stack:
             for _ in range(_LAYOUTS_PER_BATCH):
                 self.engine.release()
-                gated = [name for name in updates if name in self._sites.sites]
-                by_gradient = {parameters[name]: name for name in updates if name not in self._sites.sites}
-                stack.enter_context(trainable(by_gradient))
-                gates, out, head = self._forward(stack, gated, parameters, updates, batch)
-                strange = self._sites.strange(gates, gated, batch)
-                if not strange:
+                by_gates = [name for name in updates if self._has_gates(name)]
+                by_gradient = [name for name in updates if not self._has_gates(name)]
+                stack.enter_context(trainable(p for name in by_gradient for p in tensors[name].parameters))
+                gates, out, head = self._forward(stack, by_gates, tensors, updates, batch)
+                unverified = self._sites.with_new_layouts(gates, by_gates, batch)
+                if not unverified:
                     break
                 stack.close()
-                self._sites.verify(strange, parameters, updates, batch)
+                self._sites.verify(unverified, tensors, updates, batch)
             else:
-                raise RuntimeError(f"the layout of {strange} differs between forward passes on one batch.")
+                raise RuntimeError(f"the layout of {unverified} differs between forward passes on one batch.")
+            self._precision = torch.finfo(out.values.dtype).eps
             if not out.values.requires_grad and head is None:
                 self._check_differentiable(batch)
             num_outputs = out.count(None if head is None else head.module.out_features)
-            estimators = {p: self._weight_gradient_estimator(p) for p in by_gradient}
-            reductions = {p: partial(_statistics, updates, name, estimators[p]) for p, name in by_gradient.items()}
+            estimators = {name: self._weight_gradient_estimator(tensors[name]) for name in by_gradient}
+            reductions = {name: partial(_statistics, updates, name, estimators[name]) for name in by_gradient}
             for probe in range(self.probes_per_batch):
-                last = probe + 1 == self.probes_per_batch
-                omega, own = (out.omega(generator), {}) if head is None else head.draw(out, generator)
+                is_last = probe + 1 == self.probes_per_batch
+                omega, of_head = (out.omega(generator), {}) if head is None else head.draw(out, generator)
                 derivatives, statistics = gates.differentiate(
-                    out.values, omega, reductions, retain_graph=not last, keep_tangents=not last
+                    out.values, omega, reductions, retain_graph=not is_last, keep_tangents=not is_last
                 )
-                for name, drawn in own.items():
-                    values = drawn.reshape(num_examples(batch), -1).sum(1)
-                    derivatives[name] = derivatives[name] + values if name in derivatives else values
-                samples.add_derivatives(derivatives, (gates.reached | own.keys()) - self._sites.absent)
-                for parameter, name in by_gradient.items():
-                    samples.add_statistics(name, estimators[parameter][0], statistics.get(parameter))
+                for name, drawn in of_head.items():
+                    per_example = drawn.reshape(num_examples(batch), -1).sum(1)
+                    derivatives[name] = derivatives[name] + per_example if name in derivatives else per_example
+                samples.add_derivatives(derivatives, (gates.reached | of_head.keys()) - self._sites.absent)
+                for name in by_gradient:
+                    samples.add_statistics(name, estimators[name][0], statistics.get(name))
                 samples.count_outputs(num_outputs)
+
+    def _has_gates(self, name: str) -> bool:
+        return self.estimator == "per_example" and name in self._sites.sites
 
     def _forward(
         self,
         stack: ExitStack,
-        gated: Sequence[str],
-        parameters: Mapping[str, nn.Parameter],
+        names: Sequence[str],
+        tensors: Mapping[str, MeasuredTensor],
         updates: Mapping[str, Tensor],
         batch: Batch,
     ) -> tuple[Gates, Output, LinearHead | None]:
         """Run the model with gates; where its output is one last wide linear map, up to that map's input.
 
-        The gates stay in place until `stack` closes: an activation checkpoint runs their hooks again.
+        The gates stay in place until `stack` closes, after the last backward pass: an activation checkpoint runs their
+        hooks again.
         """
-        head = self._linear_head(parameters, updates)
+        head = self._linear_head(tensors, updates)
         if head is not None:
             with ExitStack() as attempt:
-                gates = attempt.enter_context(self._sites.gates(gated, updates, batch, skip=self._head_name))
+                gates = attempt.enter_context(self._sites.gates(names, tensors, updates, batch, skip=self._head_name))
                 hidden = attempt.enter_context(bypassed(head.module))
                 try:
                     out = self.outputs(self.model, batch)
-                except Exception:  # which the run below meets again if it is not the bypass that it is about
+                except Exception:  # if the bypass is not the cause, the run below meets it again
                     hidden.clear()
                 if len(hidden) == 1 and is_cast(out.values, hidden[0]):
+                    gates.raise_failures()
                     stack.push(attempt.pop_all())
-                    return gates.checked(), out, head
+                    return gates, out, head
             self._head_name = None  # something looks at the logits on their way out
-        gates = stack.enter_context(self._sites.gates(gated, updates, batch))
+        gates = stack.enter_context(self._sites.gates(names, tensors, updates, batch))
         out = self.outputs(self.model, batch)
-        return gates.checked(), out, None
+        gates.raise_failures()
+        return gates, out, None
 
-    def _differentiate(self, updates: Mapping[str, Tensor], batch: Batch, samples: Samples) -> None:
+    def _differentiate(
+        self,
+        tensors: Mapping[str, MeasuredTensor],
+        updates: Mapping[str, Tensor],
+        batch: Batch,
+        samples: Samples,
+    ) -> None:
         """Add the exact derivative of the outputs along every update: one JVP for each tensor."""
-        whole = _AsModule(self.model, self.outputs)
         num_examples(batch)
         with torch.no_grad():
             out = self.outputs(self.model, batch)
-        tangents = []
+        self._precision = torch.finfo(out.values.dtype).eps
+        changes = []
         for name, update in updates.items():
-            key = f"model.{self._raw[name]}"
+            tensor = tensors[name]
+            moved = tensor.parameters
 
-            def values(parameter: Tensor, key: str = key) -> tuple[Tensor, ...]:
-                return (torch.func.functional_call(whole, {key: parameter}, (batch,)).values,)
+            def outputs_with(*weights: Tensor, moved: Sequence[nn.Parameter] = moved) -> tuple[Tensor, ...]:
+                with swapped(self.model, dict(zip(moved, weights, strict=True))):
+                    return (self.outputs(self.model, batch).values,)
 
-            (tangent,) = jvp(values, self.model.get_parameter(self._raw[name]), update, self.model, self.engine)
-            tangents.append(out.sized(tangent))
-        samples.add_tangents(torch.stack(tangents))
+            (change,) = jvp(outputs_with, moved, [tensor.seen_by(p, update) for p in moved], self.model, self.engine)
+            changes.append(out.sized(change))
+        samples.add_tangents(torch.stack(changes))
         samples.count_outputs(out.count())
 
     def _check_differentiable(self, batch: Batch) -> None:
@@ -301,30 +367,33 @@ class RateProbe:
             if self.outputs.metric == "euclidean":
                 self._head_name = find_linear_head(self.model, lambda: self.outputs(self.model, batch).values)
 
-    def _linear_head(self, parameters: Mapping[str, nn.Parameter], updates: Mapping[str, Tensor]) -> LinearHead | None:
+    def _linear_head(self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor]) -> LinearHead | None:
         """The head to skip, if there is one, gates measure all its tensors, and it pays; made once a measurement."""
         if self._head_name is None or self.estimator != "per_example":
             return None
         module: Any = self.model.get_submodule(self._head_name)
-        own = {}
+        measured = {}
         for attribute, parameter in module.named_parameters():
-            for name in (name for name in updates if parameters[name] is parameter):
-                if Site(self._head_name, attribute) not in self._sites.sites.get(name, ()):
-                    return None
-                own[attribute] = name
-        if self._head is not None and self._head.names != own:
+            for name, tensor in tensors.items():
+                if parameter in tensor.views:
+                    return None  # it moves with another tensor's update, which the head's own draw knows nothing of
+                if tensor.parameter is parameter:
+                    if tensor.views or Site(self._head_name, attribute) not in self._sites.sites.get(name, ()):
+                        return None
+                    measured[attribute] = name
+        if self._head is not None and self._head.names != measured:
             self._head = None
-        if self._head is None and LinearHead.pays(module, len(own)):
-            self._head = LinearHead(module, {attribute: (name, updates[name]) for attribute, name in own.items()})
+        if self._head is None and LinearHead.pays(module, len(measured)):
+            self._head = LinearHead(module, {a: (name, updates[name]) for a, name in measured.items()})
         return self._head
 
-    def _weight_gradient_estimator(self, parameter: nn.Parameter) -> tuple[str, tuple[int, ...]]:
+    def _weight_gradient_estimator(self, tensor: MeasuredTensor) -> tuple[str, tuple[int, ...]]:
         """Which estimator a tensor gets when it is measured by its weight gradient, and its independent dimensions."""
         if self.estimator == "per_example":
             return FALLBACK, ()
         if self.estimator != "kronecker_output":
             return self.estimator, ()
-        holders = [site.module for site in owners(self.model, parameter)]
+        holders = [site.module for parameter in tensor.parameters for site in owners(self.model, parameter)]
         return (self.estimator, (0,)) if holders == [self._head_name] else ("kronecker", ())
 
 
@@ -332,18 +401,6 @@ def _statistics(
     updates: Mapping[str, Tensor], name: str, estimator: tuple[str, tuple[int, ...]], gradient: Tensor
 ) -> Tensor:
     """Reduce a weight gradient: the sum of Z = U * G, and the estimator's own statistics of it."""
-    products = updates[name] * gradient
-    own = WEIGHT_GRADIENT_ESTIMATORS[estimator[0]].statistics(products, estimator[1])
-    return torch.cat([products.sum(dtype=torch.float64).reshape(1), own])
-
-
-class _AsModule(nn.Module):
-    """A model and what is taken of its output, as one module that `functional_call` can run."""
-
-    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
-        super().__init__()
-        self.model = model
-        self.outputs = outputs
-
-    def forward(self, batch: Batch) -> Output:
-        return self.outputs(self.model, batch)
+    products = elementwise_products(updates[name], gradient)
+    statistics = WEIGHT_GRADIENT_ESTIMATORS[estimator[0]].statistics(products, estimator[1])
+    return torch.cat([products.sum(dtype=torch.float64).reshape(1), statistics])

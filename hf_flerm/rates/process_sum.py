@@ -25,7 +25,7 @@ class ProcessSum:
     """Adds up the measurements of all processes, in one collective call.
 
     Args:
-        shapes: `{canonical name: shape}` of what is measured.
+        shapes: `{canonical name: shape of Z = U * G}` of what is measured.
         estimator: As for `measure_rates`.
         groups: The groups of tensors whose joint rates will be asked for: `{canonical name: share of its update}`.
     """

@@ -14,8 +14,8 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from hf_flerm import Measurement
+from hf_flerm.choices import Estimator, values
 from hf_flerm.model.names import trainable_parameters
-from hf_flerm.rates.estimators import ESTIMATORS
 from hf_flerm.rates.probe import RateProbe
 from hf_flerm.rates.process_sum import ProcessSum
 from hf_flerm.transfer.mapping import joint_groups
@@ -23,7 +23,10 @@ from tests.shared.distributed import PAIR
 from tests.shared.processes import launch
 from tests.shared.training import MODELS
 
-MEASURED_TOGETHER = [("full", e) for e in ESTIMATORS if e != "exact"] + [("lora", "per_example"), ("lora", "exact")]
+MEASURED_TOGETHER = [("full", e) for e in values(Estimator) if e != "exact"] + [
+    ("lora", "per_example"),
+    ("lora", "exact"),
+]
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.estimators import ESTIMATORS
+from hf_flerm.choices import Estimator, values
 from tests.shared.cases import case, features, mlp
 from tests.shared.reference import Batch, OutputFunction
 
@@ -20,7 +20,7 @@ def plain() -> tuple[nn.Module, dict[str, Tensor], list[dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "", "Full"])
 def test_unknown_estimator(estimator: str) -> None:
-    with pytest.raises(ValueError, match=rf"unknown estimator '{estimator}'.*{', '.join(ESTIMATORS)}"):
+    with pytest.raises(ValueError, match=rf"estimator is '{estimator}'.*{', '.join(values(Estimator))}"):
         measure_rates(*plain(), estimator=estimator)
 
 
@@ -42,21 +42,21 @@ def test_wrong_shape() -> None:
         measure_rates(model, updates | {"2.bias": torch.ones(4)}, batches)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_no_batches(estimator: str) -> None:
     model, updates, _ = plain()
     with pytest.raises(ValueError, match="batches is empty"):
         measure_rates(model, updates, [], estimator=estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_no_updates(estimator: str) -> None:
     model, _, batches = plain()
     with pytest.raises(ValueError, match="updates is empty"):
         measure_rates(model, {}, batches, estimator=estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_a_batch_without_examples(estimator: str) -> None:
     model, updates, _ = plain()
     with pytest.raises(ValueError, match=r"holds no examples: \['input'\]"):
@@ -96,7 +96,7 @@ def test_an_output_function_that_returns_no_outputs(output: OutputFunction, mess
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_an_update_that_is_not_finite_has_no_finite_rate(estimator: str, value: float) -> None:
     model, updates, batches = plain()
     updates["0.weight"][0, 0] = value

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.estimators import ESTIMATORS
+from hf_flerm.choices import Estimator, values
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import CASES, Case, Wrap, case, changes, features, seeded
 from tests.shared.reference import finite_difference
@@ -50,7 +50,7 @@ def test_random_estimators_agree_with_the_derivative(name: str, estimator: str) 
 
 
 @pytest.mark.parametrize("name", ["gpt2 gaussian", "llama gaussian"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_a_tensor_without_effect_has_rate_zero(name: str, estimator: str) -> None:
     result = case(name).measure(estimator, probes=2)
     for tensor, rate in result.rates.items():
@@ -71,8 +71,8 @@ def test_standard_errors_are_calibrated(estimator: str, probes: int, seeds: int)
         result = probe.measure(made.updates, made.batches, seeded(seed))
         for name, change in expected.items():
             z[name].append((result.rates[name] - change.rate) / result.standard_errors[name])
-    for name, values in z.items():
-        spread = torch.tensor(values)
+    for name, deviations in z.items():
+        spread = torch.tensor(deviations)
         # A standard error too large by sqrt(2) gives a variance of 0.5, too small by it 2; 100 draws know it to 0.15.
         assert 0.65 < spread.var() < 1.6, (name, spread.var())
         assert abs(spread.mean()) < 0.45, (name, spread.mean())

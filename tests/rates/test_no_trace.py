@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.estimators import ESTIMATORS
+from hf_flerm.choices import Estimator, values
 from tests.shared.cases import GPT2_TARGETS, VOCABULARY, Case, case, gpt2, llama, lora, perturb, text
 from tests.shared.reference import Batch
 
@@ -99,7 +99,7 @@ def stateful(dtype: torch.dtype) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_measurement_leaves_no_trace(dtype: torch.dtype, estimator: str) -> None:
     model = stateful(dtype)
@@ -114,7 +114,7 @@ def test_a_measurement_leaves_no_trace(dtype: torch.dtype, estimator: str) -> No
     assert same(kept, updates)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_a_measurement_leaves_no_trace_on_adapters(estimator: str) -> None:
     made = lora(gpt2, GPT2_TARGETS, "right", fan_in_fan_out=True, use_dora=True, lora_dropout=0.5)
     made.model.train()

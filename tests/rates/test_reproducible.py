@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.estimators import ESTIMATORS
+from hf_flerm.choices import Estimator, values
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import Case, case, mlp, perturb, seeded, text
 from tests.shared.reference import Batch
@@ -26,7 +26,7 @@ def test_exact_does_not_depend_on_how_the_batch_is_split() -> None:
         assert split.rates[name] == pytest.approx(rate, rel=1e-4), name
 
 
-@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "exact"])
+@pytest.mark.parametrize("estimator", [e for e in values(Estimator) if e != "exact"])
 def test_probes_of_one_forward_are_probes_of_several(estimator: str) -> None:
     made = case("llama lora")
     together = made.measure(estimator, probes=3)
@@ -36,7 +36,7 @@ def test_probes_of_one_forward_are_probes_of_several(estimator: str) -> None:
         assert apart.rates[name] == pytest.approx(rate, rel=1e-4), name
 
 
-@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "exact"])
+@pytest.mark.parametrize("estimator", [e for e in values(Estimator) if e != "exact"])
 def test_a_generator_makes_a_measurement_reproducible(estimator: str) -> None:
     made = case("llama lora")
     first, again, other = (made.measure(estimator, seed=seed) for seed in (3, 3, 4))
@@ -77,7 +77,7 @@ def test_the_order_and_choice_of_tensors_do_not_matter() -> None:
         assert some[name] == pytest.approx(whole[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", values(Estimator))
 def test_rates_are_linear_in_the_update(estimator: str) -> None:
     made = case("every kind")
     once = made.measure(estimator)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from hf_flerm import measure_rates
 from hf_flerm.rates.outputs import Output
 from hf_flerm.rates.probe import RateProbe
+from hf_flerm.rates.reference import kronecker_rate
 from tests.shared.cases import VOCABULARY, Wrap, case, changes, seeded
-from tests.shared.reference import finite_difference, kronecker_loop, weight_gradient_products
+from tests.shared.reference import finite_difference, weight_gradient_products
 
 
 @pytest.mark.parametrize("probes", [1, 3])
@@ -34,7 +35,7 @@ def test_kronecker_on_a_model_is_the_literal_loop(monkeypatch: pytest.MonkeyPatc
     shapes = set()
     for name, update in made.updates.items():
         products = weight_gradient_products(made.model, name, update, batches, drawn, lambda m, b: m(**b))
-        assert result.rates[name] == pytest.approx(kronecker_loop(products, num_outputs), rel=1e-4), name
+        assert result.rates[name] == pytest.approx(kronecker_rate(products, num_outputs), rel=1e-4), name
         shapes.add(update.ndim)
     assert shapes == {0, 1, 2}
 
@@ -48,7 +49,7 @@ def test_kronecker_on_a_three_dimensional_tensor_is_the_literal_loop(monkeypatch
     products = weight_gradient_products(
         made.model, name, made.updates[name], made.batches, [weights], lambda m, b: m(**b)
     )
-    assert result.rates[name] == pytest.approx(kronecker_loop(products, weights.numel()), rel=1e-4)
+    assert result.rates[name] == pytest.approx(kronecker_rate(products, weights.numel()), rel=1e-4)
 
 
 def test_kronecker_is_full_where_the_products_have_rank_one() -> None:

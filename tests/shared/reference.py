@@ -1,4 +1,4 @@
-"""Slow, literal references, in float64, that share no code with the package."""
+"""The package's slow reference (`hf_flerm.rates.reference`) in float64, and the standard errors it implies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from hf_flerm.rates.reference import output_change
 
 Batch = dict[str, Tensor]
 OutputFunction = Callable[[nn.Module, Batch], Tensor]
@@ -99,6 +101,8 @@ def float64_copy(model: nn.Module) -> nn.Module:
             if type(child).__module__.startswith("bitsandbytes"):
                 setattr(module, name, _dequantized(child))
     model = model.double()
+    for parameter in model.parameters():
+        parameter.data = _double(parameter.data)  # `double` leaves complex numbers as they are
     for module in model.modules():
         if getattr(getattr(module, "config", None), "_experts_implementation", None):
             module.config._experts_implementation = "eager"  # a grouped product has no float64
@@ -138,51 +142,23 @@ def _finite_differences(
     step: float,
 ) -> list[Change]:
     model = float64_copy(model)
-    parameters = dict(model.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     batches = [{key: _double(value) for key, value in batch.items()} for batch in batches]
 
-    def at(updates: Mapping[str, Tensor], distance: float) -> list[list[Tensor]]:
-        start = {name: parameters[name].detach().clone() for name in updates}
-        for name, update in updates.items():
-            parameters[name].data += distance * update.double()
-        rows = [outputs(model, batch, output) for batch in batches]
-        for name, value in start.items():
-            parameters[name].data.copy_(value)
-        return rows
+    def at_once() -> list[list[Tensor]]:
+        return [outputs(model, batch, output) for batch in batches]
 
     with _Float64():
-        at({}, 0.0)
-        return [_difference(at(updates, step), at(updates, -step), step) for updates in directions]
+        rows = at_once()
+        sizes = [len(row) for of_batch in rows for row in of_batch]
+        examples = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        indices = torch.tensor([index for index, of_batch in enumerate(rows) for row in of_batch for _ in row])
 
+        def flat() -> Tensor:
+            return torch.cat([row for of_batch in at_once() for row in of_batch])
 
-def _difference(ahead: Sequence[Sequence[Tensor]], behind: Sequence[Sequence[Tensor]], step: float) -> Change:
-    values, examples, indices, count = [], [], [], 0
-    for index, (plus, minus) in enumerate(zip(ahead, behind, strict=True)):
-        for f_plus, f_minus in zip(plus, minus, strict=True):
-            values.append((f_plus - f_minus) / (2 * step))
-            examples.append(torch.full((len(f_plus),), count))
-            indices.append(torch.full((len(f_plus),), index))
-            count += 1
-    return Change(torch.cat(values), torch.cat(examples), torch.cat(indices))
-
-
-def kronecker_loop(products: Sequence[Tensor], num_outputs: float) -> float:
-    """The paper's rate from one Z per probe: plain loops, every factor averaged over the probes before they meet."""
-    shape = products[0].shape or (1,)
-    total = 0.0
-    factors = [0.0] * len(shape)
-    for z in products:
-        entries = z.double().reshape(shape)
-        for index in _indices(shape):
-            total += float(entries[index]) ** 2 / len(products)
-        for d in range(len(shape)):
-            for rest in _indices(tuple(size for e, size in enumerate(shape) if e != d)):
-                inner = sum(float(entries[(*rest[:d], i, *rest[d:])]) for i in range(shape[d]))
-                factors[d] += inner**2 / len(products)
-    squared = 1.0
-    for factor in factors:
-        squared *= factor
-    return (squared / total ** (len(shape) - 1) / num_outputs) ** 0.5
+        wide = [{name: _double(update) for name, update in updates.items()} for updates in directions]
+        return [Change(output_change(flat, weights, updates, step), examples, indices) for updates in wide]
 
 
 def weight_gradient_products(
@@ -203,15 +179,12 @@ def weight_gradient_products(
     return products
 
 
-def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    found: list[tuple[int, ...]] = [()]
-    for size in shape:
-        found = [(*index, i) for index in found for i in range(size)]
-    return found
-
-
 def _double(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
+    return value.to(torch.promote_types(value.dtype, torch.float64)) if _is_numeric(value) else value
+
+
+def _is_numeric(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _dequantized(layer: Any) -> nn.Linear:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.choices import Estimator, values
 from hf_flerm.config import help_of
-from hf_flerm.rates.estimators import ESTIMATORS
 from tests.shared.training import flerm_config
 
 
@@ -87,7 +87,7 @@ def test_bad_json_is_refused(text: str, message: str) -> None:
     [
         ("mode", "watch", "mode is 'watch'; it must be one of record, match"),
         ("mode", None, "mode is None; it must be one of record, match"),
-        ("estimator", "kfac", f"estimator is 'kfac'; it must be one of {', '.join(ESTIMATORS)}"),
+        ("estimator", "kfac", f"estimator is 'kfac'; it must be one of {', '.join(values(Estimator))}"),
         ("granularity", "row", "granularity is 'row'; it must be one of tensor, module, block, global"),
         ("pool", "layer", "pool is 'layer'; it must be one of kind, unit"),
         ("unmatched", "drop", "unmatched is 'drop'; it must be one of error, global, nominal, freeze"),

@@ -1,18 +1,23 @@
-"""Per-example derivatives without weight gradients: one zero gate per example and tensor, f(W + gate_n U).
+"""Gates: D phi_n of many tensors from one backward pass through activations, without any weight gradient.
 
-A site is a module whose forward is really called and through which a tensor acts. Its output would move by gate_n * T,
-T being the output's derivative along the update U (its tangent), so d phi / d gate_n = g_n . T_n with g the gradient of
-phi in that output: D phi_n. A node behind the site's output reads it off in the backward pass. What several sites of
-one tensor read (tied weights, a module that is called twice) adds up.
+Think of a number gate_n = 0 for every example and tensor, by which the example runs with W + gate_n U:
 
-Axes: n an example of N, t a position, i/o input/output features.
+    D phi_n = d phi_n / d gate_n = sum over the tensor's sites and their calls of  g[n, ...] . T[n, ...]
+
+with g the gradient of phi in the output of a site (a module whose forward is called and through which the tensor acts)
+and T the output's derivative along U. No such number is made: a node behind the output reads g in the backward pass
+and contracts it with T (`readers.py`). What several sites of one tensor read adds up: tied weights, a module that is
+called twice.
+
+Axes: n an example of N, t a position, o an output feature. An output has N * k rows along its example dimension, the k
+rows of an example together: k = 1 for [N, t, o], k = t for positions folded into the rows, [N t, o].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,60 +28,39 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...engines.engine import Engine
-from .readers import Kept, Reader, Readers
-from .tangents import Affine
+from ..tensors import MeasuredTensor
+from .readers import Reader, Readers, Saved
+from .sites import Site
+from .tangents import ModuleTangents, is_differentiable
 
-_PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)  # powers of two are exact; the first keeps float16 from underflow
+# Factors on phi, tried in turn until no derivative overflows. Powers of two change no bit of a result that stays in
+# range. The first one lifts gradients that float16 would flush to 0; later ones give way to gradients that overflow.
+_PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)
 
 Reduce = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where a tensor acts.
-
-    Attributes:
-        module: Name of the module in `named_modules()` of the model.
-        attribute: Name of the parameter inside that module.
-        dim: Dimension of the module's outputs along which the examples lie.
-    """
-
-    module: str
-    attribute: str
-    dim: int = 0
-
-    def enclosing(self) -> Site | None:
-        """The same tensor seen from the module that holds this one; None from the model itself."""
-        if not self.module:
-            return None
-        parent, _, child = self.module.rpartition(".")
-        return Site(parent, f"{child}.{self.attribute}")
-
-    def transposed(self) -> Site:
-        """The same site with the examples along the second dimension."""
-        return replace(self, dim=1)
-
-
 @dataclass
-class Passage:
-    """What was seen of a site's module in one forward pass.
+class ModuleCalls:
+    """What the outputs of one module looked like in a forward pass.
 
     Attributes:
-        layouts: Rows per example of what it put out, call by call; 0 if these were none.
-        transposable: Whether the second dimension of an output holds as many entries as there are examples.
+        rows: Rows per example along the first dimension of each output, in the order of the calls; 0 for an output
+            whose length is not a multiple of N.
+        transposable: Whether the second dimension of an output has length N.
     """
 
-    layouts: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     transposable: bool = False
 
 
 class _Node(torch.autograd.Function):
-    """The output itself; backward reads off the gates behind it."""
+    """The identity on an output; its backward pass calls `read` with the output gradient and the saved tensors."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, read: Callable[..., None], *kept: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
         ctx.read = read
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*saved)
         return output.view_as(output)
 
     @staticmethod
@@ -87,71 +71,80 @@ class _Node(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
-def itself(output: Tensor) -> Tensor:
-    """Hand out a module's output as it is."""
+def unchanged(output: Tensor) -> Tensor:
+    """Pass a module's output on as it is."""
     return output
 
 
 class Gates(AbstractContextManager["Gates"]):
-    """Gates on the sites of some tensors, for as long as the context lasts.
+    """Gates on the sites of some tensors, in place while the context lasts.
+
+    They must stay in place until the last backward pass: an activation checkpoint runs the forward pass of a layer
+    again in the backward pass, and needs the same hooks to make the same graph.
 
     Attributes:
-        precision: The machine epsilon of the coarsest output that was gated, 0 before any was.
-        broadcast: Tensors whose site puts out one row for all examples; it is given a row for each.
-        failures: Tensors whose site could not be differentiated, and why. They have no gate there.
-        passages: What was seen of each site's module, by its name.
+        precision: Largest machine epsilon of the outputs that have a gate; 0 before the first.
+        broadcast: Tensors of which a site puts out a single row that is broadcast over the examples later.
+        failures: `{tensor: error}` of the tensors of which a site could not be differentiated; it has no gate.
+        calls: What each site's module put out, by the module's name.
         reached: Tensors of which a gate was met in a backward pass.
+        terms: `{tensor: root of the sum of squares of all terms that its D phi_n are sums of}`, if asked for.
 
     Args:
         model: The model.
-        sites: Where each tensor acts.
-        updates: Unit update of each tensor, by the same names; looked up each time one is needed.
+        tensors: The measured tensors.
+        sites: The sites of each tensor, by the same names.
+        updates: Unit update of each tensor; looked up each time one is needed.
         num_examples: N of the batch that will go through.
-        affine: What is known of the modules' tangents.
-        hand_out: `torch.clone` for a model that writes into its modules' outputs in place.
-        engine: What holds the model's weights.
+        tangents: Differentiates modules along updates.
+        pass_on: `torch.clone` for a model that writes into its modules' outputs in place.
+        engine: The engine that holds the model's weights.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        tensors: Mapping[str, MeasuredTensor],
         sites: Mapping[str, Sequence[Site]],
         updates: Mapping[str, Tensor],
         num_examples: int,
-        affine: Affine,
+        tangents: ModuleTangents,
         *,
-        hand_out: Callable[[Tensor], Tensor] = itself,
+        pass_on: Callable[[Tensor], Tensor] = unchanged,
         engine: Engine,
     ) -> None:
+        self._tensors = tensors
         self._num_examples = num_examples
-        self._hand_out = hand_out
+        self._pass_on = pass_on
         self._engine = engine
-        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}
+        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}  # the gathered parameters, of sharded ones
         self._stack = ExitStack()
-        self._readers = Readers(updates, affine)
+        self._readers = Readers(tensors, updates, tangents)
         self._paths: dict[nn.Module, str] = {}
-        self._tensors: dict[nn.Module, list[tuple[str, Site]]] = {}
+        self._sites: dict[nn.Module, list[tuple[str, Site]]] = {}
         modules = dict(model.named_modules(remove_duplicate=False))
-        for name, places in sites.items():
-            for site in places:
+        for name, of_tensor in sites.items():
+            for site in of_tensor:
                 module = modules[site.module]
-                self._tensors.setdefault(module, []).append((name, site))
+                self._sites.setdefault(module, []).append((name, site))
                 self._paths[module] = site.module
         device = engine.device(next(model.parameters()))
-        self._rows = {name: row for row, name in enumerate(sites)}
-        self._values = torch.zeros(len(self._rows), num_examples, dtype=torch.float64, device=device)
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._row_of = {name: row for row, name in enumerate(sites)}
+        self._derivatives = torch.zeros(len(self._row_of), num_examples, dtype=torch.float64, device=device)
+        self._squared_terms: Tensor | None = None
+        self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that every node is differentiated
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._measuring = False
+        self._is_differentiating = False
         self.precision = 0.0
         self.broadcast: set[str] = set()
         self.failures: dict[str, Exception] = {}
-        self.passages: dict[str, Passage] = {}
+        self.calls: dict[str, ModuleCalls] = {}
         self.reached: set[str] = set()
+        self.terms: dict[str, float] = {}
 
     def __enter__(self) -> Gates:
         self._leaves = self._stack.enter_context(self._engine.gathered_leaves())
-        for module in self._tensors:
+        for module in self._sites:
             self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
         return self
 
@@ -162,57 +155,48 @@ class Gates(AbstractContextManager["Gates"]):
             handle.remove()
         self._stack.close()
 
-    def checked(self) -> Gates:
-        """Hand on these gates, if all sites could be differentiated.
-
-        Returns:
-            These gates.
-
-        Raises:
-            Exception: The first failure.
-        """
+    def raise_failures(self) -> None:
+        """Raise the first of `failures`, if there is one."""
         for error in self.failures.values():
             raise error
-        return self
 
     def differentiate(
         self,
         values: Tensor,
         omega: Tensor,
-        reductions: Mapping[nn.Parameter, Reduce] | None = None,
+        reductions: Mapping[str, Reduce] | None = None,
         *,
         retain_graph: bool = False,
         keep_tangents: bool = False,
-    ) -> tuple[dict[str, Tensor], dict[nn.Parameter, Tensor]]:
-        """Differentiate phi = sum(omega * values) by the gates, and by some parameters.
+        keep_terms: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Differentiate phi = sum(omega * values) by the gates, and by some tensors.
 
-        phi is scaled by a power of two for as long as a low precision overflows. A parameter's gradient is reduced as
-        soon as it is there, and let go: no two are ever held.
+        A weight gradient is reduced as soon as it is there, and let go: two are held at once only of parameters that
+        share memory.
 
         Args:
             values: Outputs.
             omega: Shaped like `values`.
-            reductions: For parameters that require a gradient, what to keep of d phi / d W.
+            reductions: For tensors whose parameters require a gradient, what to keep of G = d phi / d W.
             retain_graph: Whether the graph is needed again.
             keep_tangents: Whether to keep what the next pass can use: faster, for the memory of the sites' outputs.
+            keep_terms: Whether to set `terms`.
 
         Returns:
-            `{name: D phi_n}`, float64 [N] each, and the reductions of those parameters that phi depends on.
+            `{name: D phi_n}`, float64 [N] each, and the reductions of those tensors that phi depends on.
         """
         self._readers.keep_tangents = keep_tangents
-        reductions = reductions or {}
-        leaves = {parameter: self._leaves.get(parameter, parameter) for parameter in reductions}
-        reduced: dict[nn.Parameter, Tensor] = {}
+        gradients = _Gradients(self._tensors, reductions or {})
+        leaves = {parameter: self._leaves.get(parameter, parameter) for parameter in gradients.names}
         if not values.requires_grad:
-            return {name: row.clone() for name, row in zip(self._rows, self._values, strict=True)}, reduced
+            return {name: row.clone() for name, row in zip(self._row_of, self._derivatives, strict=True)}, {}
         for scale in _PHI_SCALES:
-            last = scale == _PHI_SCALES[-1]
-            self._values.zero_()
-            reduced = {}
-            handles = [
-                leaves[parameter].register_hook(partial(_reduce, reduced, parameter, scale, reduce))
-                for parameter, reduce in reductions.items()
-            ]
+            is_last = scale == _PHI_SCALES[-1]
+            self._derivatives.zero_()
+            self._squared_terms = torch.zeros_like(self._derivatives) if keep_terms else None
+            gradients.reset()
+            handles = [leaf.register_hook(partial(gradients.add, p, scale)) for p, leaf in leaves.items()]
             try:
                 # The caller's autocast is for the forward pass.
                 with torch.autocast(values.device.type, enabled=False), self._engine.repeatable_backward():
@@ -220,25 +204,29 @@ class Gates(AbstractContextManager["Gates"]):
                         values,
                         [self._anchor, *leaves.values()],
                         (omega * scale).to(values.dtype),
-                        retain_graph=retain_graph or not last,
+                        retain_graph=retain_graph or not is_last,
                         allow_unused=True,
                     )
             finally:
                 for handle in handles:
                     handle.remove()
-            finite = [found.isfinite().all().to(values.device) for found in (self._values, *reduced.values())]
+            reduced = gradients.reduced()
+            finite = [found.isfinite().all().to(values.device) for found in (self._derivatives, *reduced.values())]
             if not any(self._engine.agree([not bool(torch.stack(finite).all())])):
                 break
-        return dict(zip(self._rows, self._values / scale, strict=True)), reduced
+        if self._squared_terms is not None:
+            self.terms = dict(zip(self._row_of, (self._squared_terms.sum(1).sqrt() / scale).tolist(), strict=True))
+            self._squared_terms = None
+        return dict(zip(self._row_of, self._derivatives / scale, strict=True)), reduced
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._measuring:
+        if self._is_differentiating:  # a tangent calls the module, or one above it, again
             return output
         outputs, spec = tree_flatten(output)
-        readers: dict[int, list[Reader]] = {i: [] for i, value in enumerate(outputs) if _is_numeric(value)}
-        self._measuring = True
+        readers: dict[int, list[Reader]] = {i: [] for i, value in enumerate(outputs) if _can_have_gate(value)}
+        self._is_differentiating = True
         try:
-            for name, site in self._tensors[module]:
+            for name, site in self._sites[module]:
                 try:
                     found = self._readers.of_call(module, site.attribute, name, site.dim, args, kwargs, outputs)
                 except RuntimeError as error:
@@ -249,63 +237,95 @@ class Gates(AbstractContextManager["Gates"]):
                 for i in readers.keys() & found.keys():
                     readers[i].append(found[i])
         finally:
-            self._measuring = False
+            self._is_differentiating = False
         for i, of_output in readers.items():
             outputs[i] = self._gate(module, outputs[i], of_output)
         return tree_unflatten(outputs, spec)
 
     def _gate(self, module: nn.Module, output: Tensor, readers: Sequence[Reader]) -> Tensor:
-        passage = self.passages.setdefault(self._paths[module], Passage())
-        passage.transposable |= output.ndim > 2 and output.shape[1] == self._num_examples
-        rows = self._rows_per_example(output, 0)
-        passage.layouts.append(rows)
+        calls = self.calls.setdefault(self._paths[module], ModuleCalls())
+        calls.transposable |= output.ndim > 2 and output.shape[1] == self._num_examples
+        calls.rows.append(self._rows_per_example(output, 0))
         if len(output) == 1 < self._num_examples and all(reader.dim == 0 for reader in readers):
-            # One row that is broadcast over the examples later on (position embeddings): broadcast it here.
+            # A single row that the model broadcasts over the examples later (position embeddings, [1, t, o]). Behind
+            # that broadcast the examples' gradients are summed into one; so it is made here, before the gate. If the
+            # model cannot go on with N rows, verification sees the failure and widens these sites.
             output = output.expand(self._num_examples, *output.shape[1:])
-            self.broadcast.update(name for name, _ in self._tensors[module])
+            self.broadcast.update(name for name, _ in self._sites[module])
         self.precision = max(self.precision, torch.finfo(output.dtype).eps)
+        # An output whose rows are not N * k has no gate: verification finds what is missing from the sum.
         readers = [reader for reader in readers if self._rows_per_example(output, reader.dim)]
         if not readers:
             return output
 
-        def read(grad: Tensor, kept: Kept) -> None:
+        def read(grad: Tensor, saved: Saved) -> None:
             start = 0
             for reader in readers:
-                end = start + len(reader.kept)
-                derivative = reader.derivative(grad, kept[start:end], self._num_examples)
-                self._values[self._rows[reader.name]] += derivative.to(self._values)
+                end = start + len(reader.saved)
+                row, of_reader = self._row_of[reader.name], saved[start:end]
+                derivative = reader.derivative(grad, of_reader, self._num_examples)
+                self._derivatives[row] += derivative.to(self._derivatives)
+                if self._squared_terms is not None:
+                    squares = reader.squared_terms(grad, of_reader, self._num_examples)
+                    self._squared_terms[row] += squares.to(self._squared_terms)
                 self.reached.add(reader.name)
                 start = end
 
-        return self._hand_out(_Node.apply(output, self._anchor, read, *(k for reader in readers for k in reader.kept)))
+        saved = (tensor for reader in readers for tensor in reader.saved)
+        return self._pass_on(_Node.apply(output, self._anchor, read, *saved))
 
     def _rows_per_example(self, output: Tensor, dim: int) -> int:
+        """Return k of an output with N * k rows along a dimension; 0 if it is not laid out like this."""
         if output.ndim <= dim or output.shape[dim] % self._num_examples:
             return 0
         return output.shape[dim] // self._num_examples
 
 
-def _reduce(
-    reduced: dict[nn.Parameter, Tensor], parameter: nn.Parameter, scale: float, reduce: Reduce, grad: Tensor
-) -> Tensor:
-    with torch.no_grad():
-        dense = grad.to_dense() if grad.is_sparse else grad
-        reduced[parameter] = reduce((dense.float() if dense.dtype == torch.float16 else dense) / scale)
-    return grad if grad.is_sparse else grad.new_zeros(()).expand(grad.shape)
+class _Gradients:
+    """Weight gradients of some tensors, reduced as they arrive.
 
-
-def _is_numeric(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0
-
-
-def layouts(passages: Mapping[str, Passage], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The layouts of some modules.
-
-    Args:
-        passages: What was seen.
-        modules: Names.
-
-    Returns:
-        `{name: rows per example, call by call}` of those that were called.
+    Attributes:
+        names: `{parameter: tensors of which its gradient is a part}`; several where parameters share memory.
     """
-    return {module: tuple(passages[module].layouts) for module in modules if module in passages}
+
+    def __init__(self, tensors: Mapping[str, MeasuredTensor], reductions: Mapping[str, Reduce]) -> None:
+        self._tensors = tensors
+        self._reductions = reductions
+        self.names: dict[nn.Parameter, list[str]] = {}
+        for name in reductions:
+            for parameter in tensors[name].parameters:
+                self.names.setdefault(parameter, []).append(name)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the gradients of an earlier backward pass."""
+        self._reduced: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, parameter: nn.Parameter, scale: float, grad: Tensor) -> Tensor:
+        """Take the gradient of `scale` * phi in a parameter; hand autograd zeros without memory in its place."""
+        with torch.no_grad():
+            dense = grad.to_dense() if grad.is_sparse else grad
+            dense = (dense.float() if dense.dtype == torch.float16 else dense) / scale
+            for name in self.names[parameter]:
+                tensor = self._tensors[name]
+                if tensor.views:
+                    part = tensor.part_of_gradient(parameter, dense)
+                    self._sums[name] = self._sums[name] + part if name in self._sums else part
+                else:
+                    self._reduced[name] = self._reductions[name](dense)
+        return grad if grad.is_sparse else grad.new_zeros(()).expand(grad.shape)
+
+    def reduced(self) -> dict[str, Tensor]:
+        """Return the reductions of the tensors of which a gradient has arrived."""
+        with torch.no_grad():
+            return self._reduced | {name: self._reductions[name](total) for name, total in self._sums.items()}
+
+
+def _can_have_gate(value: Any) -> bool:
+    return is_differentiable(value) and value.ndim > 0
+
+
+def call_layouts(calls: Mapping[str, ModuleCalls], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return `{module: rows per example, call by call}` of those modules that were called."""
+    return {module: tuple(calls[module].rows) for module in modules if module in calls}

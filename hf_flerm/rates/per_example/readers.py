@@ -1,4 +1,17 @@
-"""How D phi_n is read off one output of a site, in the backward pass: from the gradient there and what was kept."""
+"""Readers: D phi_n from one output of a site, in the backward pass.
+
+Axes: n an example of N, t a position, i input features, o output features. At an output y [n, t, o] of a site,
+g = d phi / d y is the output gradient and T = d y / d W . U the tangent, and
+
+    D phi_n = sum_to g[n, t, o] T[n, t, o],
+
+a contraction over everything but the examples. Where y = W x, T = U x, and the same number is
+sum_ti (U^T g)[n, t, i] x[n, t, i]. A reader saves from the forward pass the smaller of what the two forms need:
+
+    T             where the output is narrower than the input (LoRA's A), or where no closed form of T is known
+    x             otherwise: the graph keeps x anyway
+    nothing       for a bias, whose tangent is U itself
+"""
 
 from __future__ import annotations
 
@@ -10,59 +23,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tangents import Affine, Tangent, linear_adjoint, linear_tangent
+from ..tensors import MeasuredTensor, as_real
+from .layers import BIAS, LayerTangent, layer_tangent
+from .tangents import ModuleTangents, is_differentiable
 
-Kept = Sequence[Tensor]
+Saved = Sequence[Tensor]
 Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How the gates of one tensor are read off one output.
+    """How D phi_n of one tensor is read at one output.
 
     Attributes:
         name: The tensor.
         dim: Dimension of the output along which the examples lie.
-        factors: (g, kept) -> two tensors whose product, summed over an example and times `size`, is D phi_n.
-        kept: What of the forward pass that needs.
-        size: A number.
+        factors: (g, saved) -> two tensors whose product, summed over an example and times `scale`, is D phi_n.
+        saved: Tensors of the forward pass that `factors` needs.
+        scale: A factor that was taken out of U, so that float16 can hold the rest.
     """
 
     name: str
     dim: int
-    factors: Callable[[Tensor, Kept], Factors]
-    kept: list[Tensor]
-    size: Tensor | float = 1.0
+    factors: Callable[[Tensor, Saved], Factors]
+    saved: list[Tensor]
+    scale: Tensor | float = 1.0
 
-    def derivative(self, grad: Tensor, kept: Kept, num_examples: int) -> Tensor:
+    def derivative(self, grad: Tensor, saved: Saved, num_examples: int) -> Tensor:
         """Read D phi_n.
 
         Args:
-            grad: The gradient of phi in the output.
-            kept: What was kept, as it came back.
+            grad: The output gradient g.
+            saved: The saved tensors, as autograd hands them back.
             num_examples: N.
 
         Returns:
             [N], in float32 at least.
         """
-        return _contract(*self.factors(grad, kept), self.dim, num_examples) * self.size
+        return _contract(*_as_real(*self.factors(grad, saved)), self.dim, num_examples) * self.scale
+
+    def squared_terms(self, grad: Tensor, saved: Saved, num_examples: int) -> Tensor:
+        """Sum the squares of the terms that D phi_n is the sum of: how large it would be if none cancelled.
+
+        Args:
+            grad: As for `derivative`.
+            saved: As for `derivative`.
+            num_examples: N.
+
+        Returns:
+            Float64 [N].
+        """
+        factors = _as_real(*self.factors(grad, saved))
+        sizes = [_largest(factor) for factor in factors]  # divided by these, no square leaves float32's range
+        squares = [(factor.float() / size).square() for factor, size in zip(factors, sizes, strict=True)]
+        unit = sizes[0].double() * sizes[1].double() * self.scale
+        return _contract(squares[0], squares[1], self.dim, num_examples).double() * unit.square()
 
 
 class Readers:
-    """Makes readers for the calls of modules.
+    """Makes readers for calls of modules.
 
     Attributes:
         keep_tangents: Whether what one backward pass has computed is kept for the next.
 
     Args:
+        tensors: The measured tensors.
         updates: Unit update of each tensor; looked up each time one is needed.
-        affine: What is known of the modules' tangents.
+        tangents: Differentiates the modules that have no closed form.
     """
 
-    def __init__(self, updates: Mapping[str, Tensor], affine: Affine) -> None:
+    def __init__(
+        self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor], tangents: ModuleTangents
+    ) -> None:
         self.keep_tangents = False
+        self._tensors = tensors
         self._updates = updates
-        self._affine = affine
+        self._tangents = tangents
 
     def of_call(
         self,
@@ -78,72 +114,82 @@ class Readers:
 
         Args:
             module: The module.
-            attribute: The tensor in it.
+            attribute: Name of the tensor below it.
             name: The tensor's canonical name.
             dim: Dimension of the outputs along which the examples lie.
-            args: What the module was called with.
-            kwargs: What else.
-            outputs: What it put out.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            outputs: The flat outputs of the call.
 
         Returns:
             A reader by index of the outputs.
         """
-        kind = self._affine.engine.own_type(module)
-        tangent = linear_tangent(kind, attribute)
-        if tangent is None or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
-            tangents = self._affine.tangents(module, attribute, self._updates[name], args, kwargs, outputs)
-            return {i: Reader(name, dim, _with_kept, [value]) for i, value in enumerate(tangents)}
-        if attribute == "bias":
-            return {0: Reader(name, dim, partial(self._bias, name), [])}
+        layer = layer_tangent(self._tangents.engine.own_type(module), attribute)
+        tensor = self._tensors[name]
+        moved = tensor.moved_in(module, attribute)
+        if layer is None or len(moved) > 1 or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
+            update = self._updates[name]
+            updates = {parameter: tensor.seen_by(parameter, update) for parameter in moved}
+            tangents = self._tangents.of_call(module, attribute, updates, args, kwargs, outputs)
+            return {i: Reader(name, dim, _with_saved, [tangent]) for i, tangent in enumerate(tangents)}
+        (parameter,) = moved
+
+        def update_here() -> Tensor:
+            return tensor.seen_by(parameter, self._updates[name])
+
+        if layer is BIAS:
+            return {0: Reader(name, dim, lambda grad, saved: (grad, update_here()), [])}
         x, output = args[0].detach(), outputs[0]
-        adjoint = linear_adjoint(kind, attribute)
-        if adjoint is not None and output.shape[-1] < x.shape[-1]:
+        if layer.adjoint is not None and output.shape[-1] < x.shape[-1]:
             with torch.no_grad():
-                update, size = _sized(self._updates[name], output.dtype)
-                return {0: Reader(name, dim, _with_kept, [tangent(module, update, x.to(output.dtype))], size)}
-        size = 1.0 if output.dtype != torch.float16 else _size(self._updates[name])
-        return {0: Reader(name, dim, partial(self._late, module, name, tangent, adjoint, []), [x], size)}
+                update, scale = _scaled(update_here(), output.dtype)
+                return {0: Reader(name, dim, _with_saved, [layer.tangent(module, update, x.to(output.dtype))], scale)}
+        scale = 1.0 if output.dtype != torch.float16 else _largest(update_here())
+        return {0: Reader(name, dim, partial(self._from_input, module, layer, update_here, []), [x], scale)}
 
-    def _bias(self, name: str, grad: Tensor, kept: Kept) -> Factors:
-        return grad, self._updates[name]
-
-    def _late(
+    def _from_input(
         self,
         module: nn.Module,
-        name: str,
-        tangent: Tangent,
-        adjoint: Tangent | None,
-        moved: list[Tensor],
+        layer: LayerTangent,
+        update_here: Callable[[], Tensor],
+        tangents: list[Tensor],
         grad: Tensor,
-        kept: Kept,
+        saved: Saved,
     ) -> Factors:
-        """From the input, which is no wider than the output or is kept by the graph anyway."""
-        (x,) = kept
-        if moved:
-            return grad, moved[0]
-        update, _ = _sized(self._updates[name], grad.dtype)
-        if adjoint is not None and not self.keep_tangents:
-            return adjoint(module, update, grad), x
-        tangents = tangent(module, update, x.to(grad.dtype) if x.is_floating_point() else x)
+        """From the input, in the backward pass. `tangents` holds T from an earlier pass, or nothing."""
+        (x,) = saved
+        if tangents:
+            return grad, tangents[0]
+        update, _ = _scaled(update_here(), grad.dtype)
+        if layer.adjoint is not None and not self.keep_tangents:
+            return layer.adjoint(module, update, grad), x
+        tangent = layer.tangent(module, update, x.to(grad.dtype) if is_differentiable(x) else x)
         if self.keep_tangents:
-            moved.append(tangents)
-        return grad, tangents
+            tangents.append(tangent)
+        return grad, tangent
 
 
-def _with_kept(grad: Tensor, kept: Kept) -> Factors:
-    return grad, kept[0]
+def _with_saved(grad: Tensor, saved: Saved) -> Factors:
+    return grad, saved[0]
 
 
-def _size(update: Tensor) -> Tensor:
-    return update.abs().amax().clamp_min(torch.finfo(update.dtype).tiny).float()
+def _largest(update: Tensor) -> Tensor:
+    """The largest magnitude of an entry; above 0, also if there is none."""
+    largest = update.abs().amax() if update.numel() else update.new_zeros(()).abs()
+    return largest.clamp_min(torch.finfo(update.dtype).tiny).float()
 
 
-def _sized(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """An update as unit * size, where float16 could not hold it as it is."""
+def _scaled(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """An update as (update / scale, scale), where float16 could not hold it as it is."""
     if dtype != torch.float16:
         return update, 1.0
-    size = _size(update)
-    return update / size, size
+    scale = _largest(update)
+    return update / scale, scale
+
+
+def _as_real(grad: Tensor, tangent: Tensor) -> Factors:
+    """Two factors as real numbers: of complex ones, d phi = Re(conj(g) T) is the product of pairs of real numbers."""
+    return (as_real(grad), as_real(tangent.to(grad.dtype))) if grad.is_complex() else (grad, tangent)
 
 
 def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Tensor:
@@ -152,7 +198,7 @@ def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Ten
     Args:
         grad: N * k entries along `dim`, the k of an example together.
         tangent: Broadcastable to `grad`.
-        dim: Where the examples lie.
+        dim: Dimension along which the examples lie.
         num_examples: N.
 
     Returns:
@@ -161,11 +207,13 @@ def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Ten
     tangent = tangent.reshape((1,) * (grad.ndim - tangent.ndim) + tangent.shape)
     if dim:
         grad, tangent = grad.movedim(dim, 0), tangent.movedim(dim, 0)
+    # Where the tangent repeats itself (a bias over positions), g is summed first and no product of full size is made.
     repeated = [d for d in range(1, grad.ndim) if tangent.shape[d] == 1 != grad.shape[d]]
     if repeated:
         grad = grad.sum(repeated, keepdim=True)
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    rows = grad.reshape(num_examples, 1, -1).to(dtype)
+    rows = grad.reshape(num_examples, 1, -1).to(dtype)  # [N, 1, everything else]
     if len(tangent) == len(grad):
         return (rows @ tangent.reshape(num_examples, -1, 1).to(dtype)).flatten()
+    # One tangent for all rows of all examples: [N, rows per example, tangent's size] @ [size].
     return (rows.reshape(num_examples, -1, tangent.numel()) @ tangent.flatten().to(dtype)).sum(1)

@@ -1,201 +1,203 @@
-"""How a module's output moves along a change of one of its parameters: its tangent."""
+"""The tangent of a module: how its outputs move along an update of a tensor below it.
+
+Symbols: y are the outputs of a module, W a tensor that it or its parts hold, U the update of W.
+T = lim_{s -> 0} (y(W + s U) - y(W)) / s, shaped like y.
+
+`layers.py` knows T of common layers in closed form. Everything else is differentiated here: by a forward-mode
+derivative (JVP) of the module alone, and, where a trial has shown the module to be affine in W, by y(W + U) - y(W),
+which is the same number for half of the time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
-from transformers.pytorch_utils import Conv1D
 
 from ...engines.engine import Engine
 
-Tangent = Callable[[Any, Tensor, Tensor], Tensor]
-
-# Modules of one input that are linear in a parameter: the output with U in its place, and nothing else added.
-_LINEAR: dict[tuple[type[nn.Module], str], Tangent] = {
-    (nn.Linear, "weight"): lambda module, update, x: F.linear(x, update.to(x.dtype)),
-    (nn.Linear, "bias"): lambda module, update, x: update,
-    (Conv1D, "weight"): lambda module, update, x: x @ update.to(x.dtype),
-    (Conv1D, "bias"): lambda module, update, x: update,
-    (nn.Embedding, "weight"): lambda module, update, x: F.embedding(x, update),
-    (nn.LayerNorm, "weight"): lambda module, update, x: F.layer_norm(
-        x, module.normalized_shape, update.to(x.dtype), None, module.eps
-    ),
-    (nn.LayerNorm, "bias"): lambda module, update, x: update,
-}
-# The same maps from the other side: what takes a gradient of the output to the input.
-_ADJOINT: dict[tuple[type[nn.Module], str], Tangent] = {
-    (nn.Linear, "weight"): lambda module, update, grad: grad @ update.to(grad.dtype),
-    (Conv1D, "weight"): lambda module, update, grad: grad @ update.to(grad.dtype).T,
-}
+Updates = Mapping[nn.Parameter, Tensor]
 
 
-class Affine:
-    """Which parameters a module without parts is affine in, found out by trial: a plain call then gives the tangent.
+class ModuleTangents:
+    """Tangents of modules; remembers which parameters a trial has shown a module to be affine in.
 
     Args:
-        engine: What holds the model's weights.
+        engine: The engine that holds the model's weights.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._known: dict[tuple[nn.Module, str], bool] = {}
+        self._affine: dict[tuple[nn.Module, str], bool] = {}
 
-    def tangents(
+    def of_call(
         self,
         module: nn.Module,
         attribute: str,
-        update: Tensor,
+        updates: Updates,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         outputs: Sequence[Any],
     ) -> list[Tensor]:
-        """Differentiate a module's output along a change of one of its parameters.
+        """Differentiate the outputs of one call of a module along an update of one tensor.
 
         Args:
             module: The module.
-            attribute: Name of the parameter in it.
-            update: U, shaped like the parameter.
-            args: What the module was called with.
-            kwargs: What else.
-            outputs: What it put out.
+            attribute: Name of the tensor below it.
+            updates: `{parameter: U}`, the same of all parameters below the module that are moved with the tensor.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+            outputs: The flat outputs of the call.
 
         Returns:
-            The derivative of every output; 0 for what is no floating-point tensor.
+            T of every output; 0 for one that is not a tensor of numbers.
         """
         key = (module, attribute)
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # to DoRA's layers
-        with self.engine.gathered([module, *given]):
-            if self._known.get(key):
-                return _difference(module, attribute, update, args, kwargs, outputs)
-            derivative = _derivative(module, attribute, update, args, kwargs, self.engine)
-            if key not in self._known and any(bool(d.any()) for d in derivative):
-                self._known[key] = next(module.children(), None) is None and all(
-                    torch.allclose(sign * d, value, rtol=1e-3, atol=1e-5 * float(d.abs().max()) if d.numel() else 0.0)
-                    for sign in (1, -1)
-                    for d, value in zip(
-                        derivative, _difference(module, attribute, sign * update, args, kwargs, outputs), strict=True
-                    )
-                )
-            return derivative
+        arguments = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # of DoRA's layers
+        with self.engine.gathered([module, *arguments]):
+            if self._affine.get(key):
+                return _difference(module, updates, args, kwargs, outputs)
+            tangents = _derivative(module, updates, args, kwargs, self.engine)
+            if key not in self._affine and any(bool(t.any()) for t in tangents):
+                self._affine[key] = _is_affine(module, updates, args, kwargs, outputs, tangents)
+            return tangents
 
 
-def linear_tangent(kind: type[nn.Module], attribute: str) -> Tangent | None:
-    """The tangent (module, U, x) -> T of a module of one input that is linear in a parameter, if it is known.
+@contextmanager
+def swapped(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Put a tensor in the place of each given parameter, wherever a module or its parts hold it, for a block.
+
+    Every (owner, name) is swapped once, however many paths lead to the owner, and put back by reference.
 
     Args:
-        kind: The module's own type.
-        attribute: Name of the parameter in it.
-
-    Returns:
-        The function, or None.
+        module: The module.
+        values: `{parameter: tensor}`; the tensors may carry tangents of forward-mode differentiation.
     """
-    return _LINEAR.get((kind, attribute))
-
-
-def linear_adjoint(kind: type[nn.Module], attribute: str) -> Tangent | None:
-    """The adjoint (module, U, g) -> d (g . T) / d x of such a module, where x is narrower than its output.
-
-    Args:
-        kind: The module's own type.
-        attribute: Name of the parameter in it.
-
-    Returns:
-        The function, or None.
-    """
-    return _ADJOINT.get((kind, attribute))
+    places: list[tuple[dict[str, Any], str, nn.Parameter]] = [
+        (part._parameters, name, held)
+        for part in module.modules()  # each part once
+        for name, held in part._parameters.items()
+        if held is not None and held in values
+    ]
+    try:
+        for owner, name, held in places:
+            owner[name] = values[held]
+        yield
+    finally:
+        for owner, name, held in places:
+            owner[name] = held
 
 
 def jvp(
-    function: Callable[[Tensor], tuple[Tensor, ...]], primal: Tensor, tangent: Tensor, model: nn.Module, engine: Engine
+    function: Callable[..., tuple[Tensor, ...]],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    model: nn.Module,
+    engine: Engine,
 ) -> tuple[Tensor, ...]:
     """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
 
     Args:
-        function: Tensor to tensors.
-        primal: Where.
-        tangent: Along what, shaped like `primal`.
-        model: What the function runs.
-        engine: What holds its weights.
+        function: Tensors to tensors.
+        primals: Where to differentiate.
+        tangents: The direction, one tensor for each primal.
+        model: The module that the function runs.
+        engine: The engine that holds its weights.
 
     Returns:
         The derivative of each output.
     """
-    primal, tangent = primal.detach(), tangent.to(primal.dtype)
+    primals = tuple(primal.detach() for primal in primals)
+    tangents = tuple(tangent.to(primal.dtype) for primal, tangent in zip(primals, tangents, strict=True))
     # The products of bitsandbytes drop forward-mode tangents without a word.
     drops_tangents = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
         if engine.forward_mode and not drops_tangents:
             try:
                 with torch.no_grad():
-                    forward: tuple[Tensor, ...] = torch.func.jvp(function, (primal,), (tangent,))[1]
+                    forward: tuple[Tensor, ...] = torch.func.jvp(function, primals, tangents)[1]
                 return forward
             except RuntimeError as error:
                 if should_reduce_batch_size(error):
                     raise
-        # What it saves is no activation checkpoint's: a recomputation may differentiate another way, or not at all.
+        # An activation checkpoint around the model must not take what this saves for its own: a recomputation may
+        # differentiate another way, or not at all. Hooks that pass tensors on hide it.
         with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-            backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primal, tangent)[1]
+            backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primals, tangents)[1]
         return backward
 
 
 def _derivative(
-    module: nn.Module, attribute: str, update: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], engine: Engine
+    module: nn.Module, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any], engine: Engine
 ) -> list[Tensor]:
     args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
 
-    def forward(parameter: Tensor) -> tuple[Tensor, ...]:
-        return _tensors(torch.func.functional_call(module, {attribute: parameter}, args, kwargs))
+    def forward(*values: Tensor) -> tuple[Tensor, ...]:
+        with swapped(module, dict(zip(updates, values, strict=True))):
+            return _tensors(module(*args, **kwargs))
 
-    return list(jvp(forward, module.get_parameter(attribute), update, module, engine))
+    return list(jvp(forward, list(updates), list(updates.values()), module, engine))
 
 
 def _difference(
-    module: nn.Module,
-    attribute: str,
-    update: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    outputs: Sequence[Any],
+    module: nn.Module, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Any]
 ) -> list[Tensor]:
-    """f(W + U) - f(W), which is the derivative along U if f is affine. U is made of W's size, for round-off's sake."""
-    own = module.get_parameter(attribute).detach()
-    size, scale = (_largest(tensor) for tensor in (own, update))
-    with torch.no_grad(), _replaced(module, attribute, own + update * (size / scale)):
-        moved = _tensors(module.forward(*args, **kwargs))
+    """(y(W + c U) - y(W)) / c, the tangent if y is affine in W. c makes c U as large as W, against round-off."""
+    weights, directions = ([tensor.detach() for tensor in tensors] for tensors in (updates, updates.values()))
+    size, scale = (_largest(tensors) for tensors in (weights, directions))
+    with torch.no_grad():
+        moved = [weight + direction * (size / scale) for weight, direction in zip(weights, directions, strict=True)]
+        with swapped(module, dict(zip(updates, moved, strict=True))):
+            after = _tensors(module.forward(*args, **kwargs))
         return [
-            (end - start) * (scale / size).to(end.dtype) for end, start in zip(moved, _tensors(outputs), strict=True)
+            (end - start) * (scale / size).to(end.dtype) for end, start in zip(after, _tensors(outputs), strict=True)
         ]
 
 
-def _largest(tensor: Tensor) -> Tensor:
+def _is_affine(
+    module: nn.Module,
+    updates: Updates,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: Sequence[Any],
+    tangents: Sequence[Tensor],
+) -> bool:
+    """Whether differences along U and along -U, as large as W, give the tangents; never of a module with parts.
+
+    A part may have a nonlinearity that these inputs do not reach, and others do. The tolerances are those of float32
+    products: anything nonlinear that is worth the name is off by far more at a step as large as W.
+    """
+    if next(module.children(), None) is not None:
+        return False
+    for sign in (1, -1):
+        signed = {parameter: sign * update for parameter, update in updates.items()}
+        differences = _difference(module, signed, args, kwargs, outputs)
+        for tangent, difference in zip(tangents, differences, strict=True):
+            atol = 1e-5 * float(tangent.abs().max()) if tangent.numel() else 0.0
+            if not torch.allclose(sign * tangent, difference, rtol=1e-3, atol=atol):
+                return False
+    return True
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of an entry; 1 where there is none."""
-    largest = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
+    largest = torch.stack([t.abs().amax() if t.numel() else t.new_zeros(()).abs() for t in tensors]).amax()
     return torch.where(largest > 0, largest, 1.0)
 
 
-@contextmanager
-def _replaced(module: nn.Module, attribute: str, value: Tensor) -> Iterator[None]:
-    path, _, leaf = attribute.rpartition(".")
-    parameters: dict[str, Any] = module.get_submodule(path)._parameters
-    own = parameters[leaf]
-    parameters[leaf] = value
-    try:
-        yield
-    finally:
-        parameters[leaf] = own
-
-
 def _tensors(output: Any) -> tuple[Tensor, ...]:
+    """The flat outputs of a module; 0 in the place of what is not a tensor of numbers."""
     flat, _ = tree_flatten(output)
-    return tuple(
-        value if isinstance(value, Tensor) and value.is_floating_point() else torch.zeros(()) for value in flat
-    )
+    return tuple(value if is_differentiable(value) else torch.zeros(()) for value in flat)
+
+
+def is_differentiable(value: Any) -> bool:
+    """Whether a value is a tensor of real or complex numbers."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
