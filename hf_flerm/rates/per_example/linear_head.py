@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...model.isolation import replaced_forward
 from ..outputs import Output
 
-# C^T C is made of products of pieces, a quarter of a block's columns each, because the half above the diagonal is a copy
+# C^T C is made of products of pieces, a quarter of a block's columns each: the half above the diagonal is then a copy
 # of the other. More pieces save more of it (at most half of the work), in smaller and slower products.
 _PIECES = 4
 
