@@ -14,7 +14,6 @@ from .training.callback import FLeRMCallback as FLeRMCallback
 from .training.run import FLeRMRun as FLeRMRun
 from .training.trainer import FLeRMMixin as FLeRMMixin
 from .training.trainer import FLeRMTrainer as FLeRMTrainer
-from .transfer.evidence import match_rates as match_rates
 from .transfer.mapping import map_profile as map_profile
 from .transfer.rules import mup_param_groups as mup_param_groups
 from .version import __version__ as __version__

@@ -41,7 +41,7 @@ def lora(rank: int) -> PeftModel:
 small, big = lora(rank=2), lora(rank=16)
 args = TrainingArguments(
     "runs",
-    learning_rate=1e-2,
+    learning_rate=1e-3,
     max_steps=6,
     per_device_train_batch_size=8,
     logging_steps=1,

@@ -35,15 +35,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from axes import AXES, Axis, grid_index, grid_rate
+from baselines import equal_rates
 from report import Study, combined, picture, table
 from workload import arguments, in_parallel, pretrained, processes, quiet, trained
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
-
-
-def equal_rates(folder: Path) -> RateProfile:
-    """A base in which all tensors move the outputs alike."""
-    return RateProfile.from_pretrained(folder).equalized()
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,7 @@ def planned(job: Job, output: Path) -> tuple[Job, float]:
         found = {
             "learning_rate": advice.learning_rate,
             "overall": asdict(advice.overall),
-            "evidence": advice.evidence.record(),
+            "evidence": advice.evidence.to_record(),
             "words": str(advice),
         }
         file.write_text(json.dumps(found, indent=1))

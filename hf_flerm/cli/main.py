@@ -36,9 +36,9 @@ def _commands(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Function-space learning rates: profiles of runs, and the learning rates that they ask of other models.
+    """Function-space learning rates: inspect and share the profiles of runs, and plan other runs with them.
 
-    Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with what was given.
+    Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with the input.
     """
 
 

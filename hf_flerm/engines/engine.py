@@ -157,6 +157,15 @@ class Engine:
         """
         return list(flags)
 
+    def prepare_optimizer(self, optimizer: Any) -> None:
+        """Change an optimizer so that it can step every tensor at a learning rate of its own, before it is wrapped.
+
+        Nothing is to be done where `StepScales` can split param groups for the time of a step.
+
+        Args:
+            optimizer: As a trainer has made it.
+        """
+
     def master_weights(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
         """Find the weights that an optimizer steps.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..model.names import preview
 from .engine import Engine, MasterWeights, accelerate_state, exchange_by_copy
 from .processes import any_process
+from .zero_groups import group_per_tensor
 
 _OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
 _IN_GROUPS = "a group of processes has all weights beside its own partitions, which was never tried. Take it out"
@@ -75,6 +76,12 @@ class DeepSpeed(Engine):
     def check_loop(self, wrapped: nn.Module) -> None:
         """Raise: DeepSpeed's step is in the backward pass."""
         raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
+
+    def prepare_optimizer(self, optimizer: Any) -> None:
+        """Give every tensor a param group, and so a partition; schedulers and checkpoints see these groups."""
+        while hasattr(optimizer, "accelerator_state") or not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer.optimizer
+        group_per_tensor(optimizer)
 
     def master_weights(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
         """Find the partitions. Without ZeRO, in float32, there are none: the optimizer is a plain one of torch."""

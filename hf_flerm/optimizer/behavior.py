@@ -1,14 +1,21 @@
-"""What is known of optimizer classes: are updates linear in the learning rate, and where does weight decay enter."""
+"""What is known of optimizer classes: whether updates are linear in the learning rate, and where weight decay enters.
+
+To add an optimizer, put a line into `TABLE`: `("package", "Class"): Behavior(...)`, and a case into
+`tests/optimizer/test_behavior.py`, which compares every line with what the optimizer does. A class that is not in the
+table counts as its nearest base class that is, and else as linear with weight decay inside the update.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from .param_groups import groups_by_tensor, stepping_optimizers
 
 Group = Mapping[str, Any]
 
@@ -33,7 +40,7 @@ def _one(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
     return 1.0
 
 
-def _size_of_the_weights(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
+def _rms_of_the_weights(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
     """Adafactor with `scale_parameter`: its learning rate, and with it its decay, is relative to the weights."""
     if not group["scale_parameter"]:
         return 1.0
@@ -45,17 +52,33 @@ def _per_initial_rate(optimizer: Any, group: Group, parameter: Tensor) -> float:
     return 1.0 / float(optimizer._init_lr) if optimizer.decoupled_wd else 1.0
 
 
+def _each_alone(group: Group) -> Sequence[int]:
+    return range(len(group["params"]))
+
+
+def _lora_fa_pairs(group: Group) -> Sequence[int]:
+    """LoRA-FA takes the tensors with "lora" in their names as pairs, in order, and steps the second of each: B."""
+    steps_with = list(_each_alone(group))
+    lora = [index for index, name in enumerate(group["names"]) if "lora" in name]
+    for a, b in zip(lora[::2], lora[1::2], strict=False):
+        steps_with[a] = b
+    return steps_with
+
+
 @dataclass(frozen=True)
 class Behavior:
-    """How the step of an optimizer class depends on the learning rate and the weight decay of a param group.
+    """How the step of an optimizer class depends on the options of a param group.
 
     Attributes:
-        decay_is_apart: Whether `weight_decay` takes `lr * weight_decay * weights` beside the update (AdamW), and does
-            not go through the gradient into the optimizer's state (SGD, Adam).
-        decay_factor: What else this part is multiplied by.
+        decay_is_apart: Whether weight decay is decoupled: it takes `lr * weight_decay * weights` beside the update
+            (AdamW), instead of going through the gradient into the optimizer's state (SGD, Adam).
+        decay_factor: A further factor on decoupled weight decay.
         nonlinear: Why the update is not linear in the learning rate; empty if it is.
-        nonlinear_if: In which groups it is not.
-        has_unit: Whether update / learning rate can be measured nevertheless.
+        nonlinear_if: Tells the groups in which it is not.
+        has_unit: Whether update / learning rate can be measured although the update is not linear.
+        single_rate: Why tensors cannot have learning rates of their own; empty if they can.
+        steps_with: Of each tensor of a group, the position of the tensor whose scale it takes. Tensors of one position
+            stay together, in order, when a group is split.
         instead: What to use to match.
     """
 
@@ -64,6 +87,8 @@ class Behavior:
     nonlinear: str = ""
     nonlinear_if: Callable[[Group], bool] = _always
     has_unit: bool = True
+    single_rate: str = ""
+    steps_with: Callable[[Group], Sequence[int]] = _each_alone
     instead: str = "AdamW, Lion, Muon or SGD"
 
 
@@ -75,8 +100,9 @@ _SCHEDULE_FREE = Behavior(
     "its average weighs steps by the learning rates of all tensors of a group"
 )
 
-# By the package and the class; `Paged...` and `...8bit` are the same optimizer. A class that is not here counts as its
-# nearest base that is.
+_ANY = ""  # package
+
+# By package and class; `Paged...`, `...8bit` and `...32bit` are the same optimizer.
 TABLE: dict[tuple[str, str], Behavior] = {
     ("torch", "ASGD"): Behavior(
         nonlinear="a step is made at the learning rate of the step before, divided by a power of it", has_unit=False
@@ -101,9 +127,12 @@ TABLE: dict[tuple[str, str], Behavior] = {
     ),
     ("torch", "SGD"): _COUPLED,
     ("torch", "SparseAdam"): _COUPLED,
+    ("torch", "ZeroRedundancyOptimizer"): Behavior(
+        single_rate="every process steps a part of the tensors, with the groups of all", instead="FSDP2 or DeepSpeed"
+    ),
     ("transformers", "Adafactor"): Behavior(
         decay_is_apart=_always,
-        decay_factor=_size_of_the_weights,
+        decay_factor=_rms_of_the_weights,
         nonlinear="with beta1 its average holds updates that earlier steps' learning rates are in already",
         nonlinear_if=_if_first_moment,
         instead="it with beta1=None",
@@ -119,75 +148,94 @@ TABLE: dict[tuple[str, str], Behavior] = {
     ("bitsandbytes", "RMSprop"): _COUPLED,
     ("bitsandbytes", "SGD"): _COUPLED,
     ("lion_pytorch", "Lion"): Behavior(decay_is_apart=_always, decay_factor=_per_initial_rate),
-    ("prodigyopt", "Prodigy"): Behavior(nonlinear="it sets one step size for all tensors and refuses several"),
+    ("peft", "LoraFAOptimizer"): Behavior(decay_is_apart=_always, steps_with=_lora_fa_pairs),
+    ("prodigyopt", "Prodigy"): Behavior(single_rate="it sets one step size for all of them, and refuses several"),
     ("schedulefree", "AdamWScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "RAdamScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "SGDScheduleFree"): _SCHEDULE_FREE,
+    (_ANY, "Lookahead"): Behavior(
+        nonlinear="every few steps it also takes back a part of the way that the steps before have made",
+        instead="the optimizer that it wraps",
+    ),
 }
+
+
+def behavior(optimizer: Optimizer) -> Behavior:
+    """Look up the class of an optimizer, or its nearest base class that is known."""
+    return next((TABLE[key] for cls in type(optimizer).__mro__ for key in _keys(cls) if key in TABLE), _COUPLED)
+
+
+def is_known(optimizer: Optimizer) -> bool:
+    """Return whether the class of an optimizer itself is in the table."""
+    return any(key in TABLE for key in _keys(type(optimizer)))
 
 
 def check_optimizer(optimizer: Optimizer, mode: str) -> None:
     """Refuse an optimizer whose update is not linear in the learning rate; one that is not known is let through.
 
     Args:
-        optimizer: The optimizer that steps.
+        optimizer: The optimizer whose `step` is called.
         mode: `record`, which takes every optimizer whose update has a unit, or `match`.
 
     Raises:
-        ValueError: If it is refused, with its name, the reason and what to do.
+        ValueError: With its name, the reason and what to use instead.
     """
-    behavior = _behavior(optimizer)
-    if not behavior.nonlinear or not any(map(behavior.nonlinear_if, optimizer.param_groups)):
-        return
-    reason = f"the update of {type(optimizer).__name__} is not linear in its learning rate: {behavior.nonlinear}."
-    if not behavior.has_unit:
-        raise ValueError(f"{reason} It has no rate per unit learning rate. Train with {behavior.instead}.")
-    if mode == "match":
-        raise ValueError(
-            f"{reason} Learning rates for single tensors would not scale their updates. Match with {behavior.instead}; "
-            "this one can be recorded."
-        )
+    for each in dict.fromkeys((optimizer, *stepping_optimizers(optimizer))):
+        known, name = behavior(each), type(each).__name__
+        if known.nonlinear and any(map(known.nonlinear_if, each.param_groups)):
+            reason = f"the update of {name} is not linear in its learning rate: {known.nonlinear}."
+            if not known.has_unit:
+                raise ValueError(f"{reason} It has no rate per unit learning rate. Train with {known.instead}.")
+            if mode == "match":
+                raise ValueError(
+                    f"{reason} Learning rates for single tensors would not scale their updates. Match with "
+                    f"{known.instead}; this one can be recorded."
+                )
+        if known.single_rate and mode == "match":
+            raise ValueError(
+                f"{name} cannot step tensors at learning rates of their own: {known.single_rate}. Match with "
+                f"{known.instead}; this one can be recorded."
+            )
 
 
 def weight_decays(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """What weight decay that is apart from the update takes from the weights in a step, per unit learning rate.
+    """Return the fraction of the weights that decoupled weight decay takes in a step, per unit learning rate.
 
     Args:
-        optimizer: The optimizer that has stepped.
-        parameters: `{canonical name: parameter}` of what it has stepped; without a gradient nothing decays.
+        optimizer: The optimizer whose `step` was called.
+        parameters: `{canonical name: tensor in its param groups}` of what it has stepped; without a gradient nothing
+            decays.
 
     Returns:
-        `{name: fraction of the weights}`; 0 where nothing decays apart from the update, or the class is not known.
+        `{canonical name: fraction}`; 0 where weight decay is part of the update, or the class is not known.
     """
-    behavior = _behavior(optimizer)
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = groups_by_tensor(optimizer)
     decays = dict.fromkeys(parameters, 0.0)
     for name, parameter in parameters.items():
-        group = groups[id(parameter)]
-        if group.get("weight_decay") and behavior.decay_is_apart(group):
-            decays[name] = float(group["weight_decay"]) * behavior.decay_factor(optimizer, group, parameter)
+        stepping, group = groups[id(parameter)]
+        known = behavior(stepping)
+        if group.get("weight_decay") and known.decay_is_apart(group):
+            decays[name] = float(group["weight_decay"]) * known.decay_factor(stepping, group, parameter)
     return decays
 
 
 def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, Any]:
-    """The options of a group that keep its weight decay what it was when its learning rate is scaled.
+    """Return the options that keep decoupled weight decay as it is when a group's learning rate is multiplied.
 
     Args:
-        optimizer: The optimizer that steps.
+        optimizer: The optimizer of the group.
         group: A param group.
-        scale: What its learning rate will be multiplied by.
+        scale: The factor on its learning rate.
 
     Returns:
-        Options to be changed; none if the decay does not change with the learning rate alone.
+        Options to be changed; none if weight decay does not depend on the learning rate alone.
     """
-    if scale in (0.0, 1.0) or not group.get("weight_decay") or not _behavior(optimizer).decay_is_apart(group):
+    if scale in (0.0, 1.0) or not group.get("weight_decay") or not behavior(optimizer).decay_is_apart(group):
         return {}
     return {"weight_decay": group["weight_decay"] / scale}
 
 
-def _behavior(optimizer: Optimizer) -> Behavior:
-    for cls in type(optimizer).__mro__:
-        key = (cls.__module__.partition(".")[0], re.sub(r"^Paged|(8|32)bit$", "", cls.__name__))
-        if key in TABLE:
-            return TABLE[key]
-    return _COUPLED
+def _keys(cls: type) -> list[tuple[str, str]]:
+    """The keys in `TABLE` that a class may have."""
+    name = re.sub(r"^Paged|(8|32)bit$", "", cls.__name__)
+    return [(cls.__module__.partition(".")[0], name), (_ANY, name)]

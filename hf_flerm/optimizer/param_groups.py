@@ -1,35 +1,27 @@
-"""Param groups of an optimizer that somebody else made: learning rates of tensors, and a group for every tensor."""
+"""Param groups of an optimizer that somebody else made: which optimizer steps a tensor, and at which learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..model.names import preview
 
-GROUP_KEY = "flerm_name"
-NAMES_KEY = "flerm_names"
-_OWN_TO_A_PART = ("params", "lr", "weight_decay")
-_PER_GROUP_LISTS = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "_init_lrs")
+Group = dict[str, Any]
+_WITHOUT_OPTIMIZERS = ("param_groups", "state", "defaults")
 
 
 def raw_optimizer(optimizer: Any) -> Optimizer:
-    """Unwrap what Accelerate puts around an optimizer.
+    """Unwrap an optimizer that Accelerate or DeepSpeed has wrapped.
 
     Args:
-        optimizer: An optimizer or a wrapper with an `.optimizer`.
-
-    Returns:
-        The optimizer that steps.
+        optimizer: An optimizer, or a wrapper that has one as `.optimizer`.
 
     Raises:
-        ValueError: If that is not a `torch.optim.Optimizer`.
+        ValueError: If there is no `torch.optim.Optimizer` inside.
     """
     while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "accelerator_state"):
         inner = getattr(optimizer, "optimizer", None)
@@ -39,20 +31,46 @@ def raw_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """Read the learning rate of every tensor.
+def stepping_optimizers(optimizer: Optimizer) -> dict[Optimizer, set[int]]:
+    """Find the optimizers that step tensors themselves.
+
+    An optimizer may hand its step on to others that it has as attributes, or in lists or dicts there: a pair of Muon
+    and AdamW behind one face, Lookahead, SAM. A tensor is stepped by the innermost optimizer that holds it.
 
     Args:
-        optimizer: The optimizer that steps.
-        parameters: `{canonical name: parameter}` of all that is trained.
+        optimizer: The optimizer whose `step` is called.
 
     Returns:
-        `{name: nominal learning rate}`.
+        `{optimizer: ids of the tensors in its param groups that none inside it holds}`, without those that have none.
+    """
+    return _stepping(optimizer, {id(optimizer)})
+
+
+def groups_by_tensor(optimizer: Optimizer) -> dict[int, tuple[Optimizer, Group]]:
+    """Return `{id of a tensor: (the optimizer that steps it, its param group there)}`."""
+    return {
+        id(tensor): (stepping, group)
+        for stepping, own in stepping_optimizers(optimizer).items()
+        for group in stepping.param_groups
+        for tensor in group["params"]
+        if id(tensor) in own
+    }
+
+
+def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read the nominal learning rate of every tensor.
+
+    Args:
+        optimizer: The optimizer whose `step` is called.
+        parameters: `{canonical name: tensor in its param groups}` of all that is trained.
+
+    Returns:
+        `{canonical name: learning rate}`.
 
     Raises:
-        ValueError: If a parameter is in no group.
+        ValueError: If a parameter is in no group, or its group has no learning rate.
     """
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = {tensor: group for tensor, (_, group) in groups_by_tensor(optimizer).items()}
     missing = [name for name, parameter in parameters.items() if id(parameter) not in groups]
     if missing:
         raise ValueError(
@@ -68,115 +86,31 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     return {name: float(groups[id(parameter)]["lr"]) for name, parameter in parameters.items()}
 
 
-def split_param_groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[int]:
-    """Give every tensor a param group of its own, in place; a second call changes nothing.
-
-    The order of the parameters stays, and so does every option of a group. Checkpoints keep the groups that there were:
-    `state_dict()` puts them together again and `load_state_dict()` takes them apart, so that a plain `Trainer` reads
-    what was saved and the other way round (`joined_scheduler` does the same for a scheduler's state). To be called
-    before a learning-rate scheduler is made: these count groups. An optimizer that loads its state by code of its own
-    (bitsandbytes) would not take it apart: it keeps its groups, and scales apply to it all the same.
-
-    Args:
-        optimizer: The optimizer that steps.
-        parameters: `{canonical name: parameter}` of all that is trained.
-
-    Returns:
-        The sizes of the groups that there were; empty if they were split before, or stay.
-
-    Raises:
-        ValueError: If a trainable parameter is in no group, or has no learning rate.
-    """
-    learning_rates(optimizer, parameters)
-    own_loading = type(optimizer).load_state_dict is not Optimizer.load_state_dict
-    if own_loading or all(GROUP_KEY in group for group in optimizer.param_groups):
-        return []
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    counts = [len(group["params"]) for group in optimizer.param_groups]
-    frozen = (f"frozen.{index}" for index in count())
-    optimizer.param_groups[:] = [
-        {
-            **{key: _copy(value) for key, value in group.items()},
-            "params": [parameter],
-            GROUP_KEY: names[id(parameter)] if id(parameter) in names else next(frozen),
-        }
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
-    optimizer.register_state_dict_post_hook(partial(_join, counts=counts))
-    optimizer.register_load_state_dict_pre_hook(partial(_part, counts=counts))
-    return counts
+def _stepping(optimizer: Any, seen: set[int]) -> dict[Optimizer, set[int]]:
+    found: dict[Optimizer, set[int]] = {}
+    for inner in _inside(vars(optimizer), seen):
+        found |= _stepping(inner, seen)
+    if isinstance(optimizer, Optimizer):
+        handed_on = set().union(*found.values())
+        own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]} - handed_on
+        if own:
+            found[optimizer] = own
+    return found
 
 
-@contextmanager
-def joined_scheduler(scheduler: Any, sizes: Sequence[int]) -> Iterator[None]:
-    """Give a scheduler, for a block, the state that it would have over the groups from before a split.
-
-    Args:
-        scheduler: A scheduler over split groups, or None.
-        sizes: What `split_param_groups` returned.
-
-    Yields:
-        Nothing.
-    """
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-
-    def change(length: int, changed: Callable[[list[Any]], list[Any]]) -> None:
-        for part in _schedulers(scheduler) if sizes else ():
-            for attribute in _PER_GROUP_LISTS:
-                values = getattr(part, attribute, None)
-                if isinstance(values, list) and len(values) == length:
-                    setattr(part, attribute, changed(values))
-
-    change(sum(sizes), lambda values: [values[min(start, len(values) - 1)] for start in starts])
-    try:
-        yield
-    finally:
-        change(len(sizes), lambda values: [v for v, size in zip(values, sizes, strict=True) for _ in range(size)])
-
-
-def _join(optimizer: Optimizer, state_dict: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
-    """A state dict with the groups that there were before the split; each keeps its tensors' names."""
-    split = iter(state_dict["param_groups"])
-    joined = []
-    for size in counts:
-        parts = list(islice(split, size))
-        if not parts:
-            # A group without parameters has left no part to take its options from.
-            joined.append({**optimizer.defaults, "params": [], NAMES_KEY: []})
-            continue
-        options = {key: value for key, value in parts[0].items() if key != GROUP_KEY}
-        params = [index for part in parts for index in part["params"]]
-        joined.append({**options, "params": params, NAMES_KEY: [part[GROUP_KEY] for part in parts]})
-    return {**state_dict, "param_groups": joined}
-
-
-def _part(optimizer: Optimizer, state_dict: dict[str, Any], counts: Sequence[int]) -> dict[str, Any]:
-    """A state dict with a group for every tensor, from one with the groups that there were."""
-    groups = state_dict["param_groups"]
-    if [len(group["params"]) for group in groups] != list(counts):
-        return state_dict
-    own = [group[GROUP_KEY] for group in optimizer.param_groups]
-    indices = [index for group in groups for index in group["params"]]
-    saved = [name for group in groups for name in group.get(NAMES_KEY, ())] or own
-    if set(saved) != set(own):
-        raise ValueError(
-            f"the optimizer's checkpoint belongs to other tensors: only it has {preview(set(saved) - set(own))}, only "
-            f"this optimizer {preview(set(own) - set(saved))}. Resume with the model that was saved."
-        )
-    parted = {
-        name: {key: _copy(value) for key, value in group.items() if key != NAMES_KEY} | {"params": [index]}
-        for name, index, group in zip(saved, indices, (g for g in groups for _ in g["params"]), strict=True)
-    }
-    return {**state_dict, "param_groups": [{**parted[name], GROUP_KEY: name} for name in own]}
-
-
-def _schedulers(scheduler: Any) -> Iterator[Any]:
-    if scheduler is not None:
-        yield scheduler
-        for part in getattr(scheduler, "_schedulers", ()):
-            yield from _schedulers(part)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _inside(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The optimizers in attributes, lists, tuples and dicts; each once, so that one may refer to its owner."""
+    contents: Iterable[Any] = ()
+    if isinstance(value, dict):
+        contents = (entry for key, entry in value.items() if not (isinstance(key, str) and key in _WITHOUT_OPTIMIZERS))
+    elif isinstance(value, (list, tuple)):
+        contents = value
+    elif not (hasattr(value, "param_groups") and hasattr(value, "__dict__")):
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if hasattr(value, "param_groups"):
+        yield value
+    for entry in contents:
+        yield from _inside(entry, seen)

@@ -1,11 +1,11 @@
-"""`plan`: which learning rate a target wants, from a base's profile and a few steps on a copy; nothing is saved."""
+"""`plan`: the learning rate that a target needs, from the profile of a base and a few training steps on a copy."""
 
 from __future__ import annotations
 
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,18 +25,20 @@ from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
-_DENSE_UNTIL = 8
-_NOISE = 2.0  # standard errors within which a multiplier may be 1
-_FACTOR = 1.8  # up to which rates miss what sweeps want however well they are measured (examples/results/studies.md)
+_DENSE_UNTIL = 8  # steps that are all measured
+_STANDARD_ERRORS = 2.0  # a factor within so many standard errors of 1 counts as 1
+# A factor within so much of 1 counts as 1, too: by so much rates differ from what sweeps find, however well they are
+# measured (examples/results/studies.md).
+_METHOD_ERROR = 1.8
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A factor on a learning rate.
+    """A factor on a learning rate. `str()` of it is the factor and its 68 % range, one standard error to both sides.
 
     Attributes:
         value: The factor.
-        error: Standard error of its logarithm: 0.1 is about 10 %.
+        error: Standard error of its natural logarithm; 0.1 is about 10 %.
     """
 
     value: float
@@ -44,25 +46,31 @@ class Multiplier:
 
     @property
     def is_one(self) -> bool:
-        """Whether it is 1 within its noise, or within what the method itself cannot tell from 1."""
-        return abs(math.log(self.value)) <= max(_NOISE * self.error, math.log(_FACTOR))
+        """Whether it cannot be told from 1: within two standard errors, or within the error of the method (1.8)."""
+        return abs(math.log(self.value)) <= max(_STANDARD_ERRORS * self.error, math.log(_METHOD_ERROR))
+
+    @property
+    def range(self) -> str:
+        """The 68 % range in words."""
+        low, high = self.value * math.exp(-self.error), self.value * math.exp(self.error)
+        return f"68 % range {low:.3g} to {high:.3g}"
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} (x/÷ {math.exp(self.error):.2f})"
+        return f"{self.value:.3g} ({self.range})"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train a target with; `str()` of it is the advice in words.
+    """Which learning rate to train a target with, as `plan` found it. `str()` of it is the advice in words.
 
     Attributes:
-        base_learning_rate: The base's.
-        overall: What to multiply it by if all tensors have one learning rate.
-        multipliers: `{kind: factor}` if each kind of tensor has its own.
+        base_learning_rate: The learning rate of the base.
+        overall: Factor on it if all tensors have one learning rate.
+        multipliers: `{kind: factor}` if each kind of tensor has a learning rate of its own.
         change: How the target differs from the base.
-        mapped: Which of the base's rates stand for which tensors.
-        steps: Steps that were trained on the copy.
-        evidence: What they told of the one factor for all.
+        mapped: Which rates of the base correspond to which tensors.
+        steps: Training steps of the copy.
+        evidence: What was measured of the one factor for all tensors.
     """
 
     base_learning_rate: float
@@ -75,17 +83,20 @@ class Plan:
 
     @property
     def learning_rate(self) -> float:
-        """One learning rate for all tensors; the base's if nothing speaks against it."""
+        """One learning rate for all tensors: the base's, times the overall factor unless that cannot be told from 1."""
         return self.base_learning_rate * (1.0 if self.overall.is_one else self.overall.value)
 
     @property
     def keeps(self) -> bool:
-        """Whether the base's learning rate will do: every multiplier is 1 within its noise."""
+        """Whether the base's learning rate can be kept: no factor, overall or of a kind, can be told from 1."""
         return self.overall.is_one and all(multiplier.is_one for multiplier in self.multipliers.values())
 
     @property
     def regimes(self) -> dict[str, tuple[float, float]]:
-        """`{size that changed: (exponent of the learning rate in it, standard error)}`; where one alone changed."""
+        """How the learning rate depends on the size that changed; empty unless exactly one did.
+
+        `{size: (exponent, its standard error)}` with learning rate ~ size^exponent, from the overall factor.
+        """
         ratios = self.change.ratios
         if len(ratios) != 1:
             return {}
@@ -96,16 +107,12 @@ class Plan:
 
     @property
     def rules(self) -> list[tuple[Rule, float]]:
-        """What the field's rules say that have something to say: the rule, and its learning rate."""
-        found = [rule for rule in RULES if rule.applies(self.change)]
-        return [(rule, self.base_learning_rate * rule.factor(self.change)) for rule in found]
+        """The published rules that are about this change, each with the learning rate that it gives."""
+        applicable = [rule for rule in RULES if rule.applies(self.change)]
+        return [(rule, self.base_learning_rate * rule.factor(self.change)) for rule in applicable]
 
     def to_dict(self) -> dict[str, Any]:
-        """Lay out all of it for programs.
-
-        Returns:
-            What JSON can hold; errors are standard errors, of logarithms where they are of multipliers.
-        """
+        """Return everything as JSON can hold it. Errors of multipliers are standard errors of their logarithms."""
         return {
             "base_learning_rate": self.base_learning_rate,
             "learning_rate": self.learning_rate,
@@ -122,23 +129,32 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [f"Learning rate for all tensors: {self.learning_rate:.3g}, the base's times {self.overall}."]
-        if self.overall.is_one:
-            lines = [
-                f"Learning rate for all tensors: the base's, {self.learning_rate:.3g}; the factor that was measured, "
-                f"{self.overall}, is 1 within its noise or the method's."
-            ]
-        if self.keeps:
-            lines = [f"Keep your learning rate, {self.base_learning_rate:.3g}: no multiplier is beyond its noise."]
-        for name, (exponent, error) in self.regimes.items():
-            regime = f"{name}-invariant" if self.overall.is_one else f"{name}^{exponent:.2f}"
-            lines.append(f"It goes as {regime} (exponent {exponent:.2f} ± {error:.2f}).")
-        lines += ["", "Multipliers, if each kind of tensor has its own:"]
-        lines += [f"  {multiplier!s:>20}  {kind}" for kind, multiplier in sorted(self.multipliers.items())]
-        lines += ["", "The rules of the field:"] if self.rules else []
-        lines += [f"  {rate:.3g}  {rule.text} ({rule.source})" for rule, rate in self.rules]
-        lines += ["", "What stands for what:", str(self.mapped), "", f"From {self.steps} steps on a copy."]
+        lines = [self._advice(), *self._dependence()]
+        lines += ["", "Factors if each kind of tensor has a learning rate of its own:"]
+        lines += [f"  {kind}: {multiplier}" for kind, multiplier in sorted(self.multipliers.items())]
+        lines += ["", "What published rules say:"] if self.rules else []
+        lines += [f"  {rate:.3g} by {rule.text} ({rule.source})" for rule, rate in self.rules]
+        lines += ["", "Tensors of the base and of the target:", str(self.mapped)]
+        lines += ["", f"Measured in {self.steps} training steps of a copy of the model."]
         return "\n".join(lines)
+
+    def _advice(self) -> str:
+        base = f"{self.base_learning_rate:.3g}"
+        if not self.overall.is_one:
+            return f"Use {self.learning_rate:.3g}: the base's learning rate, {base}, times {self.overall}."
+        kept = f"Keep {base} (measured factor {self.overall.value:.3g}, {self.overall.range})."
+        if self.keeps:
+            return kept
+        return f"{kept} Some kinds of tensor would need another learning rate; mode='match' gives each its own."
+
+    def _dependence(self) -> Iterator[str]:
+        for size, (exponent, error) in self.regimes.items():
+            if not self.overall.is_one:
+                yield f"The learning rate goes as {size}^{exponent:.2f} here (standard error {error:.2f})."
+                continue
+            is_scaled = size == "rank" and math.isclose(self.change.scaling * self.change.rank, 1.0)
+            reason = ", because alpha/r scales the update" if is_scaled else ""
+            yield f"The learning rate does not depend on {size} here{reason} (exponent {exponent:.2f} ± {error:.2f})."
 
 
 def plan(
@@ -155,33 +171,30 @@ def plan(
     config: FLeRMConfig | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Plan:
-    """Find the learning rate that a model wants, before it is trained.
+    """Estimate the learning rate that a model needs, before it is trained.
 
-    A copy of the model trains for a few steps, from the base's learning rate, with one scale for all tensors; what it
-    would take for each kind is estimated from the same measurements. The later ones count more: at its start a wide or
-    strongly initialized network is more sensitive than it remains. Model, random numbers and disk stay as they are.
+    A copy of the model trains for a few steps at the base's learning rate, with one scale for all tensors that follows
+    the measurements. The factors for each kind of tensor are estimated from the same measurements. Later steps count
+    more, because a wide or strongly initialized network is more sensitive at its start than later. The model, all
+    random number generators and the disk are left as they are.
 
     Args:
         model: The target, as it will be trained.
-        args: The arguments that it will be trained with; their learning rate counts only if the profile has none.
-        train_dataset: What it will be trained on.
-        profile: The base's: a profile, a folder, a file or a repository.
-        steps: How many steps the copy trains; fewer if its training is shorter.
-        granularity: As for `FLeRMConfig`; None: `tensor` if base and target have tensors of the same names, else
-            `module`.
-        optimizer: Makes the optimizer for a model, where `args.optim` does not say it.
+        args: The arguments that it will be trained with. Their learning rate is used only if the profile holds none.
+        train_dataset: The data set that it will be trained on.
+        profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
+        steps: Training steps of the copy; fewer if its training is shorter.
+        granularity: As for `map_profile`. None: "tensor" if base and target have tensors of the same names, else
+            "module".
+        optimizer: Function that makes the optimizer for a model, if `args.optim` does not name it.
         data_collator: As for `Trainer`.
         probe_dataset: As for `FLeRMTrainer`.
-        config: Estimator, probes and what is measured; None: the defaults, and output, positions and metric as the
-            profile has them.
-        callbacks: As for `Trainer`, of the copy's training.
-
-    Returns:
-        The plan.
+        config: What is measured and how. None: the defaults, with output, positions and metric of the profile.
+        callbacks: Callbacks for the training of the copy.
 
     Raises:
-        RateProfileError: If the profile is no use for this model, or lacks the joint rates that this needs.
-        ValueError: If there is no step, nothing could be measured in these steps, or several processes run.
+        RateProfileError: If the profile does not fit the model, or holds no joint rates.
+        ValueError: If `steps` is below 1, nothing could be measured in these steps, or several processes run.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
@@ -201,25 +214,28 @@ def plan(
     drawing = own_generators(train_dataset, data_collator, probe_dataset)
     with kept_random_state(args.device), drawing, tempfile.TemporaryDirectory() as scratch:
         replica = copy.deepcopy(model)
-        follower = _Follower(mapped, steps)
+        collector = _Collector(mapped, steps)
         trainer = FLeRMTrainer(
             model=replica,
-            args=_quiet(args, scratch, base_rate),
+            args=_without_output(args, scratch, base_rate),
             train_dataset=train_dataset,
             data_collator=data_collator,
             optimizers=(optimizer(replica) if optimizer else None, None),
-            callbacks=[follower, *callbacks],
+            callbacks=[collector, *callbacks],
             probe_dataset=probe_dataset,
             flerm=settings,
         )
         trainer.remove_callback(PrinterCallback)
-        follower.source = trainer.flerm_callback
+        collector.source = trainer.flerm_callback
         trainer.train()
     evidence = trainer.flerm_callback.evidence
-    overall = _growing(evidence).levels(everything, "kind").get("")
+    overall = _weighted_by_step(evidence).mean_log_scales(everything, "kind").get("")
     if overall is None:
-        raise ValueError(f"nothing could be measured in {steps} steps: is the learning rate 0 for so long?")
-    by_kind = _growing(follower.by_kind).levels(mapped, "kind")
+        raise ValueError(
+            f"nothing could be measured in {steps} steps: the learning rate is 0 (warm-up), or a good part of the "
+            "tensors cannot move the outputs yet (LoRA's A in the first step). Give more steps."
+        )
+    by_kind = _weighted_by_step(collector.by_kind).mean_log_scales(mapped, "kind")
     return Plan(
         float(base_rate),
         Multiplier(math.exp(overall[0]), overall[1]),
@@ -231,21 +247,22 @@ def plan(
     )
 
 
-def _growing(evidence: Evidence) -> Evidence:
-    """The same with weights that grow with the step, beside the learning rate that they are."""
+def _weighted_by_step(evidence: Evidence) -> Evidence:
+    """The evidence with weights (step + 1) x learning rate in place of the learning rate."""
     weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
     return replace(evidence, weights=tuple(weights))
 
 
-class _Follower(TrainerCallback):
-    """Collects, from a run with one scale, the evidence for a scale of every kind; stops the run in time."""
+class _Collector(TrainerCallback):
+    """Collects evidence for a scale of every kind from a run with one scale for all; stops the run after `steps`."""
 
     def __init__(self, mapped: ProfileMap, steps: int) -> None:
         self.mapped, self.steps = mapped, steps
-        self.by_kind = Evidence.recorded(None, mapped)
+        self.by_kind = Evidence.empty(mapped)
         self.source: FLeRMCallback | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The callback of FLeRM has measured before: its evidence has one step more after a measured step.
         if self.source is not None and self.source.last_measurement is not None:
             steps, weights = self.source.evidence.steps, self.source.evidence.weights
             if steps[-1:] != self.by_kind.steps[-1:]:
@@ -264,12 +281,12 @@ def _mapped(base: RateProfile, model: nn.Module, granularity: str | None) -> Pro
 
 
 def _is_measured(step: int, steps: int) -> bool:
-    """Every step at first, then less and less often, and the last."""
+    """All of the first 8 steps, then every 2nd from step 8, every 4th from 16, every 8th from 32, ...; and the last."""
     return step < _DENSE_UNTIL or step == steps - 1 or step % max(1, 2 ** int(math.log2(step)) // 4) == 0
 
 
-def _quiet(args: TrainingArguments, folder: str, learning_rate: float) -> TrainingArguments:
-    """The arguments of a run that writes and reports nothing."""
+def _without_output(args: TrainingArguments, folder: str, learning_rate: float) -> TrainingArguments:
+    """The arguments of a run that writes no file and reports nothing."""
     own = copy.copy(args)
     own.learning_rate = learning_rate
     for name, value in (

@@ -1,1 +1,1 @@
-"""`RateProfile`: the rates of one run, its file, its metadata, and its way to the Hub."""
+"""Rate profiles: `RateProfile`, the file and metadata of a profile, and the Hub."""

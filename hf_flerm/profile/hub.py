@@ -68,9 +68,9 @@ def find(source: str, *, revision: str | None = None, subfolder: str | None = No
         path = path / (subfolder or "") / PROFILE_NAME
         if not path.is_file():
             raise RateProfileError(
-                f"there is no {PROFILE_NAME} in {path.parent}. A run that is recorded writes it into its output folder "
-                "and checkpoints; so does save_model of FLeRMTrainer and FLeRMMixin, but not with FLeRMCallback alone, "
-                "whose save(folder) does."
+                f"there is no {PROFILE_NAME} in {path.parent}. A recorded run writes it into its output folder and its "
+                "checkpoints. save_model of FLeRMTrainer and FLeRMMixin writes it as well; with FLeRMCallback alone, "
+                "call its save(folder)."
             )
         return path
     with _explained(f"{source!r} is no folder, no file and no repository that holds {PROFILE_NAME}"):

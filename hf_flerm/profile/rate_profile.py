@@ -171,15 +171,6 @@ class RateProfile:
             },
         )
 
-    def equalized(self) -> RateProfile:
-        """Return a profile in which all tensors have the same rate: at every step, the RMS of the rates above 0.
-
-        It has no joint rates. As a base it is a baseline for matching: a mass of 1 for every module, as Modula has it.
-        """
-        rows = torch.stack(list(self.rates.values()))
-        mean = (rows.square().sum(0) / (rows > 0).sum(0).clamp(min=1)).sqrt()
-        return RateProfile(self.steps, dict.fromkeys(self.rates, mean), self.metadata)
-
     @staticmethod
     def average(profiles: Sequence[RateProfile | str | os.PathLike[str]]) -> RateProfile:
         """Average profiles geometrically, for instance over seeds.

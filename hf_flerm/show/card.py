@@ -1,4 +1,4 @@
-"""The model card of a profile: a section of a model's card, or a card of its own."""
+"""The model card of a profile: a section in the card of a model, or a new card."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ TAGS = ("hf_flerm", "rate-profile", "function-space-learning-rates")
 _BEGIN, _END = "<!-- hf_flerm: rate profile -->", "<!-- hf_flerm: end -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _PAPER = "https://arxiv.org/abs/2502.17405"
-_MOST_CHARACTERS = 200  # of a text from a file
+_LONGEST_TEXT = 200  # characters of a text from a file
 
 
 def profile_files(profile: RateProfile, address: str, card: ModelCard | None = None) -> dict[str, bytes]:
-    """Make what lies in a folder or repository that shares a profile.
+    """Return the files of a folder or repository that shares a profile.
 
     Args:
         profile: The profile.
-        address: What others write to load it: the id of its repository.
+        address: What others pass to `RateProfile.from_pretrained`: the id of the repository.
         card: The card that is there already.
 
     Returns:
-        `{file name: content}`: the profile, the card and, where matplotlib is installed, the picture.
+        `{file name: content}` of the profile, the card and, if matplotlib is installed, the picture.
 
     Raises:
-        RateProfileError: If the card that is there has a section that does not end.
+        RateProfileError: If the section of an earlier profile in `card` has no end.
     """
     files = {PROFILE_NAME: profile.to_bytes()}
     try:
@@ -55,33 +55,33 @@ def profile_files(profile: RateProfile, address: str, card: ModelCard | None = N
 def updated_card(
     profile: RateProfile, address: str, card: ModelCard | None = None, *, with_picture: bool = False
 ) -> ModelCard:
-    """Write the section of a profile into a card; all else in the card stays as it is.
+    """Write the section of a profile into a card; the rest of the card stays as it is.
 
     Args:
         profile: The profile.
-        address: What others write to load it: the id of its repository.
+        address: What others pass to `RateProfile.from_pretrained`: the id of the repository.
         card: The card that is there already. None: a new one.
-        with_picture: Whether the picture lies beside the card.
+        with_picture: Whether the folder holds the picture.
 
     Returns:
-        The card, with the section in place of an earlier one or at its end, and with what search needs: tags, and the
-        library and base model if it names none.
+        The card. The section replaces that of an earlier profile, or stands at the end. For search on the Hub, tags are
+        added, and library and base model if the card names none.
 
     Raises:
-        RateProfileError: If the card that is there has a section that does not end.
+        RateProfileError: If the section of an earlier profile in `card` has no end.
     """
     section = f"{_BEGIN}\n{_section(profile, address, with_picture)}\n{_END}"
     if card is None:
         card = ModelCard(f"---\n{ModelCardData(library_name=LIBRARY).to_yaml()}\n---\n\n# {_plain(address)}\n")
     if card.text.count(_BEGIN) != len(_SECTION.findall(card.text)):
-        raise RateProfileError(f"the card has a line {_BEGIN!r} with no {_END!r} after it. Take that section out.")
+        raise RateProfileError(f"the card has a line {_BEGIN!r} without {_END!r} after it. Take that section out.")
     data: Any = card.data
     data.tags = [*(tags := _texts(data.tags)), *(tag for tag in TAGS if tag not in tags)]
     if getattr(data, "base_model", None) is None and (base := _base_model(profile)):
         data.base_model = base
     if data.library_name is None:
         data.library_name = LIBRARY
-    if _BEGIN in card.text:
+    if _BEGIN in card.text:  # the first section is replaced, further ones are removed
         kept = iter([section])
         card.text = _SECTION.sub(lambda _: next(kept, ""), card.text)
     else:
@@ -101,10 +101,10 @@ def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
         [
             "## Function-space learning rates",
             "",
-            f"`{PROFILE_NAME}` says how far the updates of each tensor moved the outputs of this model while it was "
-            f"trained{at_rate} ([Milsom, Anson, Aitchison, 2025]({_PAPER})), measured with `hf_flerm`. A bigger model, "
-            "another rank or another initialization can be trained at the same learning rate so that its outputs move "
-            "as far:",
+            f"`{PROFILE_NAME}` holds the function-space learning rates of this model, trained{at_rate}: how much the "
+            "update of each tensor changed the outputs of the model, per unit learning rate "
+            f"([Milsom, Anson, Aitchison, 2025]({_PAPER})). They were measured with `hf_flerm`. To train a bigger "
+            "model, or this one with another rank or initialization, at the same learning rate, match them:",
             "",
             "```python",
             "from hf_flerm import FLeRMConfig, FLeRMTrainer",
@@ -118,22 +118,23 @@ def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
             "|---|---|",
             *facts,
             "",
-            "Rates in output units per unit learning rate, geometric means over the tensors of a kind:",
+            "Rates are in output units per unit learning rate, and geometric means over the tensors of a kind:",
             "",
             "| kind of tensor | tensors | at the first measured step | at the last |",
             "|---|---|---|---|",
             *rows,
             "",
-            "Limits: the learning rate must have been tuned on this run; a profile carries it over and does not find "
-            "it. Rates are of first order, and of this data and optimizer: match with data and an optimizer of the "
-            "same kind. What is tabled above was written by the run; `hf-flerm validate` checks its form only.",
+            "Limits: a profile carries a learning rate over to another model, and does not find one: it must have been "
+            "tuned on this run. Rates are first-order changes, measured with this data and optimizer: match with data "
+            "and an optimizer of the same kind. The tables above show what the run has written; `hf-flerm validate` "
+            "checks only the form of the file.",
         ]
     )
 
 
 def _picture(profile: RateProfile) -> bytes:
-    """The picture of rates as a PNG of 256 colors, which is a quarter as large."""
-    from PIL import Image  # matplotlib has it
+    """The picture of the rates as a PNG of 256 colors, which is a quarter of the size."""
+    from PIL import Image  # a dependency of matplotlib
 
     from .plotting import close, plot_profile
 
@@ -147,7 +148,7 @@ def _picture(profile: RateProfile) -> bytes:
 
 
 def _base_model(profile: RateProfile) -> str | None:
-    """The base model's repository, if it is one; a folder of the machine that trained is nobody's business."""
+    """The repository of the base model. Folders are left out: a card must not show paths of the training machine."""
     for name in profile.about.base_models:
         if not os.path.exists(name):
             try:
@@ -163,8 +164,8 @@ def _texts(tags: object) -> list[str]:
 
 
 def _plain(text: object) -> str:
-    """A text from a file as one line that Markdown, HTML and Python take for nothing but text."""
-    shown = "".join(character if character.isprintable() else " " for character in str(text)[:_MOST_CHARACTERS])
+    """A text from a file as one line without characters that mean something in Markdown, HTML or Python."""
+    shown = "".join(character if character.isprintable() else " " for character in str(text)[:_LONGEST_TEXT])
     return re.sub(r"[|`<>\[\]\"\\]", "_", shown)
 
 

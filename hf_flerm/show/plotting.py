@@ -121,15 +121,16 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
 
 
 def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes | None = None) -> Figure:
-    """Draw how far the updates of tensors reinforce or cancel each other.
+    """Draw how much the updates of tensors reinforce or cancel each other.
 
     Args:
-        names: Of the tensors, [L].
-        inner_products: Of the output changes that their updates make, [L, L], as `Measurement.interactions` gives them.
+        names: Names of the tensors, [L].
+        inner_products: Inner products of the output changes that their updates cause, [L, L], from
+            `Measurement.interactions`.
         axes: Where to draw. None: on a new figure.
 
     Returns:
-        The figure: correlations, 1 where two updates change the outputs alike and -1 where they cancel.
+        The figure: correlations, 1 where two updates change the outputs in the same way and -1 where they cancel.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -137,8 +138,8 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
     """
     if inner_products.shape != (len(names), len(names)):
         raise ValueError(
-            f"there are {len(names)} names and a matrix of shape {tuple(inner_products.shape)}. Pass what "
-            "Measurement.interactions() gives."
+            f"there are {len(names)} names and a matrix of shape {tuple(inner_products.shape)}. Pass the result of "
+            "Measurement.interactions()."
         )
     side = 0.25 * min(len(names), _MOST_NAMES)
     figure, axes = _axes(axes, (3 + side, 1.5 + side))
@@ -161,7 +162,7 @@ def plot_losses(
     Args:
         sweeps: `{run: {learning rate: losses, one per seed}}`; a loss that is not finite is a run that diverged.
         axes: Where to draw. None: on a new figure.
-        stable: What a loss may be above the sweep's best, in its own unit, before it counts as unstable.
+        stable: How far a loss may lie above the best loss of its sweep before it counts as unstable, in units of loss.
 
     Returns:
         The figure: means with standard errors over seeds, a star at the optimum, a dashed line at the largest
@@ -196,14 +197,11 @@ PICTURES = {"rates": plot_profile, "layers": plot_layers, "multipliers": plot_mu
 
 
 def _stable_edge(means: Mapping[float, float], stable: float) -> float | None:
-    """Find the largest learning rate before training becomes unstable.
+    """Return the largest learning rate before training becomes unstable; None if no learning rate is unstable.
 
     Args:
         means: `{learning rate: mean loss}`.
-        stable: What a loss may be above the best.
-
-    Returns:
-        The learning rate before the first unstable one above the optimum; None if none is unstable.
+        stable: How far a loss may lie above the best.
     """
     best = min((rate for rate, loss in means.items() if math.isfinite(loss)), key=means.__getitem__)
     above = [rate for rate in sorted(means) if rate >= best]

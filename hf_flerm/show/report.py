@@ -1,4 +1,4 @@
-"""One HTML file that shows a profile, offline and zoomable (needs plotly: `pip install 'hf_flerm[report]'`)."""
+"""A profile as one HTML page that works offline and can be zoomed (needs plotly: `pip install 'hf_flerm[report]'`)."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>How far the updates of each tensor moved the outputs of the model, per unit learning rate. Drag over a picture to
-zoom, double-click to see all of it again; click on a name to hide it, double-click to see it alone.</p>
+<p>How much the update of each tensor changed the outputs of the model, per unit learning rate. Drag over a picture to
+zoom in, double-click to zoom out. Click a name in a legend to hide its line, double-click to see that line alone.</p>
 <table>
 {% for what, text in about.items() %}
 <tr><th>{{ what }}</th><td>{{ text }}</td></tr>
@@ -67,7 +67,7 @@ zoom, double-click to see all of it again; click on a name to hide it, double-cl
 {{ picture }}
 {% endfor %}
 <h2>Rates in numbers</h2>
-<p>Geometric means over the tensors of a kind; ± is one standard error over them.</p>
+<p>Geometric means over the tensors of a kind, ± one standard error.</p>
 <table>
 <tr><th>kind of tensor</th><th class="number">tensors</th><th class="number">at the first measured step</th>
 <th class="number">at the last</th></tr>
@@ -83,14 +83,10 @@ zoom, double-click to see all of it again; click on a name to hide it, double-cl
 
 
 def report(profile: RateProfile) -> str:
-    """Show a profile in one HTML page that needs nothing else: no network, no other file.
+    """Return a profile as one HTML page that needs no network and no other file.
 
-    Args:
-        profile: The profile.
-
-    Returns:
-        The page: where the profile comes from; rates over training by kind of tensor, of each layer and of each tensor;
-        of a matched run its multipliers; a table. The same profile gives the same page.
+    The page shows where the profile comes from, its rates over training by kind of tensor, of each layer and of each
+    tensor, the multipliers of a matched run, and a table. The same profile gives the same page.
 
     Raises:
         ImportError: If plotly is not installed.
@@ -111,7 +107,7 @@ def report(profile: RateProfile) -> str:
 
 
 def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
-    """Headings, what is to be seen, and figures."""
+    """Yield heading, explanation and figure."""
     yield (
         "Rates over training",
         "A line for each kind of tensor, in a band of one standard error over its tensors.",
@@ -251,7 +247,7 @@ def _styles() -> Iterator[dict[str, Any]]:
 
 
 def _ends(rates: KindRates) -> list[str]:
-    """The first rate and the last, with their errors."""
+    """The first and the last rate as texts, with their errors."""
     pairs = list(zip(rates.mean.tolist(), rates.log_error.tolist(), strict=True)) or [(math.nan, math.nan)]
     return [_number(mean, log_error) for mean, log_error in (pairs[0], pairs[-1])]
 

@@ -1,4 +1,4 @@
-"""What a profile says in few numbers: rates by kind of tensor, and where they come from, in words."""
+"""A profile in a few numbers and words: rates by kind of tensor, and where they come from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class KindRates:
     """The rates of one kind of tensor over training.
 
     Attributes:
-        names: Its tensors.
+        names: Names of the tensors.
         mean: Geometric mean over the tensors with a rate above 0, float64 [S]; nan where all are 0.
         log_error: Standard error of the mean of the logarithms, over the tensors, float64 [S]; nan for fewer than two.
     """
@@ -32,19 +32,15 @@ class KindRates:
 
     @property
     def band(self) -> tuple[Tensor, Tensor]:
-        """One standard error below and above the mean, float64 [S] each; the mean itself where it is not known."""
+        """One standard error below and above the mean, float64 [S] each; the mean itself where the error is unknown."""
         factor = self.log_error.nan_to_num(0.0).exp()
         return self.mean / factor, self.mean * factor
 
 
 def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
-    """Summarize a profile's rates.
+    """Return `{kind: rates}`.
 
-    Args:
-        profile: The profile.
-
-    Returns:
-        `{kind: rates}`; a kind is a tensor's name without PEFT's prefix and with `*` for the indices of blocks.
+    A kind is the name of a tensor without PEFT's prefix and with `*` for the indices of blocks.
     """
     known = profile.about.kinds
     groups: dict[str, list[str]] = {}
@@ -63,13 +59,9 @@ def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
 
 
 def described(profile: RateProfile) -> dict[str, str]:
-    """Say where a profile comes from.
+    """Return `{what: text}`: where a profile comes from, according to its metadata.
 
-    Args:
-        profile: The profile.
-
-    Returns:
-        `{what: text}` of what its metadata tells. Whoever made the file wrote it: show it as text only.
+    Whoever made the file wrote the texts: show them as text only.
     """
     about = profile.about
     arguments, settings = about.training_arguments, about.settings

@@ -29,7 +29,7 @@ class Scaler:
 
     Attributes:
         evidence: What was measured of the scales so far.
-        scales: `{canonical name: factor on the learning rate}`.
+        scales: `{canonical name: factor on the learning rate}`, as applied.
         shares: The tensors whose joint rates are matched: `{canonical name: share of its update}` for each.
 
     Args:
@@ -61,7 +61,7 @@ class Scaler:
         )
         self._base = _identity(base)
         self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
-        self.evidence = Evidence.recorded(None, self._mapped)
+        self.evidence = Evidence.empty(self._mapped)
         self._step_scales = StepScales(optimizer, held)
         self._set_scales()
 
@@ -78,7 +78,7 @@ class Scaler:
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
             record = None
-        self.evidence = Evidence.recorded(record, self._mapped)
+        self.evidence = Evidence.empty(self._mapped) if record is None else Evidence.from_record(record, self._mapped)
         self._set_scales()
 
     def update(self, step: int, measurement: Measurement, learning_rate: float) -> dict[str, float]:
@@ -90,7 +90,8 @@ class Scaler:
             learning_rate: The nominal learning rate of the step.
 
         Returns:
-            `{canonical name: new scale / old one}` of the scales that changed.
+            `{canonical name: new scale / old one}` of the scales that changed; of tensors over the same memory only the
+            first, so that their step is redone once.
         """
         old, config, research = self.scales, self._config, self._config.research
         self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
@@ -101,18 +102,22 @@ class Scaler:
             max_change=config.max_change,
         )
         self._set_scales()
-        return {name: scale / old[name] for name, scale in self.scales.items() if scale != old[name]}
+        return {
+            name: scale / old[name]
+            for name, scale in self.scales.items()
+            if scale != old[name] and name not in self._step_scales.tied
+        }
 
     def recorded(self, profile: RateProfile) -> RateProfile:
         """Return the profile with the evidence in its metadata, from which a resumed run continues."""
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.record()}}
+        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.to_record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def at_limit(self) -> str:
         """Return a warning that names the scales that have reached `max_scale`; empty if none has."""
-        at_limit = self.evidence.held(self._config.max_scale)
+        at_limit = self.evidence.at_limit(self._config.max_scale)
         if not at_limit:
             return ""
         return (
@@ -129,7 +134,7 @@ class Scaler:
         if left:
             logger.warning(
                 f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "
-                "or in this run."
+                "or in this run, or the tensors that they would share a scale with did not all move yet."
             )
 
     def remove(self) -> None:
@@ -138,7 +143,8 @@ class Scaler:
 
     def _set_scales(self) -> None:
         logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
-        self.scales = self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self._step_scales.scales = self._mapped.tensor_scales(logs)
+        self.scales = self._step_scales.scales
 
 
 def _identity(base: RateProfile) -> dict[str, str]:

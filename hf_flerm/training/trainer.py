@@ -12,12 +12,11 @@ from transformers import Trainer
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
-from ..model.names import trainable_parameters
-from ..optimizer.param_groups import joined_scheduler, raw_optimizer, split_param_groups
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
+_OLD_KEY = "flerm_names"  # version 0.1 wrote it into the param groups of a matched run's checkpoints
 
 
 class FLeRMMixin(_Base):
@@ -37,7 +36,6 @@ class FLeRMMixin(_Base):
         self, *args: Any, flerm: FLeRMConfig, probe_dataset: Dataset[Any] | None = None, **kwargs: Any
     ) -> None:
         self._flerm = FLeRMCallback(flerm, probe_dataset)
-        self._group_sizes: list[int] = []
         super().__init__(*args, **kwargs)
         # First in the list, so that what it adds to a log reaches every tracker.
         self.callback_handler.callbacks.insert(0, self._flerm)
@@ -60,17 +58,12 @@ class FLeRMMixin(_Base):
             self._flerm.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer as `Trainer` does; to match, give every tensor a param group of its own.
-
-        A scheduler that exists already has counted the groups, so then they stay; so they do under FSDP, which saves
-        and loads states by names of its own. The scales apply all the same.
-        """
+        """Make the optimizer as `Trainer` does; to match, an engine may need other param groups (ZeRO)."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._flerm.config.mode == "match" and self.lr_scheduler is None and not self.is_fsdp_enabled:
-            model: Any = self.model
-            engine_of(model).check(self._flerm.config.research.estimator)
-            sizes = split_param_groups(raw_optimizer(optimizer), trainable_parameters(model))
-            self._group_sizes = sizes or self._group_sizes  # DeepSpeed has it made twice
+        if self._flerm.config.mode == "match":
+            engine = engine_of(self.model)
+            engine.check(self._flerm.config.research.estimator)
+            engine.prepare_optimizer(optimizer)
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -94,12 +87,9 @@ class FLeRMMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._flerm.resume_from(checkpoint)
-        with joined_scheduler(self.lr_scheduler, self._group_sizes):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with joined_scheduler(self.lr_scheduler, self._group_sizes):
-            super()._save_optimizer_and_scheduler(output_dir)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group in getattr(self.optimizer, "param_groups", ()):
+            group.pop(_OLD_KEY, None)
 
 
 class FLeRMTrainer(FLeRMMixin, Trainer):

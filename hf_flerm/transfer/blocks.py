@@ -1,4 +1,9 @@
-"""Blocks of repeated stacks: their indices in names, and which blocks of one stack stand where those of another do."""
+"""Repeated blocks: their indices in names, and which blocks of one stack correspond to which of another.
+
+A *kind* is a name with `*` in place of the indices of blocks: `h.*.attn.weight` is the kind of `h.3.attn.weight`. The
+indices of a name are a tuple, outermost stack first: (3,) here; stacks within stacks have more, and names outside of
+any stack have ().
+"""
 
 from __future__ import annotations
 
@@ -6,96 +11,86 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
+Indices = tuple[int, ...]
+# {(base indices, target indices): (part of the target block that overlaps, part of the base block)}
+Overlaps = dict[tuple[Indices, Indices], tuple[Fraction, Fraction]]
+
+# Names come from files, so only plain decimal digits are an index (no "00", no other scripts), within 64 bits.
 _INDEX = r"(0|[1-9][0-9]{0,17})"
 
 
-def overlapping(
-    base: Iterable[tuple[int, ...]], target: Iterable[tuple[int, ...]], same_blocks: bool = False
-) -> dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Fraction, Fraction]]:
-    """How blocks of two stacks overlap when both are stretched to one length, stack within stack.
+def overlapping(base: Iterable[Indices], target: Iterable[Indices], same_blocks: bool = False) -> Overlaps:
+    """Find how the blocks of two stacks overlap when both stacks are stretched to the same length.
+
+    With n base blocks and m target blocks, base block i covers the interval [i/n, (i+1)/n] and target block j covers
+    [j/m, (j+1)/m]. From 2 blocks to 3, for instance:
+
+        base      |     0     |     1     |
+        target    |   0   |   1   |   2   |
+
+    Base block 0 and target block 1 have [1/3, 1/2] in common, a length of 1/6: half of the target block, a third of the
+    base block. Fractions keep this exact: blocks that only touch overlap by 0, and the parts of a block add up to 1.
+    The rule is applied to the outermost stack first, then to the stacks within each pair of blocks, and the parts are
+    multiplied.
 
     Args:
-        base: The indices of blocks, outermost stack first.
-        target: The same, as deep.
-        same_blocks: Whether both outermost stacks have the same blocks: then each stands for itself, and what one side
-            does not have has no counterpart.
+        base: Indices of the base's blocks that have a tensor of this kind.
+        target: Indices of the target's, of the same length.
+        same_blocks: Whether both outermost stacks have the same blocks. Then every block corresponds to itself alone,
+            and a block that has such a tensor on one side only has no counterpart.
 
     Returns:
-        `{(base block, target block): (part of the target block, part of the base block)}`.
+        `{(base indices, target indices): (part of the target block, part of the base block)}` of pairs that overlap.
     """
     base, target = sorted(base), sorted(target)
     if not base or not target:
         return {}
     if base[0] == ():
         return {((), ()): (Fraction(1), Fraction(1))}
-    found = {}
-    origins, copies = sorted({b[0] for b in base}), sorted({t[0] for t in target})
-    for i, origin in enumerate(origins):
-        for j, copy in enumerate(copies):
-            common = min(Fraction(i + 1, len(origins)), Fraction(j + 1, len(copies)))
-            common -= max(Fraction(i, len(origins)), Fraction(j, len(copies)))
-            of_copy, of_origin = common * len(copies), common * len(origins)
+    overlaps = {}
+    base_blocks, target_blocks = sorted({b[0] for b in base}), sorted({t[0] for t in target})
+    n, m = len(base_blocks), len(target_blocks)
+    for i, base_block in enumerate(base_blocks):
+        for j, target_block in enumerate(target_blocks):
+            length = min(Fraction(i + 1, n), Fraction(j + 1, m)) - max(Fraction(i, n), Fraction(j, m))
+            of_target, of_base = length * m, length * n
             if same_blocks:
-                of_copy = of_origin = Fraction(origin == copy)
-            if of_copy <= 0:
+                of_target = of_base = Fraction(base_block == target_block)
+            if of_target <= 0:
                 continue
-            inner = overlapping([b[1:] for b in base if b[0] == origin], [t[1:] for t in target if t[0] == copy])
-            for (b, t), (of_target, of_base) in inner.items():
-                found[(origin, *b), (copy, *t)] = (of_copy * of_target, of_origin * of_base)
-    return found
+            inner = overlapping(
+                [b[1:] for b in base if b[0] == base_block], [t[1:] for t in target if t[0] == target_block]
+            )
+            for (b, t), (inner_of_target, inner_of_base) in inner.items():
+                pair = (base_block, *b), (target_block, *t)
+                overlaps[pair] = (of_target * inner_of_target, of_base * inner_of_base)
+    return overlaps
 
 
-def names_of_kind(names: Iterable[str], kind: str) -> dict[tuple[int, ...], str]:
-    """Find the names of a kind.
-
-    Args:
-        names: Names of tensors, modules or blocks.
-        kind: A name with `*` in place of the indices of blocks.
-
-    Returns:
-        `{indices: name}`.
-    """
+def names_of_kind(names: Iterable[str], kind: str) -> dict[Indices, str]:
+    """Return `{indices: name}` of those names (of tensors, modules or blocks) that are of a kind."""
     pattern = re.compile(r"\.".join(_INDEX if part == "*" else re.escape(part) for part in kind.split(".")))
     matches = ((pattern.fullmatch(name), name) for name in names)
     return {tuple(map(int, match.groups())): name for match, name in matches if match}
 
 
 def stack_blocks(names: Iterable[str], kind: str) -> set[str]:
-    """Find the blocks of a kind's outermost stack.
+    """Return the indices, as written in names, of all blocks of a kind's outermost stack; empty if it is in no stack.
 
     Args:
-        names: Names of all tensors, modules or blocks.
-        kind: A name with `*` in place of the indices of blocks.
-
-    Returns:
-        Their indices, as names have them; empty if the kind lies in no stack.
+        names: All names of the model, also of other kinds.
+        kind: The kind.
     """
     container, is_stack, _ = kind.partition("*")
     return {name.removeprefix(container).partition(".")[0] for name in names if is_stack and name.startswith(container)}
 
 
-def block_indices(name: str, kind: str) -> tuple[int, ...]:
-    """Read the indices of blocks off a name.
-
-    Args:
-        name: A name.
-        kind: Its kind.
-
-    Returns:
-        The indices, outermost stack first.
-    """
+def block_indices(name: str, kind: str) -> Indices:
+    """Return the indices of a name of a kind."""
     return tuple(int(part) for part, of_kind in zip(name.split("."), kind.split("."), strict=True) if of_kind == "*")
 
 
-def with_indices(kind: str, indices: tuple[int, ...]) -> str:
-    """Write indices of blocks into a kind.
-
-    Args:
-        kind: A name with `*` in place of the indices of blocks.
-        indices: What to put there.
-
-    Returns:
-        The name.
-    """
+def with_indices(kind: str, indices: Indices) -> str:
+    """Return the name of a kind with these indices; the inverse of `block_indices`."""
     left = iter(indices)
     return ".".join(str(next(left)) if part == "*" else part for part in kind.split("."))

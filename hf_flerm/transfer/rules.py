@@ -1,4 +1,4 @@
-"""What the rules of the field say of the learning rate when a model's width, depth, rank or adapter changes."""
+"""Published rules for the learning rate when width, depth, rank or adapter change: muP, depth-muP, muA, LoRA."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LORA_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embeddi
 
 @dataclass(frozen=True)
 class Change:
-    """How a target differs from a base; every ratio is target / base, 1 where it cannot be told.
+    """How a target differs from a base. Ratios are target / base, 1 where they are not known.
 
     Attributes:
-        width: Ratio of the sizes of matrices, the rank of an adapter left aside.
-        depth: Ratio of the numbers of blocks that are trained.
-        rank: Ratio of LoRA ranks.
+        width: Ratio of the sizes of the matrices, without the rank of an adapter; the median over the trained matrices.
+        depth: Ratio of the numbers of trained blocks.
+        rank: Ratio of the LoRA ranks.
         scaling: Ratio of the factors on LoRA's output (alpha / r, or alpha / sqrt(r) for rsLoRA).
-        base_adapter: PEFT's name for the base's adapter; None for none.
+        base_adapter: The base's adapter by PEFT's name ("LORA", "VERA", ...; "DORA" for LoRA with `use_dora`), or None.
         target_adapter: The target's.
     """
 
@@ -41,20 +41,20 @@ class Change:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The sizes that changed: `{name: ratio}`."""
+        """`{"width", "depth" or "rank": ratio}` of the sizes that differ."""
         sizes = {"width": self.width, "depth": self.depth, "rank": self.rank}
         return {name: ratio for name, ratio in sizes.items() if ratio != 1.0}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of the field.
+    """A published rule for the learning rate.
 
     Attributes:
-        text: What it says.
-        source: Where it says so.
-        applies: Whether it has something to say of a change.
-        factor: What it multiplies the base's learning rate by.
+        text: The rule in words.
+        source: The paper.
+        applies: Whether the rule is about such a change.
+        factor: The factor on the base's learning rate.
     """
 
     text: str
@@ -67,25 +67,25 @@ def _both_lora(change: Change) -> bool:
     return change.base_adapter == change.target_adapter == "LORA"
 
 
-def _full(change: Change) -> bool:
+def _without_adapter(change: Change) -> bool:
     return change.base_adapter is None and change.target_adapter is None
 
 
 RULES: Sequence[Rule] = (
     Rule(
-        "muA: lr ~ scaling^(-1/2) rank^(-1/2) width^(-1/2); alpha / r: rank-invariant, rsLoRA: rank^(-1/4)",
+        "muA: lr ~ (scaling * rank * width)^(-1/2), so independent of rank for alpha / r, rank^(-1/4) for rsLoRA",
         "arXiv 2602.06204",
         lambda change: _both_lora(change) and (change.rank, change.scaling, change.width) != (1.0, 1.0, 1.0),
         lambda change: (change.scaling * change.rank * change.width) ** -0.5,
     ),
     Rule(
-        "full fine-tuning wants a tenth of LoRA's learning rate",
+        "full fine-tuning: a tenth of LoRA's learning rate",
         "Schulman et al., LoRA Without Regret, 2025",
         lambda change: change.base_adapter == "LORA" and change.target_adapter is None,
         lambda change: 0.1,
     ),
     Rule(
-        "LoRA wants ten times the learning rate of full fine-tuning",
+        "LoRA: ten times the learning rate of full fine-tuning",
         "Schulman et al., LoRA Without Regret, 2025",
         lambda change: change.base_adapter is None and change.target_adapter == "LORA",
         lambda change: 10.0,
@@ -93,28 +93,20 @@ RULES: Sequence[Rule] = (
     Rule(
         "muP: hidden matrices at lr / width (AdamW)",
         "arXiv 2203.03466",
-        lambda change: _full(change) and change.width != 1.0,
+        lambda change: _without_adapter(change) and change.width != 1.0,
         lambda change: 1 / change.width,
     ),
     Rule(
         "depth-muP: blocks at lr / sqrt(depth)",
         "arXiv 2310.02244",
-        lambda change: _full(change) and change.depth != 1.0,
+        lambda change: _without_adapter(change) and change.depth != 1.0,
         lambda change: change.depth**-0.5,
     ),
 )
 
 
 def change_between(base: RateProfile, model: nn.Module) -> Change:
-    """Find how a model differs from the one that a profile was recorded on.
-
-    Args:
-        base: Profile with the metadata of its run.
-        model: The target.
-
-    Returns:
-        The change; what the metadata does not tell counts as unchanged.
-    """
+    """Compare a model with that of a profile's run. What the metadata do not hold counts as unchanged."""
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
     engine = engine_of(model)
@@ -127,7 +119,7 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
         if len(old) != 2 or len(new) != 2:
             continue
         rank_dim = next((dim for part, dim in _LORA_RANK_DIM.items() if part in kind.split(".")), None)
-        ratios = [b / a for a, b in zip(old, new, strict=True)]
+        ratios = [new_size / old_size for old_size, new_size in zip(old, new, strict=True)]
         if rank_dim is not None:
             ranks.append(ratios.pop(rank_dim))
         widths.append(max(ratios) if len(ratios) == 1 else (ratios[0] * ratios[1]) ** 0.5)
@@ -145,21 +137,22 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
 
 
 def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, **options: Any) -> list[dict[str, Any]]:
-    """Param groups by muP's learning-rate rule for AdamW: hidden matrices at lr / width, everything else at lr.
+    """Make param groups by muP's rule for AdamW: hidden matrices at learning rate / width ratio, the rest unchanged.
 
-    A baseline, to compare with. Hidden are the matrices of repeated blocks, and others both of whose sizes have grown.
+    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 8. Hidden are the matrices in repeated blocks, and
+    other matrices of which both dimensions have grown. The width ratio is that of the input dimension.
 
     Args:
         model: The target.
-        base: Profile of the narrow base, with the shapes of its tensors.
-        learning_rate: The base's.
-        **options: Other options of every group.
+        base: Profile of the narrow base, with the shapes of its tensors in the metadata.
+        learning_rate: The base's learning rate.
+        **options: Further options for every param group, such as `weight_decay`.
 
     Returns:
-        Groups for an optimizer; source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 8.
+        Param groups for an optimizer.
 
     Raises:
-        RateProfileError: If the profile does not tell the shape of a tensor of the model.
+        RateProfileError: If the profile does not hold the shape of a tensor of the model.
     """
     parameters, kinds, engine = trainable_parameters(model), tensor_kinds(model), engine_of(model)
     before = _by_kind(base.about.shapes, base.about.kinds)
@@ -169,18 +162,19 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
         shape = engine.shape(parameter)
         if kind not in before or len(before[kind][0]) != len(shape):
             raise RateProfileError(
-                f"the profile does not tell what shape {name!r} (here {tuple(shape)}) had in the base. "
+                f"the profile does not hold the shape that {name!r} (here {tuple(shape)}) had in the base. "
                 "Record a base of the same architecture."
             )
         ratios = [new / old for old, new in zip(before[kind][0], shape, strict=True)]
         is_hidden = len(shape) == 2 and ("*" in kind or min(ratios) > 1)
+        # Conv1D of GPT-2 keeps its weight as [in, out], everything else as [out, in].
         fan_in = 0 if isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D) else 1
         groups.setdefault(1 / ratios[fan_in] if is_hidden else 1.0, []).append(parameter)
     return [{"params": tensors, "lr": learning_rate * factor, **options} for factor, tensors in groups.items()]
 
 
 def _by_kind(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes by kind, without PEFT's prefix; where a kind is not known, every number in a name is a block's."""
+    """`{kind without PEFT's prefix: shapes}`. Where the kind is not known, every number in a name counts as a block."""
     found: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         kind = kinds.get(name) or re.sub(r"\.\d+(?=\.)", ".*", name)

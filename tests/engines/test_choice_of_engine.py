@@ -174,7 +174,8 @@ def test_deepspeed_steps_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 1}})
     state = {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugins": plugin}
     for key, value in state.items():
-        monkeypatch.setitem(AcceleratorState._shared_state, key, value)
+        for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+            monkeypatch.setitem(shared, key, value)
     model = layers()
     engine = engine_of(model)
     assert type(engine) is DeepSpeed

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from transformers.optimization import Adafactor, GreedyLR
 
+from hf_flerm.engines.zero_groups import group_per_tensor
 from hf_flerm.model.names import trainable_parameters
-from hf_flerm.optimizer.param_groups import split_param_groups
 from hf_flerm.optimizer.step_scales import StepScales
 from tests.shared.optimizers import NAMES, OPTIMIZERS, backward, bits, net, rates, sgd, spy, stepped, two_groups
 from tests.shared.training import assert_identical
@@ -27,18 +27,13 @@ def scale(optimizer: Optimizer, model: nn.Module, scales: Mapping[str, float]) -
     return step_scales
 
 
-@pytest.fixture(params=[False, True], ids=["own groups", "a group for each"])
-def split(request: pytest.FixtureRequest) -> Callable[[Optimizer, nn.Module], None]:
-    """Scales act on an optimizer's own groups as well as on split ones."""
-
-    def apply(optimizer: Optimizer, model: nn.Module) -> None:
-        if request.param:
-            split_param_groups(optimizer, trainable_parameters(model))
-
-    return apply
+@pytest.fixture(params=[False, True], ids=["two groups", "a group for each"])
+def split(request: pytest.FixtureRequest) -> Callable[[Optimizer], None]:
+    """Users may have one group for every tensor."""
+    return group_per_tensor if request.param else lambda optimizer: None
 
 
-Split = Callable[[Optimizer, nn.Module], None]
+Split = Callable[[Optimizer], None]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -46,7 +41,7 @@ Split = Callable[[Optimizer, nn.Module], None]
 def test_scales_of_one_change_no_bit(name: str, scales: Mapping[str, float], split: Split) -> None:
     models = net(), net()
     plain, scaled = (OPTIMIZERS[name](model) for model in models)
-    split(scaled, models[1])
+    split(scaled)
     scale(scaled, models[1], scales)
     stepped(models[0], plain, range(4))
     stepped(models[1], scaled, range(4))
@@ -59,13 +54,14 @@ def test_a_scaled_step_is_the_step_at_the_scaled_learning_rate(name: str, split:
     """Bit for bit what the optimizer does when the scale is baked into a group's rate, and out of its decay."""
     models = net(), net()
     baked, scaled = (OPTIMIZERS[name](model) for model in models)
-    split_param_groups(baked, trainable_parameters(models[0]))
+    group_per_tensor(baked)
+    names = {id(parameter): name for name, parameter in trainable_parameters(models[0]).items()}
     for group in baked.param_groups:
-        factor = SCALES.get(group["flerm_name"], 1.0)
+        factor = SCALES.get(names[id(group["params"][0])], 1.0)
         group["lr"] *= factor
         if isinstance(baked, (AdamW, Adafactor)):
             group["weight_decay"] /= factor
-    split(scaled, models[1])
+    split(scaled)
     scale(scaled, models[1], SCALES)
     stepped(models[0], baked, range(3))
     stepped(models[1], scaled, range(3))
@@ -76,7 +72,7 @@ def test_a_scaled_step_is_the_step_at_the_scaled_learning_rate(name: str, split:
 def test_scales_stand_in_the_groups_during_a_step_only(split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split(optimizer, model)
+    split(optimizer)
     groups = list(optimizer.param_groups)
     content = [dict(group) for group in groups]
     nominal = rates(optimizer, model)
@@ -157,7 +153,7 @@ def test_a_scheduler_that_is_there_already_notices_nothing(name: str, metrics: l
 def test_scales_follow_a_schedule(split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split(optimizer, model)
+    split(optimizer)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     scale(optimizer, model, {"0.weight": 3.0})
     seen = spy(optimizer, model)
@@ -172,7 +168,7 @@ def test_scales_follow_a_schedule(split: Split) -> None:
 def test_a_step_that_raises_leaves_no_scale_behind(then: str, split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split(optimizer, model)
+    split(optimizer)
     groups, nominal = list(optimizer.param_groups), rates(optimizer, model)
     scales = scale(optimizer, model, SCALES)
     seen = spy(optimizer, model)
@@ -194,7 +190,7 @@ def test_a_step_that_raises_leaves_no_scale_behind(then: str, split: Split) -> N
 def test_scales_survive_groups_that_were_replaced(split: Split) -> None:
     model = net()
     optimizer = sgd(model)
-    split(optimizer, model)
+    split(optimizer)
     scale(optimizer, model, SCALES)
     nominal = rates(optimizer, model)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -208,7 +204,7 @@ def test_scales_go_by_name_where_groups_step_one_at_a_time(split: Split) -> None
     """ZeRO 1 and 2 step the optimizer once per group, with `param_groups` cut to that one."""
     model = net()
     optimizer = sgd(model)
-    split(optimizer, model)
+    split(optimizer)
     nominal = rates(optimizer, model)
     scale(optimizer, model, SCALES)
     names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
@@ -232,7 +228,7 @@ def test_learning_rates_that_are_tensors_are_scaled_one_by_one(split: Split) -> 
     """`lr=torch.tensor(...)` is one tensor that all of an optimizer's groups share."""
     model = net()
     optimizer = AdamW(list(model.parameters()), lr=torch.tensor(0.5), foreach=False)
-    split(optimizer, model)
+    split(optimizer)
     scale(optimizer, model, SCALES)
     seen = spy(optimizer, model)
     for _ in range(2):
@@ -247,7 +243,7 @@ def test_tensor_learning_rates_of_split_groups_are_their_own() -> None:
     """A schedule that fills one group's tensor must not change the others'."""
     model = net()
     optimizer = AdamW(list(model.parameters()), lr=torch.tensor(0.5), foreach=False)
-    split_param_groups(optimizer, trainable_parameters(model))
+    group_per_tensor(optimizer)
     optimizer.param_groups[0]["lr"].fill_(2.0)
     assert rates(optimizer, model) == {**dict.fromkeys(NAMES, 0.5), NAMES[0]: 2.0}
 
@@ -264,7 +260,7 @@ class Counting(AdamW):
 def test_what_an_optimizer_keeps_in_its_groups_stays_there(split: Split) -> None:
     model = net()
     optimizer = Counting(two_groups(model), lr=0.5)
-    split(optimizer, model)
+    split(optimizer)
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     scale(optimizer, model, SCALES)
     for _ in range(3):
@@ -283,19 +279,18 @@ def test_without_a_learning_rate_there_is_nothing_to_scale() -> None:
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop], ids=lambda make: make.__name__)
 def test_changes_between_steps_reach_the_tensors_that_they_are_for(make: Any) -> None:
-    """What is put together for a step is kept for the next one, but not if anything has changed in between."""
+    """Learning rates, options, groups and scales may be others in every step."""
     names = ["h.0.w", "h.1.w", "h.2.w", "h.3.w"]
     generator = torch.Generator().manual_seed(0)
     start = {name: torch.randn(3, generator=generator) for name in names}
     ours = {name: nn.Parameter(value.clone()) for name, value in start.items()}
     theirs = {name: nn.Parameter(value.clone()) for name, value in start.items()}
     optimizer = make(ours.values(), lr=0.1, weight_decay=0.1)
-    split_param_groups(optimizer, ours)
+    group_per_tensor(optimizer)
     scaling = StepScales(optimizer, ours)
     scales = {"h.0.w": 2.0, "h.1.w": 2.0, "h.2.w": 0.5}
     by_hand = make([{"params": [parameter]} for parameter in theirs.values()], lr=0.1, weight_decay=0.1)
     apart = make is AdamW
-    kept: list[Any] = []
 
     def change_weight_decay() -> None:
         for each in (optimizer, by_hand):
@@ -332,15 +327,11 @@ def test_changes_between_steps_reach_the_tensors_that_they_are_for(make: Any) ->
             group["lr"] = group["lr"] * scales.get(name, 1.0)
             group["weight_decay"] = group["weight_decay"] / (scales.get(name, 1.0) if apart else 1.0)
         optimizer.step()
-        kept.append(scaling._partition)
         by_hand.step()
         for group, (rate, decay) in zip(by_hand.param_groups, nominal, strict=True):
             group["lr"], group["weight_decay"] = rate, decay
         for name in names:
             assert torch.equal(ours[name], theirs[name]), (name, change.__name__)
-    assert kept[0] is kept[1] is kept[2], "made anew though nothing but the learning rate of all had changed"
-    assert kept[5] is kept[6]
-    assert len({id(partition) for partition in kept}) == 4  # at first, and after each of the three changes
 
 
 def test_tensors_that_join_and_leave_a_group_between_steps() -> None:

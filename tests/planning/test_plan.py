@@ -23,7 +23,7 @@ def test_a_model_is_told_to_keep_its_own_learning_rate(tmp_path: Path) -> None:
     assert advice.learning_rate == pytest.approx(LEARNING_RATE)
     assert advice.overall.is_one
     assert advice.keeps
-    assert "Keep your learning rate, 0.01" in str(advice)
+    assert "Keep 0.01 (measured factor" in str(advice)
 
 
 @pytest.mark.parametrize("factor", [0.1, 3.0])

@@ -101,7 +101,7 @@ def test_a_missing_library_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf"need[s]? {missing}: pip install 'hf_flerm\[{extra}\]'"):
-        getattr(import_module(f"hf_flerm.{room}"), call)(RateProfile([0], {"w": [1.0]}))
+        getattr(import_module(f"hf_flerm.show.{room}"), call)(RateProfile([0], {"w": [1.0]}))
 
 
 @pytest.mark.parametrize(

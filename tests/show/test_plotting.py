@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
-from hf_flerm.show.plotting import close, plot_interactions, plot_layers, plot_losses, plot_multipliers, plot_profile
+from hf_flerm.choices import Picture, values
+from hf_flerm.show.plotting import (
+    PICTURES,
+    close,
+    plot_interactions,
+    plot_layers,
+    plot_losses,
+    plot_multipliers,
+    plot_profile,
+)
 from hf_flerm.show.summary import rates_by_kind
 from tests.shared.profiles import profile
 from tests.shared.training import gpt2, make_trainer, recorded
@@ -111,3 +120,7 @@ def test_losses_have_a_star_at_the_optimum_and_a_line_at_the_edge() -> None:
     close(figure)
     with pytest.raises(ValueError, match="'run' has no finite loss"):
         plot_losses({"run": {1.0: [math.nan]}})
+
+
+def test_every_picture_that_can_be_chosen_is_drawn() -> None:
+    assert tuple(PICTURES) == values(Picture)

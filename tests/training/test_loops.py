@@ -160,7 +160,7 @@ def test_a_closed_run_leaves_the_optimizer_alone() -> None:
     run = base.follow()
     base.train(run)
     loop, plain = Loop(gpt2()), Loop(gpt2())
-    run = loop.follow(FLeRMConfig(mode="match", profile=run.profile.equalized()))
+    run = loop.follow(FLeRMConfig(mode="match", profile=scaled(run.profile, some_factors(base.model))))
     run.close()
     loop.train(run)
     plain.train()

@@ -18,34 +18,18 @@ from tests.shared.trainer_runs import SpyRates, known_base, llama, match_known, 
 from tests.shared.training import assert_identical, flerm_callback, gpt2, lora, make_trainer
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
 @pytest.mark.parametrize("make", [gpt2, llama, lora], ids=["gpt2", "llama", "lora"])
-def test_matching_gives_every_tensor_a_group_of_its_own(folder: Path, make: Callable[[], nn.Module]) -> None:
-    plain = make_trainer(folder, make(), max_steps=1)
-    plain.train()
-    names = set(trainable_parameters(make()))
-    base = RateProfile([0], {name: [1.0] for name in names})
-    trainer = make_trainer(folder, make(), FLeRMConfig(mode="match", profile=base), max_steps=1)
-    trainer.train()
-    optimizer = raw_optimizer(trainer.optimizer)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1] * len(names)
-    parameters = trainable_parameters(trainer.model)
-    assert {g["flerm_name"]: id(g["params"][0]) for g in optimizer.param_groups} == {
-        name: id(parameter) for name, parameter in parameters.items()
-    }
-    decays = weight_decays(optimizer, trainer.model)
-    assert decays == weight_decays(raw_optimizer(plain.optimizer), plain.model)
-    assert set(decays.values()) == ({0.1} if make is lora else {0.0, 0.1})
-
-
-@pytest.mark.parametrize("make", [gpt2, lora], ids=["gpt2", "lora"])
-def test_the_callback_alone_leaves_the_param_groups_as_they_are(folder: Path, make: Callable[[], nn.Module]) -> None:
+def test_matching_leaves_the_param_groups_as_they_are(folder: Path, make: Callable[[], nn.Module], alone: bool) -> None:
     plain = make_trainer(folder, make(), max_steps=2)
     plain.train()
-    trainer = make_trainer(folder, make(), match_known(known_base(folder, make)), alone=True, max_steps=2)
+    trainer = make_trainer(folder, make(), match_known(known_base(folder, make)), alone=alone, max_steps=2)
     trainer.train()
     assert any(scale != 1.0 for scale in flerm_callback(trainer).scales.values())
     groups = [raw_optimizer(it.optimizer).state_dict()["param_groups"] for it in (trainer, plain)]
     assert_identical(*groups)
+    decays = weight_decays(raw_optimizer(trainer.optimizer), trainer.model)
+    assert set(decays.values()) == ({0.1} if make is lora else {0.0, 0.1})
 
 
 def test_groups_with_learning_rates_of_their_own_keep_them(folder: Path) -> None:

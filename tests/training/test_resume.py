@@ -15,8 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, Research
-from hf_flerm.model.names import trainable_parameters
-from hf_flerm.optimizer.param_groups import split_param_groups
 from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.training import (
     Rows,
@@ -225,41 +223,19 @@ def shuffled(seed: int) -> nn.Module:
     return model
 
 
-def test_an_optimizers_state_is_found_by_name() -> None:
-    """Of a model whose tensors are listed in another order, each gets its own state, not its neighbor's."""
-
-    def optimizer_of(model: nn.Module) -> tuple[AdamW, dict[str, nn.Parameter]]:
-        parameters = trainable_parameters(model)
-        matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-        others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-        optimizer = AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
-        split_param_groups(optimizer, parameters)
-        return optimizer, parameters
-
-    optimizer, parameters = optimizer_of(gpt2())
-    for index, parameter in enumerate(parameters.values()):
-        parameter.grad = torch.full_like(parameter, index + 1.0)
-    optimizer.step()
-    other, reordered = optimizer_of(shuffled(1))
-    assert list(reordered) != list(parameters)
-    other.load_state_dict(optimizer.state_dict())
-    for name, parameter in reordered.items():
-        assert_identical(dict(other.state[parameter]), dict(optimizer.state[parameters[name]]), name)
-    for group in other.param_groups:
-        (parameter,) = group["params"]
-        assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
-
-
-def test_an_optimizers_state_of_other_tensors_is_refused() -> None:
-    model = gpt2()
-    optimizer = AdamW(model.parameters())
-    split_param_groups(optimizer, trainable_parameters(model))
-    state = optimizer.state_dict()
-    state["param_groups"][0]["flerm_names"][0] = "transformer.other.weight"
-    with pytest.raises(
-        ValueError, match=r"only it has \[transformer\.other\.weight\], only .* \[transformer\.wte\.weight\]"
-    ):
-        optimizer.load_state_dict(state)
+def test_a_checkpoint_of_an_old_matched_run_goes_on(tmp_path: Path, base: RateProfile) -> None:
+    """Version 0.1 wrote a name for every tensor into the param groups."""
+    whole = make_trainer(tmp_path / "whole", gpt2(), config("match", base), **SAVING)
+    expected = train(whole)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    for group in state["param_groups"]:
+        group["flerm_names"] = [f"tensor.{index}" for index in group["params"]]
+    torch.save(state, checkpoint / "optimizer.pt")
+    resumed = make_trainer(tmp_path / "resumed", gpt2(), config("match", base), **SAVING)
+    actual = train(resumed, resume_from_checkpoint=str(checkpoint))
+    assert_identical(actual.weights, expected.weights)
+    assert_identical(actual.optimizer, expected.optimizer)
 
 
 # --- how the work is split does not matter ------------------------------------------------------------------------

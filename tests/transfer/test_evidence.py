@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_flerm import Measurement, RateProfile, RateProfileError, map_profile, match_rates
-from hf_flerm.transfer.evidence import POOLS, Evidence, random_effects_mean
+from hf_flerm import Measurement, RateProfile, RateProfileError, map_profile
+from hf_flerm.choices import Pool, values
+from hf_flerm.transfer.evidence import Evidence, random_effects_mean
 from hf_flerm.transfer.mapping import ProfileMap
 
 
@@ -43,7 +43,7 @@ def measurement(rates: Mapping[str, float], error: float = 0.0) -> Measurement:
 
 def scales(found: ProfileMap, history: Mapping[int, Mapping[str, float]], **options: Any) -> dict[str, float]:
     """Scales of tensors after measurements: `{step: rates}`."""
-    evidence = Evidence.recorded(None, found)
+    evidence = Evidence.empty(found)
     for step, rates in history.items():
         evidence = evidence.appended(step, found, measurement(rates, 0.1)).estimated(found, **options)
     return found.tensor_scales(dict(zip(evidence.units, evidence.scales.tolist(), strict=True)))
@@ -52,35 +52,20 @@ def scales(found: ProfileMap, history: Mapping[int, Mapping[str, float]], **opti
 ONES = {name: [1.0] for name in ("h.0.A", "h.0.B", "h.1.A", "h.1.B")}
 
 
-def test_match_rates_is_base_over_measured() -> None:
-    assert match_rates({"a": 3.0, "b": 0.5}, {"b": 2.0, "a": 4.0}) == {"a": 0.75, "b": 0.25}
-
-
-def test_match_rates_takes_a_measurement() -> None:
-    measured = Measurement({"a": 4.0}, {"a": 0.0}, {"a": "exact"}, 1, torch.ones(1, 1))
-    assert match_rates({"a": 3.0}, measured) == {"a": 0.75}
-
-
 @pytest.mark.parametrize("broken", [0.0, math.nan, math.inf, -1.0])
-def test_match_rates_keeps_what_cannot_be_compared(broken: float) -> None:
-    assert match_rates({"a": broken, "b": 1.0}, {"a": 2.0, "b": 4.0}) == {"a": 1.0, "b": 0.25}
-    assert match_rates({"a": 2.0, "b": 1.0}, {"a": broken, "b": 4.0}) == {"a": 1.0, "b": 0.25}
+def test_a_rate_that_is_no_rate_is_not_compared(broken: float) -> None:
+    found = mapped(ONES)
+    rates = {"h.0.A": broken, "h.0.B": 4.0, "h.1.A": 1.0, "h.1.B": 0.5}
+    evidence = Evidence.empty(found).appended(0, found, measurement(rates)).estimated(found, pool="unit", beta=0.0)
+    logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
+    assert found.tensor_scales(logs) == pytest.approx({"h.0.A": 1.0, "h.0.B": 0.25, "h.1.A": 1.0, "h.1.B": 2.0})
 
 
-def test_match_rates_names_both_set_differences() -> None:
-    with pytest.raises(RateProfileError, match=r"only in the base \[a, b\]; only in the target \[d\]"):
-        match_rates({"a": 1.0, "b": 1.0, "c": 1.0}, {"c": 1.0, "d": 1.0})
-
-
-def test_match_rates_takes_a_profile() -> None:
-    assert match_rates(RateProfile([0, 1], {"a": [3.0, 5.0]}), {"a": 4.0}) == {"a": 0.75}
-
-
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", values(Pool))
 @pytest.mark.parametrize("beta", [None, 0.0, 0.9, 1.0])
 def test_nothing_measured_keeps_every_scale(pool: str, beta: float | None) -> None:
     found = mapped(ONES)
-    evidence = Evidence.recorded(None, found)
+    evidence = Evidence.empty(found)
     assert evidence.estimated(found, pool=pool, beta=beta).scales.tolist() == [0.0] * 4
 
 
@@ -101,7 +86,7 @@ def test_pooling_over_kinds_takes_the_geometric_mean() -> None:
         (0.5, (0.25 * 1 + 0.5 * 2 + 6) / 1.75),
     ],
 )
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", values(Pool))
 def test_averages_over_steps_with_decay(beta: float, log2_scale: float, pool: str) -> None:
     history = {step: dict.fromkeys(ONES, rate) for step, rate in ((0, 1 / 2), (1, 1 / 4), (4, 1 / 64))}
     found = scales(mapped(ONES), history, pool=pool, beta=beta)
@@ -143,7 +128,7 @@ def test_compares_with_the_base_at_the_same_step() -> None:
 def test_a_scale_moves_only_as_far_as_it_is_known() -> None:
     """One measurement of one unit: variance 2 error^2, so log s = log(quotient) (1 - 2 error^2 / log(quotient)^2)."""
     found = mapped(ONES)
-    evidence = Evidence.recorded(None, found)
+    evidence = Evidence.empty(found)
     rates = {"h.0.A": 0.5, "h.0.B": 0.9, "h.1.A": 1.0, "h.1.B": 2.0}
     for error in (0.0, 0.1, 0.2):
         result = evidence.appended(0, found, measurement(rates, error)).estimated(found, pool="unit")
@@ -161,29 +146,29 @@ def test_a_scale_changes_by_a_factor_at_most_once_it_is_known() -> None:
 def test_scales_are_held_in_limits_and_named() -> None:
     found = mapped(ONES)
     rates = {"h.0.A": 1e-3, "h.0.B": 1e3, "h.1.A": 0.5, "h.1.B": 1.0}
-    evidence = Evidence.recorded(None, found).appended(0, found, measurement(rates))
+    evidence = Evidence.empty(found).appended(0, found, measurement(rates))
     evidence = evidence.estimated(found, pool="unit", beta=0.0, max_scale=10.0)
     held = {"h.0.A": 10.0, "h.0.B": 0.1, "h.1.A": 2.0, "h.1.B": 1.0}
     assert dict(zip(evidence.units, evidence.scales.exp().tolist(), strict=True)) == pytest.approx(held)
-    assert evidence.held(10.0) == ["h.0.A", "h.0.B"]
-    assert evidence.held(11.0) == []
+    assert evidence.at_limit(10.0) == ["h.0.A", "h.0.B"]
+    assert evidence.at_limit(11.0) == []
 
 
 def test_evidence_survives_its_record_exactly() -> None:
     found = mapped(ONES)
     rates = {"h.0.A": 0.0, "h.0.B": 1 / 3, "h.1.A": math.pi, "h.1.B": 1e-9}
-    evidence = Evidence.recorded(None, found).appended(3, found, measurement(rates, 0.1)).estimated(found)
-    again = Evidence.recorded(json.loads(json.dumps(evidence.record())), found)
+    evidence = Evidence.empty(found).appended(3, found, measurement(rates, 0.1)).estimated(found)
+    again = Evidence.from_record(json.loads(json.dumps(evidence.to_record())), found)
     assert (again.units, again.steps) == (evidence.units, (3,))
     for name in ("logs", "errors", "scales"):
         assert torch.equal(getattr(again, name).nan_to_num(7.0), getattr(evidence, name).nan_to_num(7.0))
 
 
 def test_evidence_of_other_units_is_refused() -> None:
-    record = Evidence.recorded(None, mapped(ONES)).record()
+    record = Evidence.empty(mapped(ONES)).to_record()
     other = map_profile(RateProfile([0], {name: [1.0] for name in ("h.0.A", "h.1.A")}), Blocks(names="A"))
     with pytest.raises(RateProfileError, match=r"only in what the checkpoint matched \[h.0.B, h.1.B\]"):
-        Evidence.recorded(record, other)
+        Evidence.from_record(record, other)
 
 
 def test_matching_a_base_against_itself_does_nothing() -> None:
@@ -215,10 +200,10 @@ def test_measurements_count_by_their_weights() -> None:
     assert mean.item() == pytest.approx((1.0 + 3 * 4.0) / 4)
     assert variance.item() == pytest.approx(scatter * (1 + 9) / 16)
     found = mapped(ONES)
-    evidence = Evidence.recorded(None, found)
+    evidence = Evidence.empty(found)
     for step, rate, weight in ((0, 1.0, 0.01), (1, 0.25, 1.0)):
         evidence = evidence.appended(step, found, measurement(dict.fromkeys(ONES, rate)), weight)
-    assert evidence.levels(found, "kind")["h.*.A"][0] == pytest.approx(math.log(4.0) / 1.01)
+    assert evidence.mean_log_scales(found, "kind")["h.*.A"][0] == pytest.approx(math.log(4.0) / 1.01)
 
 
 def test_what_was_never_measured_is_not_known() -> None:
@@ -249,7 +234,7 @@ def test_units_are_compared_by_their_joint_rate() -> None:
     inner[0, 1] = inner[1, 0] = 1.0  # the first two reinforce each other fully: 2 together; the others: sqrt(2)
     rates = {f"h.{i}.A": 1.0 for i in range(4)}
     measured = Measurement(rates, dict.fromkeys(rates, 0.0), dict.fromkeys(rates, "exact"), 1, inner)
-    evidence = Evidence.recorded(None, found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
+    evidence = Evidence.empty(found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
     logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
     assert found.tensor_scales(logs) == pytest.approx(
         {"h.0.A": 3.0, "h.1.A": 3.0, "h.2.A": 2**-0.5, "h.3.A": 2**-0.5}, rel=1e-12
@@ -279,23 +264,23 @@ BROKEN_RECORDS = {
 @pytest.mark.parametrize("case", BROKEN_RECORDS)
 def test_a_broken_record_is_refused_as_such(case: str) -> None:
     found = mapped(ONES)
-    evidence = Evidence.recorded(None, found).appended(0, found, measurement(dict.fromkeys(ONES, 2.0), 0.1))
-    record = json.loads(json.dumps(evidence.estimated(found).record()))
+    evidence = Evidence.empty(found).appended(0, found, measurement(dict.fromkeys(ONES, 2.0), 0.1))
+    record = json.loads(json.dumps(evidence.estimated(found).to_record()))
     BROKEN_RECORDS[case](record)
-    with pytest.raises(RateProfileError, match=r"no whole record of its matching.*another checkpoint"):
-        Evidence.recorded(record, found)
+    with pytest.raises(RateProfileError, match=r"record of the matching .* is damaged.*another checkpoint"):
+        Evidence.from_record(record, found)
 
 
 @pytest.mark.parametrize("record", ["x", [], 3, {}])
 def test_a_record_of_another_form_is_refused(record: Any) -> None:
-    with pytest.raises(RateProfileError, match="no whole record"):
-        Evidence.recorded(record, mapped(ONES))
+    with pytest.raises(RateProfileError, match="is damaged"):
+        Evidence.from_record(record, mapped(ONES))
 
 
 def test_rates_whose_quotient_no_float_holds_are_compared() -> None:
     for wanted, rate in ((1e200, 1e-200), (1e-200, 1e200)):
         found = mapped({name: [wanted] for name in ONES})
-        evidence = Evidence.recorded(None, found).appended(0, found, measurement(dict.fromkeys(ONES, rate)))
+        evidence = Evidence.empty(found).appended(0, found, measurement(dict.fromkeys(ONES, rate)))
         expected = math.log(wanted) - math.log(rate)
         assert evidence.logs.tolist() == [[pytest.approx(expected, rel=1e-14)] * 4]
 
@@ -306,14 +291,9 @@ def test_an_error_that_is_not_known_is_taken_to_be_the_others_of_its_kind() -> N
     rates = dict.fromkeys(ONES, 0.5)
     known, partly = measurement(rates, error), measurement(rates, error)
     partly.standard_errors.update({"h.1.A": math.nan, "h.1.B": math.nan})
-    results = [Evidence.recorded(None, found).appended(0, found, one).levels(found, "kind") for one in (known, partly)]
+    results = [Evidence.empty(found).appended(0, found, one).mean_log_scales(found, "kind") for one in (known, partly)]
     assert results[0] == results[1]
     assert results[0]["h.*.A"] == pytest.approx((math.log(2.0), error))
-
-
-def test_match_rates_takes_the_place_of_a_profile(tmp_path: Path) -> None:
-    RateProfile([0, 1], {"a": [3.0, 5.0]}).save_pretrained(tmp_path)
-    assert match_rates(tmp_path, {"a": 4.0}) == match_rates(str(tmp_path), {"a": 4.0}) == {"a": 0.75}
 
 
 def test_a_share_of_a_tensor_has_that_share_of_its_rate() -> None:
@@ -321,7 +301,7 @@ def test_a_share_of_a_tensor_has_that_share_of_its_rate() -> None:
     rates = {"h.0.A": [1.0], "h.1.A": [4.0], "h.2.A": [3.0], "h.3.A": [3.0]}
     found = map_profile(RateProfile([0], rates), Blocks(2, "A"), depth="joint")
     measured = measurement({"h.0.A": 0.5, "h.1.A": 2.0})
-    evidence = Evidence.recorded(None, found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
+    evidence = Evidence.empty(found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
     logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
     wanted = {"h.0.A": 1.0 / 0.25, "h.1.A": 4.0 / 0.25, "h.2.A": 3.0, "h.3.A": 3.0}
     assert {name: math.exp(log) for name, log in logs.items()} == pytest.approx(wanted, rel=1e-12)
@@ -332,7 +312,7 @@ def test_scales_of_a_run_do_not_weigh_measurements_by_the_learning_rate() -> Non
     found = mapped(ONES)
     results = []
     for weights in ((1.0, 1.0), (1e-3, 1.0)):
-        evidence = Evidence.recorded(None, found)
+        evidence = Evidence.empty(found)
         for step, rate in enumerate((0.9, 0.4)):
             evidence = evidence.appended(step, found, measurement(dict.fromkeys(ONES, rate), 0.1), weights[step])
         results.append(evidence.estimated(found).scales.tolist())
@@ -340,11 +320,11 @@ def test_scales_of_a_run_do_not_weigh_measurements_by_the_learning_rate() -> Non
     assert results[0][0] > 0
 
 
-def test_levels_leave_out_what_could_not_be_compared() -> None:
+def test_mean_log_scales_leave_out_what_could_not_be_compared() -> None:
     found = mapped(ONES)
     rates = {"h.0.A": 0.0, "h.1.A": 0.0, "h.0.B": 0.5, "h.1.B": 0.5}
-    levels = Evidence.recorded(None, found).appended(0, found, measurement(rates, 0.1)).levels(found, "kind")
-    assert set(levels) == {"h.*.B"}
+    means = Evidence.empty(found).appended(0, found, measurement(rates, 0.1)).mean_log_scales(found, "kind")
+    assert set(means) == {"h.*.B"}
 
 
 def test_scatter_beyond_the_known_errors_adds_to_them() -> None:

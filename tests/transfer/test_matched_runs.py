@@ -64,7 +64,7 @@ def test_recorded_joint_rates_are_those_of_the_measurement(tmp_path: Path) -> No
 @pytest.mark.parametrize("depth", ["joint", "equal", "sqrt", "copy"])
 def test_two_layers_to_four(tmp_path: Path, depth: str) -> None:
     base = recorded(tmp_path, gpt2())
-    trainer = matched(tmp_path, gpt2(layers=4), base, depth=depth)
+    trainer = matched(tmp_path, gpt2(layers=4), base, research=Research(depth=depth))
     scales, kinds = trainer.flerm_callback.scales, tensor_kinds(gpt2(layers=4))
     assert set(scales) == set(trainable_parameters(gpt2(layers=4)))
     assert any(scale != 1.0 for scale in scales.values())
@@ -74,7 +74,7 @@ def test_two_layers_to_four(tmp_path: Path, depth: str) -> None:
 
 def test_one_scale_for_everything(tmp_path: Path) -> None:
     base = recorded(tmp_path, gpt2())
-    trainer = matched(tmp_path, gpt2(layers=4, width=32), base, granularity="global", beta=0.0)
+    trainer = matched(tmp_path, gpt2(layers=4, width=32), base, granularity="global", research=Research(beta=0.0))
     (scale,) = set(trainer.flerm_callback.scales.values())
     measured = trainer.flerm_callback.last_measurement
     assert measured is not None
@@ -89,7 +89,7 @@ def test_adapters_to_all_weights(tmp_path: Path, granularity: str) -> None:
     if granularity == "block":
         with pytest.raises(ValueError, match="only in the model"):
             matched(tmp_path, gpt2(), base, granularity=granularity)
-    trainer = matched(tmp_path, gpt2(), base, granularity=granularity, unmatched="global", beta=0.0)
+    trainer = matched(tmp_path, gpt2(), base, granularity=granularity, unmatched="global", research=Research(beta=0.0))
     scales = trainer.flerm_callback.scales
     within = "attn.c_attn" if granularity == "module" else ".h."
     assert len({scales[name] for name in scales if within not in name}) == 1  # that of everything together
@@ -109,16 +109,6 @@ def test_frozen_tensors_stay_as_they_are_bit_by_bit(tmp_path: Path, optimizer: t
         assert torch.equal(parameter, before[name]) == ("attn.c_attn" not in name), name
 
 
-def test_equal_rates_are_a_baseline(tmp_path: Path) -> None:
-    base = recorded(tmp_path, gpt2())
-    trainer = matched(tmp_path, gpt2(layers=4), base.equalized(), depth="copy", pool="unit", beta=0.0, max_change=1e9)
-    measured, scales = trainer.flerm_callback.last_measurement, trainer.flerm_callback.scales
-    assert measured is not None
-    rate = base.equalized().at(int(trainer.rate_profile.steps[-1]))["transformer.wte.weight"]
-    products = [scales[name] * measured.rates[name] for name in scales if measured.rates[name] > 0]
-    assert products == pytest.approx([rate] * len(products), rel=1e-9)
-
-
 def test_rates_carry_over_from_one_optimizer_to_another(tmp_path: Path) -> None:
     """SGD at lr 1 has its own unit: the scales make its step as large in function space as AdamW's was."""
     base = recorded(tmp_path, gpt2())
@@ -135,7 +125,7 @@ def test_rates_carry_over_from_one_optimizer_to_another(tmp_path: Path) -> None:
 def test_a_scale_that_is_held_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = recorded(tmp_path, gpt2())
     far = RateProfile(base.steps, {name: rates * 100 for name, rates in base.rates.items()})
-    trainer = matched(tmp_path, gpt2(), far, max_scale=2.0, beta=0.0)
+    trainer = matched(tmp_path, gpt2(), far, max_scale=2.0, research=Research(beta=0.0))
     assert max(trainer.flerm_callback.scales.values()) == pytest.approx(2.0)
     assert len([record for record in caplog.records if "held at max_scale = 2" in record.getMessage()]) == 1
 
@@ -187,7 +177,8 @@ def test_measurements_weigh_as_the_learning_rate_in_force(tmp_path: Path) -> Non
 def test_a_base_that_jumps_is_followed_by_max_change(tmp_path: Path) -> None:
     base = recorded(tmp_path, gpt2(), max_steps=2)
     jump = {name: rates * torch.tensor([1.0, 100.0]) for name, rates in base.rates.items()}
-    config = {"profile": RateProfile(base.steps, jump), "beta": 0.0, "max_change": 1.5, "measure_steps": (0, 1)}
+    options = {"max_change": 1.5, "measure_steps": (0, 1), "research": Research(beta=0.0)}
+    config = {"profile": RateProfile(base.steps, jump), **options}
     first, second = (
         trainer_of(tmp_path, gpt2(), flerm_config(mode="match", **config), max_steps=steps) for steps in (1, 2)
     )

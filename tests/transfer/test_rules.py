@@ -55,9 +55,9 @@ def test_mup_slows_down_the_matrices_of_blocks_alone(tmp_path: Path) -> None:
 def test_mup_asks_for_the_bases_shapes(tmp_path: Path) -> None:
     base = recorded(tmp_path, gpt2())
     bare = RateProfile(base.steps, base.rates)
-    with pytest.raises(RateProfileError, match=r"does not tell what shape 'transformer\.wte\.weight'"):
+    with pytest.raises(RateProfileError, match=r"does not hold the shape that 'transformer\.wte\.weight'"):
         mup_param_groups(gpt2(width=64), bare, 1e-3)
-    with pytest.raises(RateProfileError, match="does not tell what shape 'base_model"):
+    with pytest.raises(RateProfileError, match="does not hold the shape that 'base_model"):
         mup_param_groups(lora(), base, 1e-3)
 
 
