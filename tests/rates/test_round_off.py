@@ -144,17 +144,14 @@ def zeroed(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_small_draw_of_a_single_example_is_no_round_off(dtype: torch.dtype) -> None:
-    """In bfloat16 one D phi_n in 14 is below half of the digits of its terms; none of 60 scalars may lose its rate."""
-    model = nn.Sequential(*(Scale() for _ in range(60)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0)
-    updates = {name: torch.ones(()) for name, _ in model.named_parameters()}
-    for seed in range(8):
-        batch = {"input": torch.randn(1, 3, generator=seeded(seed)).to(dtype)}
-        result = measure_rates(model.to(dtype), updates, [batch], generator=seeded(seed))
-        assert min(result.rates.values()) > 0
+@pytest.mark.parametrize("examples", [1, 2])
+def test_a_small_draw_of_few_examples_is_no_round_off(examples: int, dtype: torch.dtype) -> None:
+    """The output is chosen at right angles to the omega that verification draws: D phi_n is round-off by chance."""
+    omega = torch.randn(examples, 3, generator=seeded(0), dtype=dtype)
+    output = torch.stack([omega[:, 1], -omega[:, 0], torch.zeros_like(omega[:, 0])], 1)
+    model, updates = nn.Sequential(Scale()).to(dtype), {"0.gain": torch.ones(())}
+    result = measure_rates(model, updates, [{"input": output}], generator=seeded(1))
+    assert result.rates["0.gain"] > 0
 
 
 def test_round_off_stays_0_after_many_measurements() -> None:
