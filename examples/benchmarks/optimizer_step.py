@@ -12,7 +12,6 @@ import torch
 from cases import seconds
 from torch import nn
 
-from hf_flerm.optimizer.param_groups import split_param_groups
 from hf_flerm.optimizer.step_scales import StepScales
 
 SHAPE = (8, 1024)
@@ -32,13 +31,10 @@ def main() -> None:
             parameter.grad = torch.randn_like(parameter)
         return parameters
 
-    def make(scales: dict[str, float] | None, split: bool) -> torch.optim.Optimizer:
+    def scaled(scales: dict[str, float]) -> torch.optim.Optimizer:
         parameters = made()
         optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, fused=True)
-        if split:
-            split_param_groups(optimizer, parameters)
-        if scales is not None:
-            StepScales(optimizer, parameters).scales = scales
+        StepScales(optimizer, parameters).scales = scales
         return optimizer
 
     def grouped(scales: dict[str, float]) -> torch.optim.Optimizer:
@@ -48,14 +44,13 @@ def main() -> None:
         return torch.optim.AdamW([{"params": p, "lr": 1e-3 * scale} for scale, p in groups.items()], fused=True)
 
     kinds = {name: 1.0 + (i % 8) / 8 for i, name in enumerate(names)}
+    units = {name: 1.0 + i / options.tensors for i, name in enumerate(names)}
     optimizers = {
-        "usual groups": make(None, split=False),
-        "8 groups that torch was given": grouped(kinds),
-        "a group per tensor, as it is": make(None, split=True),
-        "a group per tensor, 8 scales (`pool='kind'`)": make(kinds, split=True),
-        "a group per tensor, 400 scales (`pool='unit'`)": make(
-            {name: 1.0 + i / options.tensors for i, name in enumerate(names)}, split=True
-        ),
+        "one param group": grouped(dict.fromkeys(names, 1.0)),
+        "8 param groups": grouped(kinds),
+        "one param group, 8 scales (`pool='kind'`)": scaled(kinds),
+        f"{options.tensors} param groups": grouped(units),
+        f"one param group, {options.tensors} scales (`pool='unit'`)": scaled(units),
     }
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for optimizer in optimizers.values():
@@ -63,8 +58,8 @@ def main() -> None:
     for _ in range(options.steps):
         for name, optimizer in optimizers.items():
             times[name].append(seconds(optimizer.step))
-    usual = median(times["usual groups"])
-    print("| step of 400 tensors | ms | / usual |\n|---|---|---|")
+    usual = median(times["one param group"])
+    print(f"| step of {options.tensors} tensors | ms | / one group |\n|---|---|---|")
     for name, values in times.items():
         print(f"| {name} | {1e3 * median(values):.2f} | {median(values) / usual:.2f} |")
 
