@@ -307,7 +307,13 @@ class VerifiedSites:
         return refuted
 
     def _confirmed(
-        self, candidates: list[str], gates: Gates, out: Output, count: int, generator: torch.Generator, tolerance: float
+        self,
+        candidates: list[str],
+        gates: Gates,
+        out: OutputValues,
+        count: int,
+        generator: torch.Generator,
+        tolerance: float,
     ) -> set[str]:
         """Those tensors whose terms cancel for other draws of omega, too, until enough D phi_n have been small.
 
