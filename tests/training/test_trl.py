@@ -37,6 +37,7 @@ from trl import (
 
 from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMMixin, FLeRMRun, RateProfile
 from hf_flerm.profile.rate_profile import PROFILE_NAME
+from hf_flerm.rates.outputs import MeasuredOutput
 from hf_flerm.training.trl_tasks import trl_task
 from tests.shared.processes import launch
 from tests.shared.training import Outcome, assert_identical, flerm_callback, gpt2, scaled, train, weights_of
