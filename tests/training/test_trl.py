@@ -290,9 +290,9 @@ def test_a_reward_model_is_its_reward(tmp_path: Path) -> None:
     metadata = flerm_callback(trainer).rate_profile.metadata["flerm"]
     assert (metadata["output"], metadata["positions"]) == ("logits", "attention_mask")
     _, batch = probed_batch(trainer)
-    values = FLeRMRun(trainer.model, trainer.optimizer, CONFIG, trainer.get_train_dataloader())._probe.outputs(
-        trainer.model, batch
-    )
+    values = FLeRMRun(
+        trainer.model, trainer.optimizer, CONFIG, trainer.get_train_dataloader()
+    )._recorder._probe.outputs(trainer.model, batch)
     assert values.values.shape == (2 * BATCH, 1)
     assert values.count() == 2 * BATCH
 
