@@ -55,7 +55,7 @@ SWEEP = 5  # learning rates, to begin with
 
 @dataclass(frozen=True)
 class Entry:
-    """One profile of the collection; `first` is where its sweep begins, in quarters of a decade."""
+    """One profile of the collection. `first` is the first learning rate of its sweep, in quarters of a decade."""
 
     model: str
     method: str
@@ -103,7 +103,7 @@ def data(symbols: bool) -> tuple[Dataset, Dataset]:
 
 
 def _examples(rows: list[list[int]]) -> Dataset:
-    """A data set whose fingerprint is one of its content alone."""
+    """Make a data set whose fingerprint depends on its content only."""
     table = InMemoryTable.from_pydict({"input_ids": rows, "labels": rows})
     return Dataset(table, fingerprint=hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16])
 
@@ -146,7 +146,7 @@ def weights(model: str, learning_rate: float) -> dict[str, torch.Tensor]:
 
 
 def build(entry: Entry, base_rate: float | None = None) -> nn.Module:
-    """The model of an entry, as its training finds it; pretrained at the base's rate where there is one."""
+    """Make the model of an entry; it is pretrained first, at the base's learning rate, if the entry says so."""
     state = weights(entry.model, base_rate) if base_rate is not None else None
     model = untrained(entry.model)
     if state is not None:
@@ -171,7 +171,7 @@ def build(entry: Entry, base_rate: float | None = None) -> nn.Module:
 def run(
     entry: Entry, learning_rate: float, base_rate: float | None = None, flerm: FLeRMConfig | None = None
 ) -> tuple[float, Any]:
-    """Train an entry once; its validation loss and its trainer."""
+    """Train an entry once. Return the validation loss and the trainer."""
     model = build(entry, base_rate if entry.method != "pretrain" else None)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return trained(
@@ -198,7 +198,7 @@ def grid_rate(index: int) -> float:
 
 
 def sweeps(names: list[str], base_rates: dict[str, float]) -> dict[str, dict[float, float]]:
-    """`{name: {learning rate: validation loss}}`, each as long as it takes for its best not to be at an end."""
+    """Sweep until the best learning rate is not at an end. Return `{name: {learning rate: validation loss}}`."""
     ranges = {name: (ENTRIES[name].first, ENTRIES[name].first + SWEEP) for name in names}
     found: dict[str, dict[float, float]] = {name: {} for name in names}
     with processes() as pool:
@@ -223,13 +223,13 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def record(entry: Entry, learning_rate: float, base_rate: float | None) -> tuple[float, RateProfile]:
-    """Validation loss and rates; recording leaves the run as it was in the sweep."""
+    """Record an entry. Its validation loss is that of the sweep, because recording changes nothing."""
     loss, trainer = run(entry, learning_rate, base_rate, FLeRMConfig(mode="record", research=Research(probes=8)))
     return round(loss, 4), trainer.rate_profile
 
 
 def write(entry: Entry, losses: dict[float, float], base_rate: float | None, output: Path) -> dict[str, Any]:
-    """The folder of an entry; what the manifest says of it."""
+    """Train, record and write an entry. Return its part of the manifest."""
     rate = best_rate(losses)
     loss, found = record(entry, rate, base_rate)
     if loss != losses[rate]:
@@ -243,7 +243,7 @@ def write(entry: Entry, losses: dict[float, float], base_rate: float | None, out
 
 
 def describe(entry: Entry, profile: RateProfile, base_rate: float | None, output: Path) -> dict[str, Any]:
-    """Write profile, card and picture; what the manifest says of them."""
+    """Write profile, card and picture. Return the entry's part of the manifest."""
     folder = output / entry.name
     folder.mkdir(parents=True, exist_ok=True)
     files = profile_files(profile, f"profiles/{entry.name}")
@@ -270,7 +270,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def make(names: list[str], output: Path) -> None:
-    """Write these entries; those that start from a pretrained model need its entry in the manifest."""
+    """Write these entries. An entry that starts from a pretrained model needs that model's entry in the manifest."""
     quiet()
     torch.set_num_threads(1)
     bases = {f"{ENTRIES[name].model}-pretrain-adamw" for name in names} - manifest(output).keys()

@@ -33,7 +33,7 @@ TARGET_RATES = [1.8e-3, 3.2e-3, 5.6e-3, 1e-2, 1.8e-2]
 
 @dataclass
 class Result:
-    """What one run came to."""
+    """The result of one run."""
 
     method: str
     run: Run
@@ -48,7 +48,7 @@ def profile_folder(output: Path, run: Run) -> Path:
 
 
 def train(method: str, run: Run, output: Path) -> Result:
-    """One run; `base` records its profile, `flerm` matches the base's."""
+    """Train once: `base` records a profile, `flerm` is matched to it."""
     quiet()
     base = Run(BASE_RANK, run.learning_rate, run.seed, run.init)
     config = {

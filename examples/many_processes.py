@@ -39,7 +39,7 @@ class Text(Dataset):
 
 
 def train(folder: Path, width: int, steps: int, config: FLeRMConfig) -> FLeRMTrainer:
-    """One run; its profile lies in `folder` afterwards."""
+    """Train once and save the profile in `folder`."""
     torch.manual_seed(0)
     size = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": LENGTH, "vocab_size": 128}
     args = TrainingArguments(
@@ -65,7 +65,7 @@ def train(folder: Path, width: int, steps: int, config: FLeRMConfig) -> FLeRMTra
 
 
 def main() -> None:
-    """Record, match, and tell what came of it."""
+    """Record, match, and print the scales."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/many_processes"))
     parser.add_argument("--steps", type=int, default=20)

@@ -23,7 +23,7 @@ from hf_flerm import FLeRMConfig, FLeRMRun
 
 
 def train(accelerator: Accelerator, folder: Path, width: int, steps: int, config: FLeRMConfig) -> FLeRMRun:
-    """One run; its profile lies in `folder` afterwards."""
+    """Train once and save the profile in `folder`."""
     torch.manual_seed(0)
     size = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": LENGTH, "vocab_size": 128}
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
@@ -51,7 +51,7 @@ def train(accelerator: Accelerator, folder: Path, width: int, steps: int, config
 
 
 def main() -> None:
-    """Record, match, and tell what came of it."""
+    """Record, match, and print the scales."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/raw_loop"))
     parser.add_argument("--steps", type=int, default=20)

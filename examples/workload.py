@@ -57,7 +57,7 @@ class Run:
 
 
 def quiet() -> None:
-    """No warnings or progress bars from the libraries below; the demo has its own."""
+    """Turn off warnings and progress bars of the libraries."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -123,7 +123,7 @@ def arguments(folder: str, **options: object) -> TrainingArguments:
 
 
 def pretrained(progress: bool = True) -> Path:
-    """The folder of the pretrained model, trained the first time."""
+    """Return the folder of the pretrained model; the first call trains it."""
     folder = CACHE / f"gpt2-english-{VOCABULARY}-{LENGTH}"
     if (folder / "model.safetensors").exists():
         return folder
@@ -184,7 +184,7 @@ def trained(
     optimizer: torch.optim.Optimizer | None = None,
     **options: object,
 ) -> tuple[float, Any]:
-    """Train with these arguments, silently; validation loss and trainer."""
+    """Train with these arguments, silently. Return the validation loss and the trainer."""
     train, validation = data
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
         given = {
@@ -203,7 +203,7 @@ def trained(
 def fine_tune(
     run: Run, flerm: FLeRMConfig | None = None, callbacks: Sequence[TrainerCallback] = ()
 ) -> tuple[float, Any]:
-    """Train one run; its validation loss and its trainer."""
+    """Train once. Return the validation loss and the trainer."""
     return trained(
         adapted(run),
         python_data(),
@@ -217,14 +217,14 @@ def fine_tune(
 
 
 def processes(workers: int | None = None) -> ProcessPoolExecutor:
-    """A pool of fresh processes; to be used in a `with` statement."""
+    """Context manager: a pool of fresh processes."""
     return ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
 
 
 def in_parallel(
     pool: Executor, function: Callable[..., Result], calls: Iterable[tuple[Any, ...]], title: str
 ) -> list[Result]:
-    """What `function` returns for the arguments of every call, in the order in which they end."""
+    """Call `function` with each of these arguments in parallel. Return the results in the order of completion."""
     futures = [pool.submit(function, *call) for call in calls]
     return [future.result() for future in tqdm(as_completed(futures), title, total=len(futures), unit="run")]
 

@@ -1,4 +1,4 @@
-"""Which tensors of which kinds of model and adapter get which estimator: the cases of the test matrix.
+"""Table of the estimator that each tensor gets, for the models and adapters of the test matrix.
 
 python examples/benchmarks/architectures.py
 """

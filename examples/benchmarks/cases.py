@@ -1,4 +1,4 @@
-"""The models that are timed, their training steps, and what is read off the machine."""
+"""The models that are timed, their training steps, and measurements of memory."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Training:
         self.probe_batch = {"input_ids": self.probe_ids.to(self.device)}
 
     def update(self) -> None:
-        """Forward, backward, clipping and the optimizer's step; gradients stay, as in a Trainer's step."""
+        """Forward, backward, clipping and the optimizer's step. Gradients are kept, as in a step of the Trainer."""
         self.model.train()
         self.model(**self.train_batch, labels=self.train_batch["input_ids"]).loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -87,7 +87,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def measured(self, measure: Callable[[Any], Any]) -> None:
-        """A step whose update is measured."""
+        """Make a training step and measure its update."""
         before = Snapshot(MasterWeights(self.parameters))
         self.update()
         with before.put_back(dict.fromkeys(self.parameters, LEARNING_RATE)) as updates:
@@ -121,7 +121,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """Bytes held at the same time, over those that were held before."""
+    """Return the peak of the allocated bytes while `function` runs, minus the bytes allocated before."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

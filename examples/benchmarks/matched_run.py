@@ -1,4 +1,4 @@
-"""What matching costs: matched runs beside plain ones, LoRA of rank 64 with default settings.
+"""Cost of matching: matched runs beside plain runs, LoRA of rank 64 with default settings.
 
 python examples/benchmarks/matched_run.py [--steps 1000] [--pairs 3]
 
@@ -95,7 +95,7 @@ def in_turn(turns: Turns, case: Case, steps: int, config: FLeRMConfig | None) ->
     try:
         return run(case, steps, config, [turns])
     finally:
-        turns.theirs.release(steps)  # the other one need wait no more
+        turns.theirs.release(steps)  # the other one no longer waits
 
 
 def pair(make: Callable[[int], Case], steps: int, profile: str) -> tuple[float, float, float]:

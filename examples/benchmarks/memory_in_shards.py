@@ -1,4 +1,4 @@
-"""What a measured step needs beside a training step when weights lie in shards (FSDP2).
+"""Memory of a measured step beside that of a training step, with sharded weights (FSDP2).
 
     torchrun --nproc_per_node 2 examples/benchmarks/memory_in_shards.py
     torchrun --nproc_per_node 4 examples/benchmarks/memory_in_shards.py
@@ -25,11 +25,11 @@ from hf_flerm.optimizer.step import Snapshot
 from hf_flerm.rates.probe import RateProbe
 
 MB = 1e6
-REPEATS = 9  # the least counts: how many layers are gathered ahead is a matter of timing
+REPEATS = 9  # the smallest counts: how many layers are gathered ahead depends on timing
 
 
 def peak(run: Callable[[], object]) -> float:
-    """How many bytes are allocated at once while something runs, of those that were not there before."""
+    """Return the peak of the allocated bytes while something runs, minus the bytes allocated before."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()

@@ -1,4 +1,4 @@
-"""What a probe costs and what it is worth: time and memory against a training step, error at equal time.
+"""Cost and accuracy of a probe: time and memory against a training step, and error at equal time.
 
     python examples/benchmarks/probes.py [--repeats 5] [--skip-large]
 

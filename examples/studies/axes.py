@@ -1,4 +1,4 @@
-"""Along what a learning rate is to transfer: per axis a small base, a bigger or other target, and what is known."""
+"""The axes of transfer: for each a small base, a larger or different target, and what the literature says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def grid(first: float, last: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the field would do on an axis: a factor on the learning rate of every tensor, by name and tensor."""
+    """A published rule: a factor on the learning rate of each tensor, from its name and shape."""
 
     text: str
     factor: Callable[[str, nn.Parameter], float]
@@ -66,7 +66,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of transfer; `claim` is what is said about it."""
+    """One axis of transfer. `claim` is what the literature says about it."""
 
     name: str
     base: Side
@@ -77,7 +77,7 @@ class Axis:
     steps: int = 150
     warmup: int = 20
     batch_size: int = 8
-    flerm: Mapping[str, Any] = field(default_factory=dict)  # what every way of matching needs on this axis
+    flerm: Mapping[str, Any] = field(default_factory=dict)  # options that every method of matching needs on this axis
 
     @property
     def changes_depth(self) -> bool:
@@ -129,7 +129,7 @@ def _grown(
     rates: tuple[float, ...] = SCRATCH,
     **options: Any,
 ) -> Axis:
-    """From scratch: a small model, and the same with some options changed."""
+    """An axis from scratch: a small model, and the same model with some options changed."""
     return Axis(name, Side(model, small, rates), Side(model, {**small, **grown}, rates), claim, rule, **options)
 
 
@@ -154,7 +154,7 @@ def _lora(
     rates: tuple[float, ...] = ADAPTER,
     **both: Any,
 ) -> Axis:
-    """From one rank to another, or from rank 8 to `target`."""
+    """An axis from one LoRA rank to another, or from rank 8 to `target`."""
     small = Side(workload.lora, {"rank": 8 if target else ranks[0], **both}, rates)
     bigger = target or Side(workload.lora, {"rank": ranks[1], **both}, rates)
     return Axis(name, small, bigger, claim, rule, workload.python_data, steps=100, flerm=flerm or {})

@@ -186,7 +186,7 @@ def gpt2(seed: int, width: int, depth: int) -> nn.Module:
 
 
 def full(seed: int) -> nn.Module:
-    """The pretrained model that the adapters sit on, all of it trainable."""
+    """Return the pretrained model under the adapters, with all parameters trainable."""
     set_seed(seed)
     return GPT2LMHeadModel.from_pretrained(workload.pretrained())
 

@@ -1,4 +1,4 @@
-"""What the runs of an axis come to: numbers, a table, a picture."""
+"""Results of the runs of an axis: numbers, a table, a picture."""
 
 from __future__ import annotations
 
@@ -38,21 +38,18 @@ class Study:
 
     @property
     def wanted(self) -> float:
-        """What to multiply the learning rate by: the target's best over the base's, each between its sweep's points."""
+        """The factor that the sweeps find: the target's optimum over the base's, each interpolated in its sweep."""
         return optimum(self.plain) / optimum(self.base)
 
     @property
     def wanted_range(self) -> tuple[float, float]:
-        """Where `wanted` lies for nine tenths of all resamplings of the seeds, base and target each by itself."""
+        """The middle nine tenths of `wanted` over all resamplings of the seeds of base and target."""
         bases, targets = resampled(self.base), resampled(self.plain)
         found = sorted(target / base for base in bases for target in targets)
         return found[len(found) // 20], found[-1 - len(found) // 20]
 
     def planned(self, metric: str) -> float:
-        """What `plan` multiplies the learning rate by, a geometric mean over seeds.
-
-        Studies of before `plan` kept a learning rate that it cannot tell from the wanted one are read by that rule.
-        """
+        """The factor of `plan`, a geometric mean over seeds. A factor that cannot be told from 1 counts as 1."""
         factors = [Multiplier(rate / self.base_rate, error=0.0) for rate in self.plans[metric]]
         return math.exp(mean(0.0 if factor.is_one else math.log(factor.value) for factor in factors))
 
@@ -202,8 +199,8 @@ def combined(studies: Sequence[Study]) -> str:
         lines += ["", *verdicts([study for study in studies if method in study.methods], method)]
     lines += [
         "",
-        "`plan`: what it multiplies the learning rate by, and what the sweeps want (the target's best over the base's, "
-        "each between the points of its sweep).",
+        "`plan`: the factor on the learning rate that it finds, and the factor that the sweeps find (wanted: the "
+        "target's optimum over the base's, each interpolated between the points of its sweep).",
         "",
         *_plans(studies),
     ]
@@ -229,15 +226,16 @@ def _plans(studies: Sequence[Study]) -> list[str]:
         rough = [study for study in planned if _near(study.planned(metric) * study.base_rate / optimum(study.plain))]
         lines += [
             "",
-            f"By {metric} rates within a factor of {NEAR} on {len(near)} of {len(planned)} axes, and of what seeds "
-            f"leave open on {len(open_)}; from the best point of the base's sweep as it is, a quarter of a decade from "
-            f"the next, on {len(rough)}.",
+            f"By {metric} rates, `plan` is within a factor of {NEAR} of the wanted factor on {len(near)} of "
+            f"{len(planned)} axes, and of the range that the seeds leave open on {len(open_)}. If it starts from the "
+            "best point of the base's sweep (a quarter of a decade from the next) instead of its optimum, on "
+            f"{len(rough)}.",
         ]
     return lines
 
 
 def _nearest(study: Study, metric: str) -> float:
-    """What of the range of wanted factors is nearest to the planned one."""
+    """The factor within the range of wanted factors that is nearest to the planned one."""
     low, high = study.wanted_range
     return min(max(study.planned(metric), low), high)
 
@@ -250,16 +248,16 @@ def _plan_cells(study: Study, metric: str) -> str:
 
 
 def verdicts(studies: Sequence[Study], method: str) -> list[str]:
-    """On which axes a method is behind by over a standard error, or leaves over a quarter of plain's regret."""
+    """Say on which axes a method is the best, and on which it recovers most of what the base's learning rate costs."""
     beaten = [f"{study.axis} ({study.winner})" for study in studies if study.behind(method, study.winner)]
     moved = [study for study in studies if mean(study.regrets("plain")) > WORTH]
     left = [study.axis for study in moved if not mean(study.regrets(method)) <= mean(study.regrets("plain")) / 4]
     return [
-        f"`{method}` is best or within a standard error of the best on {len(studies) - len(beaten)} of {len(studies)} "
-        f"axes; not on {', '.join(beaten) or 'none'}.",
+        f"`{method}` is the best method, or within a standard error of it, on {len(studies) - len(beaten)} of "
+        f"{len(studies)} axes. Another one is better on {', '.join(beaten) or 'none'}.",
         "",
-        f"Of plain's regret, where that is above {WORTH}, it leaves at most a quarter on {len(moved) - len(left)} of "
-        f"{len(moved)} axes; not on {', '.join(left) or 'none'}.",
+        f"On {len(moved)} axes the base's learning rate costs more than {WORTH} nats. `{method}` recovers at least "
+        f"three quarters of that on {len(moved) - len(left)} of them, but not on {', '.join(left) or 'any other'}.",
     ]
 
 

@@ -1,11 +1,11 @@
-"""One study per axis of transfer: does the base's best learning rate do for the target, and what mends it?
+"""One study per axis of transfer: how well does the base's best learning rate work for the target, and what helps?
 
     python examples/studies/run.py
 
 Per axis: a sweep of the base (recorded), a sweep of the target with `Trainer`, and the target at the base's best
-learning rate with the field's rule and with every method. A sweep goes on until its best is not at an end. Every run
-is kept under its settings, so that an interrupted study goes on and a new method costs its own runs alone; `--again`
-forgets those of a method whose code has changed.
+learning rate with the published rule and with every method. A sweep is extended until its best is not at an end.
+Results are stored by the settings of the run, so an interrupted study continues, and a new method costs only its own
+runs; `--again` discards the results of a method whose code has changed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ MOST_EXTENSIONS = 6
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a method of `BASES` or `METHODS`, or without FLeRM `plain` or `rule`."""
+    """One run, by a method of `BASES` or `METHODS`, or without FLeRM by "plain" or "rule"."""
 
     axis: str
     method: str
@@ -79,7 +79,7 @@ class Job:
     steps: int
 
     def settings(self) -> dict[str, Any]:
-        """All that the result depends on; axes that have a run in common share it."""
+        """Everything that the result depends on. Axes that have a run in common share its result."""
         axis = AXES[self.axis]
         common = {**axis.settings(), "steps": self.steps, "learning_rate": self.learning_rate, "seed": self.seed}
         if self.method in BASES:
@@ -94,7 +94,7 @@ class Job:
         return {**target, "method": self.config(), **profile}
 
     def config(self) -> dict[str, Any]:
-        """How to match; where the depth stays the same, ways of splitting it are one, and share their runs."""
+        """Options of matching. `depth` is left out where the depth does not change, so that methods share runs."""
         axis = AXES[self.axis]
         options = {**axis.flerm, **METHODS[self.method].options}
         return {name: value for name, value in options.items() if name != "depth" or axis.changes_depth}
@@ -117,7 +117,7 @@ class Job:
 
 @dataclass
 class Result:
-    """What a run came to; a loss of None is one that is not finite."""
+    """The result of a run. The loss is None if it is not finite."""
 
     loss: float | None
     seconds: float = 0.0
@@ -127,7 +127,7 @@ class Result:
 
 
 def train(job: Job, output: Path) -> tuple[Job, Result]:
-    """Train one run, or read what it came to before. An exception is its result, and is not kept."""
+    """Train once, or read the stored result. An exception is returned as a result but not stored."""
     file = job.folder(output) / "result.json"
     if file.exists():
         return job, Result(**json.loads(file.read_text())["result"])
@@ -176,7 +176,7 @@ def _train(job: Job, output: Path) -> Result:
 
 
 def planned(job: Job, output: Path) -> tuple[Job, float]:
-    """What `plan` recommends for the target from the profile that this job recorded; kept as runs are."""
+    """Return the learning rate that `plan` finds for the target from this job's profile; stored like a run."""
     file = job.folder(output) / f"plan-{job.axis}.json"
     if not file.exists():
         quiet()

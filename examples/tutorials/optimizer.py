@@ -1,4 +1,4 @@
-"""What an optimizer does to the function: rates over training, and how the updates of tensors interact.
+"""Effect of an optimizer on the function: rates over training, and how the updates of tensors interact.
 
     python examples/tutorials/optimizer.py
 

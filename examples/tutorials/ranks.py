@@ -84,7 +84,7 @@ def fine_tuned(
     held_out: Dataset,
     flerm: FLeRMConfig | None,
 ) -> tuple[float, Any]:
-    """Validation loss after fine-tuning, and the trainer."""
+    """Fine-tune. Return the validation loss and the trainer."""
     common = {
         "model": with_adapter(folder, rank),
         "args": arguments(folder / "run", learning_rate, steps),
@@ -123,7 +123,7 @@ def main(arguments_given: list[str] | None = None) -> None:
     best = min(base, key=lambda rate: base[rate][0])
     profile = base[best][1]
     profile.save_pretrained(options.output / "base")
-    # what does the target want?
+    # what does the target need?
     advice = plan(
         with_adapter(folder, TARGET),
         arguments(folder / "run", best, steps),

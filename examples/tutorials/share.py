@@ -1,4 +1,4 @@
-"""Share a profile: record a run, look at what would be shared, push it.
+"""Share a profile: record a run, look at the files, push them.
 
     python examples/tutorials/share.py                        # writes what would be pushed
     python examples/tutorials/share.py --push org/tuned-small # pushes it

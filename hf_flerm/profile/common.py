@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,18 @@ from .file import parse_bytes
 from .rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 
 logger = logging.get_logger(__name__)
+
+
+def base_profile(source: RateProfile | str | os.PathLike[str] | None) -> RateProfile | None:
+    """Load the profile that a run is matched to, the same on all processes; a collective call.
+
+    Args:
+        source: A profile, a folder, a file or a repository; None if the run is not matched.
+
+    Raises:
+        RateProfileError: On every process, if it cannot be loaded; see `common_profile`.
+    """
+    return common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
 
 
 def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RateProfile | None:

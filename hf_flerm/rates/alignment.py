@@ -1,4 +1,7 @@
-"""How far updates are aligned with the activations that they act on, layer by layer."""
+"""How far updates are aligned with the activations that they act on, layer by layer.
+
+For a linear layer with fan-in n, update U and input x: log_n(RMS(U x) / (RMS(U) RMS(x))), RMS over entries.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def log_alignments(
     outputs, engine = MeasuredOutput(output), engine_of(model)
     engine.release()
     raw = resolve_names(model, updates)
-    own = dict(zip(raw, updates.values(), strict=True))
+    by_name = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
     tangents: dict[str, LayerMap] = {}
     for name, path in raw.items():
@@ -70,7 +73,7 @@ def log_alignments(
             if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
                 x = x[mask.bool()]
             x = x.reshape(-1, x.shape[-1])
-            moved = tangents[name](module, own[name].to(x), x)
+            moved = tangents[name](module, by_name[name].to(x), x)
             sizes = [value.float().square().mean(-1).sum().item() for value in (moved, x)]
             sums[name] += torch.tensor([*sizes, float(len(x))], dtype=torch.float64)
 
@@ -93,7 +96,7 @@ def log_alignments(
     if empty:
         raise ValueError("there was no probe batch: batches is empty.")
     fan_in = {name: _fan_in(modules[0]) for name, modules in layers.items()}
-    return {name: _log_alignment(sums[name], own[name], fan_in[name]) for name in layers if fan_in[name] > 1}
+    return {name: _log_alignment(sums[name], by_name[name], fan_in[name]) for name in layers if fan_in[name] > 1}
 
 
 def _fan_in(module: Any) -> int:

@@ -177,7 +177,7 @@ class RateProbe:
         parameters = {name: tensor.parameter for name, tensor in tensors.items()}
         unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters, self.engine)
         device = self.engine.device(next(iter(parameters.values())))
-        samples = Samples(unit_updates)
+        samples = Samples(unit_updates, _same_moves(tensors, unit_updates))
         if self._head is not None and not self._head.is_current():
             self._head = None
         with undisturbed(self.model, device), self.engine.released_after():
@@ -394,6 +394,25 @@ class RateProbe:
             return self.estimator, ()
         holders = [site.module for parameter in tensor.parameters for site in owners(self.model, parameter)]
         return (self.estimator, (0,)) if holders == [self._head_name] else ("kronecker", ())
+
+
+def _same_moves(tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find tensors in one memory whose updates are one: before an optimizer step and after it, all see all of it.
+
+    Returns:
+        `{name: the first name with the same move}` of all but the first.
+    """
+    sharing = [name for name, tensor in tensors.items() if tensor.views]
+    found: dict[str, str] = {}
+    for i, name in enumerate(sharing):
+        for first in sharing[:i]:
+            views = tensors[first].views
+            parameter = tensors[name].parameter
+            if first in found or parameter not in views:
+                continue
+            if torch.equal(tensors[first].seen_by(parameter, updates[first]), updates[name]):
+                found[name] = first
+    return found
 
 
 def _statistics(

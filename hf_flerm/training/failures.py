@@ -1,54 +1,14 @@
-"""What happens when a measurement fails: every process hears of it, the user is told once, training goes on."""
+"""What happens when a measurement fails: one warning, training goes on, and after three in a row no more attempts."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
-Result = TypeVar("Result")
 
 # A failure may be the fault of one batch; after three in a row the next one will fail too.
 _MOST_IN_A_ROW = 3
-
-
-class Attempt:
-    """One measurement as far as this process gets with it.
-
-    A part that fails must not keep this process out of the collective calls that follow: the others would wait forever.
-    So the exception is kept, the remaining parts are left out, and the sum over processes reports it to all.
-
-    Attributes:
-        failure: The exception of the part that failed; None so far.
-
-    Args:
-        agree: Maps flags to flags that are the same on all processes that must run the model in step.
-    """
-
-    def __init__(self, agree: Callable[[Sequence[bool]], list[bool]]) -> None:
-        self.failure: Exception | None = None
-        self._agree = agree
-
-    def run(self, part: Callable[[], Result]) -> Result | None:
-        """Run the next part of the measurement.
-
-        Args:
-            part: Runs it.
-
-        Returns:
-            Its result; None if it failed or is left out, here or on a process that must run the model in step.
-        """
-        result = None
-        if self.failure is None:
-            try:
-                result = part()
-            except Exception as error:
-                self.failure = error
-        (failed,) = self._agree([self.failure is not None])
-        return None if failed else result
 
 
 class Failures:

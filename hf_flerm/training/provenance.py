@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..config import FLeRMConfig
 from ..engines import engine_of
 from ..model.names import tensor_kinds
-from ..profile.metadata import CALLABLE, SETTINGS, UNITS, ProfileMetadata
+from ..profile.metadata import CALLABLE, SETTINGS, UNITS
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
 from .probe_data import ProbeData
 
@@ -173,14 +173,14 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
         )
 
 
-def warn_of_other_rate(profile: RateProfile, described: Mapping[str, Any]) -> None:
+def warn_of_other_rate(profile: RateProfile, own: RateProfile) -> None:
     """Warn if a matched run has another learning rate than its base: scales are relative to that of the base.
 
     Args:
         profile: The profile of the base run.
-        described: The `provenance` of the matched run.
+        own: The profile of the matched run.
     """
-    was, now = profile.about.learning_rate, ProfileMetadata(described).learning_rate
+    was, now = profile.about.learning_rate, own.about.learning_rate
     if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
         logger.warning(
             f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "

@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+from torch.optim import Optimizer
 from transformers.utils import logging
 
-from ..model.names import means_by_kind, preview
-from ..optimizer.step_update import StepUpdate
+from ..config import FLeRMConfig
+from ..engines import engine_of
+from ..model.names import means_by_kind, preview, tensor_kinds
+from ..optimizer.watch import StepUpdate
 from ..profile.rate_profile import RateProfile
 from ..rates.measurement import UNUSED, Measurement
+from ..rates.model_call import ModelCallError
+from ..rates.outputs import MeasuredOutput
 from ..rates.probe import RateProbe
 from ..rates.process_sum import ProcessSum
-from .failures import Attempt
+from ..rates.tensors import product_shapes
+from ..transfer.mapping import joint_groups
 from .probe_data import ProbeData
+from .provenance import begun_profile, continued_profile, provenance
 
 logger = logging.get_logger(__name__)
 
@@ -32,44 +40,59 @@ class Recorder:
         last_measurement: The latest measurement; None before the first.
 
     Args:
-        profile: The profile to append to.
-        probe: Measures on the model.
+        model: The trained model, not wrapped.
+        parameters: `{canonical name: parameter}` of all that is trained.
+        optimizer: The optimizer, not wrapped.
+        config: The options of the run.
         probe_data: Examples to probe with.
-        device: Where the model runs.
-        shapes: `{canonical name: shape of Z = U * G}` of all that is trained.
-        joint_groups: Tensors whose joint rates are recorded: `{granularity: {path: shares}}`.
-        matched_groups: Further tensors whose joint rates will be asked of measurements.
-        logged_as: `{canonical name: name in the logs}`.
+        arguments: Settings of the training for the profile's metadata; see `provenance`.
+        matched: Tensors whose joint rates will be asked of measurements beside those of the profile.
+
+    Raises:
+        ValueError: If the model has no such output or, to match, cannot be run on what the data set holds.
     """
 
     def __init__(
         self,
-        profile: RateProfile,
-        probe: RateProbe,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        config: FLeRMConfig,
         probe_data: ProbeData,
-        device: torch.device,
-        shapes: Mapping[str, torch.Size],
-        joint_groups: Mapping[str, Mapping[str, Shares]],
-        matched_groups: Iterable[Shares],
-        logged_as: Mapping[str, str],
+        arguments: Mapping[str, Any] | None,
+        matched: Iterable[Shares],
     ) -> None:
-        self.profile = profile
-        self.last_measurement: Measurement | None = None
-        self._probe = probe
+        engine = engine_of(model)
+        self._device = engine.device(next(iter(parameters.values())))
+        output = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
+        if not engine.sharded:
+            try:
+                probe_data.check(partial(output.check, model, device=self._device))
+            except ModelCallError as error:
+                if config.mode == "match":
+                    raise
+                logger.warning(f"{error} Training goes on; as it is, nothing can be measured.")
+        research = config.research
+        self._probe = RateProbe(
+            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, outputs=output
+        )
         self._probe_data = probe_data
-        self._device = device
-        self._joint_groups = joint_groups
-        self._logged_as = logged_as
-        groups = [shares for paths in joint_groups.values() for shares in paths.values()]
-        self._sum_over_processes = ProcessSum(shapes, probe.estimator, [*groups, *matched_groups])
+        self._joint = joint_groups(model, parameters)  # {granularity: {path: shares}}
+        joint = [shares for paths in self._joint.values() for shares in paths.values()]
+        self._sum_over_processes = ProcessSum(
+            product_shapes(parameters, engine), research.estimator, [*joint, *matched]
+        )
+        self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
+        metadata = provenance(model, parameters, optimizer, config, probe_data, arguments)
+        self.profile = begun_profile(metadata, self._joint)
+        self.last_measurement: Measurement | None = None
 
-    def record(self, step: int, update: StepUpdate | None, attempt: Attempt) -> Measurement | None:
-        """Measure the update of one optimizer step and append its rates to the profile; a collective call.
+    def record(self, step: int, update: StepUpdate) -> Measurement | None:
+        """Measure an update and append its rates to the profile; a collective call.
 
         Args:
-            step: The optimizer step.
-            update: What it did to the weights; None if `attempt` has failed before.
-            attempt: Keeps this process in the collective calls if something fails here.
+            step: The optimizer step that made it.
+            update: The update.
 
         Returns:
             The measurement of all processes together; None if the step moved nothing, on any of them.
@@ -77,14 +100,14 @@ class Recorder:
         Raises:
             Exception: On every process, if the measurement failed on one; see `ProcessSum`.
         """
-        own = None
-        if update is not None and attempt.run(update.moved):
-            own = attempt.run(partial(self._probed, step, update))
-        measurement = self._sum_over_processes(own, attempt.failure)
+        if not any(update.learning_rates.values()):
+            return None  # a warm-up begins at learning rate 0; the next step is due
+        own = update.attempt.run(partial(self._probed, step, update)) if update.moved() else None
+        measurement = self._sum_over_processes(own, update.attempt.failure)
         if measurement is None:
             return None
         self._check(measurement)
-        joint = {granularity: measurement.joint_rates(paths) for granularity, paths in self._joint_groups.items()}
+        joint = {granularity: measurement.joint_rates(paths) for granularity, paths in self._joint.items()}
         joint_rates = {by: {path: rate for path, (rate, _) in rates.items()} for by, rates in joint.items()}
         self.profile = self.profile.appended(step, measurement.rates, joint_rates)
         self.last_measurement = measurement
@@ -97,6 +120,14 @@ class Recorder:
             **self.by_kind("relative_error", measurement.relative_errors),
             "flerm/rate/total": measurement.total,
         }
+
+    def resume(self, profile: RateProfile, config: FLeRMConfig) -> None:
+        """Continue from the profile of a checkpoint.
+
+        Raises:
+            RateProfileError: If its tensors or units are not those of this run.
+        """
+        self.profile = continued_profile(profile, self.profile, config)
 
     def by_kind(self, what: str, by_tensor: Mapping[str, float]) -> dict[str, float]:
         """Return log entries `flerm/what/...` of values by canonical name, averaged over the tensors of a kind."""

@@ -7,36 +7,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines import engine_of
-from ..model.names import tensor_kinds, trainable_parameters
-from ..optimizer.behavior import check_optimizer, weight_decays
-from ..optimizer.param_groups import learning_rates, raw_optimizer
-from ..optimizer.step import Snapshot
-from ..optimizer.step_hooks import FollowedSteps, runs_step_hooks
-from ..optimizer.step_update import StepUpdate
-from ..profile.common import common_profile
+from ..model.names import trainable_parameters
+from ..optimizer.behavior import check_optimizer
+from ..optimizer.watch import StepUpdate, StepWatch
+from ..profile.common import base_profile, common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
-from ..rates.model_call import Batch, ModelCallError
-from ..rates.outputs import MeasuredOutput
-from ..rates.probe import RateProbe
-from ..rates.tensors import product_shapes
+from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
-from ..transfer.mapping import joint_groups
-from .failures import Attempt, Failures
+from .failures import Failures
 from .probe_data import ProbeData
-from .provenance import begun_profile, continued_profile, provenance, warn_of_other_rate
+from .provenance import warn_of_other_rate
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
@@ -103,68 +94,40 @@ class FLeRMRun:
         self._config = config = replace(check_config(config), positions=config.positions or "attention_mask")
         self._wrapped = model
         model = extract_model_from_parallel(model, keep_torch_compile=False)
-        self._engine = engine = engine_of(model)
-        engine.check(config.research.estimator)
+        self._engine = engine_of(model)
+        self._engine.check(config.research.estimator)
         self._parameters = parameters = trainable_parameters(model)
-        self._optimizer = raw_optimizer(optimizer)
-        _check_unfollowed(self._optimizer)
-        self._accumulation = getattr(optimizer, "gradient_state", None)
-        self._weights = engine.master_weights(optimizer, parameters)
-        with self._weights.in_param_groups():
-            learning_rates(self._optimizer, self._weights.in_optimizer)
-        check_optimizer(self._optimizer, config.mode)
+        self._watch = StepWatch(self._engine, optimizer, parameters, config.snapshot_device)
+        check_optimizer(self._watch.optimizer, config.mode)
 
+        self._accumulation = getattr(optimizer, "gradient_state", None)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
-        outputs = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
-        device = engine.device(next(iter(parameters.values())))
-        if not engine.sharded:
-            try:
-                probe_data.check(partial(outputs.check, model, device=device))
-            except ModelCallError as error:
-                if config.mode == "match":
-                    raise
-                logger.warning(f"{error} Training goes on; as it is, nothing can be measured.")
-
-        described = provenance(model, parameters, self._optimizer, config, probe_data, arguments)
-        source = config.profile
-        base = common_profile("the profile", lambda: None if source is None else RateProfile.from_pretrained(source))
+        base = base_profile(config.profile)
         self._scaler: Scaler | None = None
         if base is not None:
-            self._weights.check_own_learning_rates()
-            warn_of_other_rate(base, described)
-            self._scaler = Scaler(base, model, self._optimizer, self._weights.in_optimizer, config)
-
+            self._watch.check_own_learning_rates()
+            self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, config)
         self._schedule = Schedule(config.measure_every, config.measure_steps)
-        groups = joint_groups(model, parameters)
         self._recorder = Recorder(
-            begun_profile(described, groups),
-            RateProbe(
-                model,
-                estimator=config.research.estimator,
-                probes_per_batch=config.research.probes_per_batch,
-                outputs=outputs,
-            ),
+            model,
+            parameters,
+            self._watch.optimizer,
+            config,
             probe_data,
-            device,
-            product_shapes(parameters, engine),
-            groups,
+            arguments,
             [] if self._scaler is None else self._scaler.shares,
-            tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters},
         )
+        if base is not None:
+            warn_of_other_rate(base, self._recorder.profile)
 
         self.steps = 0
         self.seconds = 0.0
         self._step = 0
-        self._is_due = False
-        self._before: tuple[Attempt, Snapshot | None] | None = None
         self._failures = Failures()
         self._logs: dict[str, float] = {}
         self._saved: tuple[Path, RateProfile] | None = None
-        self._followed: FollowedSteps | None = None
-        if self._weights.is_seen_by_hooks and runs_step_hooks(self._optimizer):
-            # Hooks after those of the scaler, which put the nominal learning rates back.
-            self._followed = FollowedSteps(self._optimizer, self._keep_weights, self._measure_update)
+        self._watch.start(self._measure_update)  # after the scaler's hooks, which restore the nominal learning rates
 
     @property
     def profile(self) -> RateProfile:
@@ -213,18 +176,12 @@ class FLeRMRun:
         """
         steps = self._recorder.profile.steps
         self._step = step
-        self._before = None  # a step that was cut short may have left one
-        self._is_due = not self._failures.given_up and self._schedule.is_due(
-            step, int(steps[-1]) if len(steps) else None
-        )
-        if self._followed is None:
-            self._keep_weights()
+        last = int(steps[-1]) if len(steps) else None
+        self._watch.begin(not self._failures.given_up and self._schedule.is_due(step, last))
 
     def after_step(self) -> None:
         """End the step that `before_step` has begun."""
-        if self._followed is None:
-            self._measure_update()
-        self._is_due = False
+        self._watch.end()
 
     def resume(self, profile: RateProfile, steps: int) -> None:
         """Continue from a checkpoint's profile and scales, from the next step.
@@ -241,7 +198,7 @@ class FLeRMRun:
                 f"the checkpoint's profile holds step {int(profile.steps[-1])}, but training goes on from step "
                 f"{steps}: it belongs to another checkpoint."
             )
-        self._recorder.profile = continued_profile(profile, self._recorder.profile, self._config)
+        self._recorder.resume(profile, self._config)
         self.steps = steps
         if self._scaler is not None:
             self._scaler.resume(profile)
@@ -290,10 +247,8 @@ class FLeRMRun:
 
     def close(self) -> None:
         """Release the optimizer and all weights, and measure no more; the profile stays."""
-        self._before = None
         self._failures.given_up = True
-        if self._followed is not None:
-            self._followed.remove()
+        self._watch.close()
         if self._scaler is not None:
             self._scaler.remove()
 
@@ -310,54 +265,29 @@ class FLeRMRun:
             reason = "no step that was due moved the weights: the learning rate was 0, or steps were skipped."
         logger.warning(f"nothing was measured in this run, and its profile is empty: {reason}")
 
-    def _keep_weights(self, *_: Any) -> None:
-        if self._is_due and self._before is None:
-            attempt = Attempt(self._weights.agree)
-            self._before = attempt, attempt.run(partial(Snapshot, self._weights, self._config.snapshot_device))
-
-    def _measure_update(self, *_: Any) -> None:
-        """Measure the update since `_keep_weights`, if there was one; report a failure."""
-        if self._before is None:
-            return
-        (attempt, snapshot), self._before = self._before, None
-        self._is_due = False
+    def _measure_update(self) -> None:
+        """Measure the update that the optimizer has just made; report a failure."""
         start = time.perf_counter()
+        update = None
         try:
-            self._measure(self._step, attempt, snapshot)
+            update = self._watch.update(self.scales)
+            self._measure(self._step, update)
         except Exception as error:
             self._failures.add(self._step, error)
         finally:
-            attempt.failure = None  # its traceback would keep the tensors of the probe alive
+            if update is not None:
+                update.attempt.failure = None  # its traceback would keep the tensors of the probe alive
             self.seconds += time.perf_counter() - start
             self._logs["flerm/seconds"] = self.seconds
 
-    def _measure(self, step: int, attempt: Attempt, snapshot: Snapshot | None) -> None:
-        """Record the update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
-        with self._weights.in_param_groups():
-            nominal = learning_rates(self._optimizer, self._weights.in_optimizer)
-            decays = {n: nominal[n] * d for n, d in weight_decays(self._optimizer, self._weights.stepped()).items()}
-        used = {name: nominal[name] * scale for name, scale in self.scales.items()}
-        if not any(used.values()):
-            return  # a warm-up begins at learning rate 0; the next step is due
-        update = StepUpdate(snapshot, used, decays, self._weights.agree) if snapshot is not None else None
-        measurement = self._recorder.record(step, update, attempt)
-        if measurement is None or update is None:
+    def _measure(self, step: int, update: StepUpdate) -> None:
+        """Record an update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
+        measurement = self._recorder.record(step, update)
+        if measurement is None:
             return
         self._failures.clear()
         self._logs |= self._recorder.logs(measurement)
         if self._scaler is not None:
-            update.rescale(self._scaler.update(step, measurement, max(nominal.values())))
+            update.rescale(self._scaler.update(step, measurement, update.nominal_rate))
             self._failures.warn_once("limit", self._scaler.at_limit())
             self._logs |= self._recorder.by_kind("scale", self.scales)
-
-
-def _check_unfollowed(optimizer: Optimizer) -> None:
-    """Raise ValueError if another `FLeRMRun` follows this optimizer: its scales would be applied twice."""
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    followed = (getattr(hook, "__self__", None) for hook in hooks)
-    if any(isinstance(getattr(getattr(each, "begin", None), "__self__", None), FLeRMRun) for each in followed):
-        raise ValueError(
-            "this training has two FLeRMCallbacks: scales would be applied twice. Leave one: FLeRMTrainer and "
-            "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). In a loop of your own, close() the FLeRMRun "
-            "that has ended."
-        )

@@ -158,7 +158,7 @@ def test_memory_for_a_snapshot_may_be_missing_too(
         def __init__(self, *args: Any) -> None:
             torch.empty(2**50)
 
-    monkeypatch.setattr("hf_flerm.training.run.Snapshot", Missing)
+    monkeypatch.setattr("hf_flerm.optimizer.watch.Snapshot", Missing)
     assert_same_run(train(make_trainer(tmp_path, gpt2(DROPOUT), FLeRMConfig())), plain)
     warning, empty = warnings_of()
     assert "snapshot_device='cpu'" in warning
