@@ -1,7 +1,7 @@
 """Allowed values of every option, once: for the type checker, parsers, the command line and error messages.
 
 Nothing is imported here, so that the command line can show its help without loading torch. A table that dispatches on
-one of these has exactly its values as keys (`tests/test_choices.py`).
+one of these has exactly its values as keys; a test compares them.
 """
 
 from __future__ import annotations

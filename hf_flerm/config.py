@@ -28,7 +28,7 @@ from .choices import (
     values,
 )
 from .profile.rate_profile import RateProfile
-from .rates.outputs import OutputFunction, Outputs
+from .rates.outputs import MeasuredOutput, OutputFunction
 
 _ALLOWED: Mapping[str, object] = {
     "mode": Mode,
@@ -284,7 +284,7 @@ class FLeRMConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a number of at least 1.")
         if self.positions is not None:
             check_choice("positions", self.positions, values(Positions))
-        Outputs(self.output, self.positions or "attention_mask", self.metric)
+        MeasuredOutput(self.output, self.positions or "attention_mask", self.metric)
         if self.snapshot_device is not None:
             try:
                 torch.device(self.snapshot_device)

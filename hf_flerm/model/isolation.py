@@ -7,6 +7,7 @@ model with sharded weights frees what was gathered (`Engine.released_after`) ins
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -96,7 +97,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modes:
             for kind, attribute, value in _PROBED_WITH:
-                if attribute in vars(module) and isinstance(module, kind):
+                if attribute in vars(module) and isinstance(module, kind) and not _computes_with(module, attribute):
                     stack.callback(setattr, module, attribute, getattr(module, attribute))
                     setattr(module, attribute, value)
             stack.enter_context(_kept_state(module))
@@ -111,6 +112,13 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 vars(module)["training"] = training
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+
+def _computes_with(module: nn.Module, attribute: str) -> bool:
+    """Whether a subclass of an embedding reads an attribute in a forward of its own: learned positions begin there."""
+    forward = inspect.unwrap(type(module).forward)
+    has_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward
+    return has_own and attribute in forward.__code__.co_names
 
 
 @contextmanager

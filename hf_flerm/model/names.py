@@ -1,7 +1,8 @@
-"""Canonical parameter names, and which tensors are of one kind.
+"""Canonical parameter names, and the kinds of tensors.
 
-Everything in the package is keyed by canonical name: the name in `named_parameters()` without what a wrapper
-(`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`) or PEFT (the adapter's name) put in.
+Everything in the package is keyed by canonical name: the name in `named_parameters()` without the components that a
+wrapper (`module`, `_orig_mod`, `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`) or PEFT (the name of the adapter)
+has added. Tensors of one kind have the same place in each of the repeated blocks of a model: `h.*.attn.weight`.
 """
 
 from __future__ import annotations
@@ -26,22 +27,16 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
         model: Any module, wrapped or not, with or without PEFT adapters.
 
     Returns:
-        `{name: canonical name}` in the order of `named_parameters()`. Two adapters of one model share canonical names.
+        `{name: canonical name}` in the order of `named_parameters()`. Two adapters of a model share canonical names.
     """
     return {name: ".".join(part.text for part in parts) for name, parts in _components(model).items()}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Map canonical names to the parameters of `model` that require a gradient.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        `{canonical name: parameter}`; a tied parameter appears once.
+    """Map canonical names to the parameters that require a gradient; a tied parameter appears once.
 
     Raises:
-        ValueError: If nothing is trainable, or two trainable parameters share a canonical name.
+        ValueError: If no parameter is trainable, or two trainable parameters share a canonical name.
     """
     canonical = canonical_names(model)
     parameters: dict[str, nn.Parameter] = {}
@@ -63,17 +58,18 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Find the parameters of `model` that `names` mean.
+    """Find the parameters that names refer to.
 
     Args:
-        model: Any module.
-        names: Names as `named_parameters()` gives them, or canonical ones.
+        model: The model.
+        names: Names from `named_parameters()`, or canonical names. A canonical name that several adapters share refers
+            to the trainable one.
 
     Returns:
         `{canonical name: name in named_parameters()}` in the order of `names`.
 
     Raises:
-        ValueError: If a name is unknown, stands for several parameters, or two names mean one parameter.
+        ValueError: If a name is unknown or refers to several parameters, or two names refer to one parameter.
     """
     canonical = canonical_names(model)
     candidates: dict[str, list[str]] = {}
@@ -92,7 +88,10 @@ def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if len(found) > 1:
             raise ValueError(f"{name!r} may be any of {found}. Give the full name.")
         if canonical[found[0]] in resolved:
-            raise ValueError(f"{name!r} names a parameter that is already there as {canonical[found[0]]!r}.")
+            raise ValueError(
+                f"{name!r} refers to the parameter {canonical[found[0]]!r}, which another name refers to as well. "
+                "Leave one of them out."
+            )
         resolved[canonical[found[0]]] = found[0]
     if unknown:
         raise ValueError(
@@ -103,14 +102,14 @@ def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is in its model.
+    """Where a tensor is in its model; all are canonical names.
 
     Attributes:
-        module: The module that it belongs to; of an adapter's tensors, the layer that is adapted.
-        block: The repeated block that it lies in; outside of these, the module.
-        kind: Its name, with the index of every repeated block replaced by `*`.
-        module_kind: The same of `module`.
-        block_kind: The same of `block`.
+        module: Name of the module that owns the tensor; for tensors of an adapter, of the layer that is adapted.
+        block: Name of the repeated block around the tensor; `module` where there is none.
+        kind: Name of the tensor, with the index of every repeated block replaced by `*`.
+        module_kind: `module`, with the same replacements.
+        block_kind: `block`, with the same replacements.
     """
 
     module: str
@@ -121,16 +120,10 @@ class Place:
 
 
 def tensor_places(model: nn.Module) -> dict[str, Place]:
-    """Map canonical names to places.
+    """Map canonical names to places; the kind of `h.3.attn.lora_B.weight` is `h.*.attn.lora_B.weight`.
 
-    A component is the index of a repeated block if its container is an `nn.ModuleList`, or an `nn.Sequential` of
-    modules that all are of one class and have parts of their own.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        `{canonical name: place}`; the kind of `h.3.attn.lora_B.weight` is `h.*.attn.lora_B.weight`.
+    A component of a name is the index of a repeated block if its container is an `nn.ModuleList`, or an `nn.Sequential`
+    of at least two modules of one class that have submodules.
     """
     places = {}
     modules = dict(model.named_modules())
@@ -155,39 +148,25 @@ def _is_adapted(module: nn.Module | None) -> bool:
 
 
 def tensor_kinds(model: nn.Module) -> dict[str, str]:
-    """Map canonical names to kinds.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        `{canonical name: kind}`; see `tensor_places`.
-    """
+    """Map canonical names to kinds; see `tensor_places`."""
     return {name: place.kind for name, place in tensor_places(model).items()}
 
 
 def without_prefix(name: str) -> str:
-    """Take PEFT's prefix off a name or a kind, so that adapters and plain models have names in common.
-
-    Args:
-        name: A canonical name, or a part of one.
-
-    Returns:
-        The name in the model that PEFT wraps.
-    """
+    """Remove the prefix of a PEFT model from a canonical name or a kind: the name in the model that PEFT wraps."""
     return name.removeprefix(_PEFT_PREFIX)
 
 
 def means_by_kind(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
-    """Take geometric means over the tensors of each kind.
+    """Average values over the tensors of each kind, by the geometric mean.
 
     Args:
-        prefix: Of the result's names.
-        values: `{canonical name: value}`; those that are not positive are left out.
+        prefix: First part of the names of the log entries.
+        values: `{canonical name: value}`; values that are not positive are left out.
         kinds: `{canonical name: kind}`.
 
     Returns:
-        `{prefix/kind: mean}`, as log entries are called.
+        `{prefix/kind: mean}`.
     """
     groups: dict[str, list[float]] = {}
     for name, value in values.items():
@@ -197,22 +176,14 @@ def means_by_kind(prefix: str, values: Mapping[str, float], kinds: Mapping[str, 
 
 
 def preview(names: Iterable[str], limit: int = 5) -> str:
-    """Write names for an error message: the first `limit`, then how many more there are.
-
-    Args:
-        names: Names.
-        limit: How many to write out.
-
-    Returns:
-        A bracketed list.
-    """
+    """Return a bracketed list of the first `limit` names, and of how many more there are, for a message."""
     names = sorted(names)
     more = f", … {len(names) - limit} more" if len(names) > limit else ""
     return f"[{', '.join(names[:limit])}{more}]"
 
 
 class _Component(NamedTuple):
-    """A part of a canonical name, whether it is the index of a repeated block, and the path of its module."""
+    """A component of a canonical name, whether it is the index of a repeated block, and the path of its module."""
 
     text: str
     is_block: bool
@@ -220,7 +191,7 @@ class _Component(NamedTuple):
 
 
 def _components(model: nn.Module) -> dict[str, list[_Component]]:
-    """The canonical components of every parameter's name."""
+    """The components of the canonical name of every parameter, by the name in `named_parameters()`."""
     modules = dict(model.named_modules())
     adapters = _adapter_names(modules.values())
     components = {}
@@ -230,11 +201,11 @@ def _components(model: nn.Module) -> dict[str, list[_Component]]:
         for i, part in enumerate(parts):
             container = modules.get(".".join(parts[:i]))
             path = ".".join(parts[: i + 1])
-            if part in _WRAPPER_COMPONENTS:
+            if part in _WRAPPER_COMPONENTS:  # the component before it now means the module inside the wrapper
                 kept[-1:] = [last._replace(path=path) for last in kept[-1:]]
             elif not (part in adapters and isinstance(container, (nn.ModuleDict, nn.ParameterDict))):
                 kept.append(_Component(part, part.isdigit() and _holds_blocks(container), path))
-        while len(kept) > 1 and kept[0].text == "module":
+        while len(kept) > 1 and kept[0].text == "module":  # DDP's; a module of the model may have this name further in
             kept = kept[1:]
         components[name] = kept
     return components
@@ -246,6 +217,7 @@ def _adapter_names(modules: Iterable[nn.Module]) -> set[str]:
 
 
 def _holds_blocks(module: nn.Module | None) -> bool:
+    """Whether numbers in this container count repeated blocks, and not the layers of a small network (a projector)."""
     if isinstance(module, nn.ModuleList):
         return True
     if not isinstance(module, nn.Sequential):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -162,7 +163,8 @@ TABLE: dict[tuple[str, str], Behavior] = {
 
 def behavior(optimizer: Optimizer) -> Behavior:
     """Look up the class of an optimizer, or its nearest base class that is known."""
-    return next((TABLE[key] for cls in type(optimizer).__mro__ for key in _keys(cls) if key in TABLE), _COUPLED)
+    cls: Any = type(optimizer)  # which is hashable, whatever mypy makes of it
+    return _of_class(cls)
 
 
 def is_known(optimizer: Optimizer) -> bool:
@@ -233,6 +235,11 @@ def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, An
     if scale in (0.0, 1.0) or not group.get("weight_decay") or not behavior(optimizer).decay_is_apart(group):
         return {}
     return {"weight_decay": group["weight_decay"] / scale}
+
+
+@cache
+def _of_class(cls: type[Optimizer]) -> Behavior:
+    return next((TABLE[key] for base in cls.__mro__ for key in _keys(base) if key in TABLE), _COUPLED)
 
 
 def _keys(cls: type) -> list[tuple[str, str]]:

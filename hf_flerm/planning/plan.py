@@ -19,6 +19,7 @@ from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
+from ..training.probe_data import OnCopies
 from ..training.trainer import FLeRMTrainer
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
@@ -219,7 +220,7 @@ def plan(
             model=replica,
             args=_without_output(args, scratch, base_rate),
             train_dataset=train_dataset,
-            data_collator=data_collator,
+            data_collator=data_collator and OnCopies(data_collator),
             optimizers=(optimizer(replica) if optimizer else None, None),
             callbacks=[collector, *callbacks],
             probe_dataset=probe_dataset,

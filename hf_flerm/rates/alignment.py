@@ -1,9 +1,13 @@
-"""How far updates are aligned with the activations that they act on, layer by layer."""
+"""How far updates are aligned with the activations that they act on, layer by layer.
+
+For a linear layer with fan-in n, update U and input x: log_n(RMS(U x) / (RMS(U) RMS(x))), RMS over entries.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..engines import engine_of
 from ..model.isolation import undisturbed
 from ..model.names import resolve_names
-from .outputs import Batch, OutputFunction, Outputs
+from .outputs import Batch, MeasuredOutput, OutputFunction
 from .per_example.layers import LayerMap, layer_tangent
 from .per_example.sites import owners
 
@@ -45,10 +49,10 @@ def log_alignments(
     Raises:
         ValueError: If a name is unknown or there is no batch.
     """
-    outputs, engine = Outputs(output), engine_of(model)
+    outputs, engine = MeasuredOutput(output), engine_of(model)
     engine.release()
     raw = resolve_names(model, updates)
-    own = dict(zip(raw, updates.values(), strict=True))
+    by_name = dict(zip(raw, updates.values(), strict=True))
     layers: dict[str, list[nn.Module]] = {}
     tangents: dict[str, LayerMap] = {}
     for name, path in raw.items():
@@ -69,33 +73,30 @@ def log_alignments(
             if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
                 x = x[mask.bool()]
             x = x.reshape(-1, x.shape[-1])
-            moved = tangents[name](module, own[name].to(x), x)
+            moved = tangents[name](module, by_name[name].to(x), x)
             sizes = [value.float().square().mean(-1).sum().item() for value in (moved, x)]
             sums[name] += torch.tensor([*sizes, float(len(x))], dtype=torch.float64)
 
         return hook
 
     device = next(model.parameters()).device
-    handles = [
-        module.register_forward_hook(add(name), with_kwargs=True)
-        for name, modules in layers.items()
-        for module in modules
-    ]
     empty = True
-    try:
-        with undisturbed(model, device), engine.released_after(), torch.no_grad():
-            for batch in batches:
-                empty = False
-                sent = send_to_device(dict(batch), device)
-                mask = sent.get("attention_mask")
+    with undisturbed(model, device), engine.released_after(), torch.no_grad():
+        for batch in batches:
+            empty = False
+            sent = send_to_device(dict(batch), device)
+            mask = sent.get("attention_mask")
+            if not engine.sharded:
+                outputs.prepare(model, sent)
+            with ExitStack() as hooks:
+                for name, modules in layers.items():
+                    for module in modules:
+                        hooks.enter_context(module.register_forward_hook(add(name), with_kwargs=True))
                 outputs(model, sent)
-    finally:
-        for handle in handles:
-            handle.remove()
     if empty:
         raise ValueError("there was no probe batch: batches is empty.")
     fan_in = {name: _fan_in(modules[0]) for name, modules in layers.items()}
-    return {name: _log_alignment(sums[name], own[name], fan_in[name]) for name in layers if fan_in[name] > 1}
+    return {name: _log_alignment(sums[name], by_name[name], fan_in[name]) for name in layers if fan_in[name] > 1}
 
 
 def _fan_in(module: Any) -> int:

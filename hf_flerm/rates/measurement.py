@@ -1,19 +1,20 @@
-"""`Measurement`: the rates of some tensors and how they add up; and how probes become one."""
+"""`Measurement`: the rates of some tensors and their joint rates; `Samples`: how probes become one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..model.names import preview
 from .estimators import from_examples, from_weight_gradients, rates_from
-from .totals import Draws, Group, Totals, group_key
+from .totals import Combination, Draws, Totals, combination_key
 
-UNUSED = "unused"
+UNUSED = "unused"  # in place of an estimator, for a tensor that no output depends on
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class Measurement:
         num_probes: Number of probes that were averaged; for `exact`, of batches.
         inner_products: <D_l f, D_m f> / M, float64 [L, L], tensors in the order of `rates`.
         totals: The sums that the rates follow from.
-        draws: What single probes gave; None for `exact`.
-        pooled_groups: `{group: (rate, standard error)}` of the groups that were asked for, if several processes have
-            put together what they measured; `inner_products` and `draws` are then this process's own.
+        draws: The draws one by one; None for `exact`.
+        same_moves: `{canonical name: earlier name}` of tensors that lie in the memory of an earlier one and whose
+            update is that one's: the memory moves once, so a joint rate of both counts one.
+        summed_joint_rates: `{combination: (rate, standard error)}` of the combinations that were asked for, if several
+            processes have measured; `inner_products` and `draws` are then those of this process alone.
     """
 
     rates: dict[str, float]
@@ -41,7 +44,8 @@ class Measurement:
     inner_products: Tensor = field(repr=False)
     totals: Totals = field(default_factory=Totals, repr=False)
     draws: Draws | None = field(default=None, repr=False)
-    pooled_groups: Mapping[Group, tuple[float, float]] | None = field(default=None, repr=False)
+    same_moves: Mapping[str, str] = field(default_factory=dict, repr=False)
+    summed_joint_rates: Mapping[Combination, tuple[float, float]] | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -50,22 +54,13 @@ class Measurement:
         estimators: dict[str, str],
         inner_products: Tensor,
         draws: Draws | None = None,
-        pooled_groups: Mapping[Group, tuple[float, float]] | None = None,
+        same_moves: Mapping[str, str] = MappingProxyType({}),
+        summed_joint_rates: Mapping[Combination, tuple[float, float]] | None = None,
     ) -> Measurement:
-        """Turn sums into rates.
-
-        Args:
-            totals: The sums.
-            estimators: As above; its order is that of the tensors.
-            inner_products: As above.
-            draws: As above.
-            pooled_groups: As above.
-
-        Returns:
-            The measurement.
-        """
+        """Turn sums into rates; arguments as above. `estimators` has the tensors in their order."""
         rates, errors = totals.rates(estimators)
-        return cls(rates, errors, estimators, totals.num_probes, inner_products, totals, draws, pooled_groups)
+        probes = totals.num_probes
+        return cls(rates, errors, estimators, probes, inner_products, totals, draws, same_moves, summed_joint_rates)
 
     def group_rate(self, names: Iterable[str]) -> float:
         """Estimate the joint rate of some tensors: how far they move the outputs when they move together.
@@ -79,7 +74,7 @@ class Measurement:
             of Z, as in `full`.
 
         Raises:
-            ValueError: If a name was not measured, or several processes have measured and not this group.
+            ValueError: If a name was not measured, or several processes have measured and not this joint rate.
         """
         return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][0]
 
@@ -98,13 +93,13 @@ class Measurement:
         return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][1]
 
     def joint_rates(self, groups: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-        """Estimate the joint rates of several groups of tensors at once.
+        """Estimate the joint rates of several combinations of updates at once.
 
         Args:
-            groups: `{group: {canonical name: how much of its update is meant}}`.
+            groups: `{key: {canonical name: factor on its update}}`.
 
         Returns:
-            `{group: (rate, standard error)}`, as `group_rate` and `group_standard_error` estimate them.
+            `{key: (rate, standard error)}`, as `group_rate` and `group_standard_error` estimate them.
 
         Raises:
             ValueError: As for `group_rate`.
@@ -112,7 +107,7 @@ class Measurement:
         unknown = {name for group in groups.values() for name in group} - self.rates.keys()
         if unknown:
             raise ValueError(f"not measured: {preview(unknown)}. Measured: {preview(self.rates)}.")
-        keys = {name: group_key(shares) for name, shares in groups.items()}
+        keys = {name: combination_key(shares) for name, shares in groups.items()}
         found = self._joint_rates({keys[name]: shares for name, shares in groups.items() if len(shares) != 1})
         for key in keys.values():
             if len(key) == 1:
@@ -120,32 +115,33 @@ class Measurement:
                 found[key] = share * self.rates[name], share * self.standard_errors[name]
         return {name: found[key] for name, key in keys.items()}
 
-    def _joint_rates(self, groups: Mapping[Group, Mapping[str, float]]) -> dict[Group, tuple[float, float]]:
-        if self.pooled_groups is None:
+    def _joint_rates(self, groups: Mapping[Combination, Mapping[str, float]]) -> dict[Combination, tuple[float, float]]:
+        if self.summed_joint_rates is None:
             rates, errors = rates_from(*self.joint_squares(groups.values()), 1.0)
             return dict(zip(groups, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
-        missing = groups.keys() - self.pooled_groups.keys()
+        missing = groups.keys() - self.summed_joint_rates.keys()
         if missing:
             raise ValueError(
-                f"{len(self.pooled_groups)} groups of tensors were put together over processes; not those of "
+                f"{len(self.summed_joint_rates)} joint rates were added up over processes; not those of "
                 f"{preview(name for key in missing for name, _ in key)}."
             )
-        return {key: self.pooled_groups[key] for key in groups}
+        return {key: self.summed_joint_rates[key] for key in groups}
 
     def joint_squares(self, groups: Collection[Mapping[str, float]]) -> tuple[Tensor, Tensor]:
         """Estimate squared joint rates.
 
         Args:
-            groups: `{canonical name: how much of its update is meant}` of each.
+            groups: `{canonical name: factor on its update}` of each combination.
 
         Returns:
-            (Joint rate)^2, which may be negative, and the variances of that, float64 [G] each.
+            (Joint rate)^2, an unbiased estimate that may be negative, and its variances, float64 [G] each.
         """
         order = {name: i for i, name in enumerate(self.rates)}
         weights = torch.zeros(len(groups), len(order), dtype=torch.float64)
         for row, group in zip(weights, groups, strict=True):
             for name, share in group.items():
-                row[order[name]] = share
+                if group.get(self.same_moves.get(name, "")) != share:
+                    row[order[name]] = share
         squares = ((weights @ self.inner_products) * weights).sum(1)
         if self.draws is None:
             return squares, torch.zeros_like(squares)
@@ -168,12 +164,12 @@ class Measurement:
 
     @property
     def relative_errors(self) -> dict[str, float]:
-        """`{name: standard error / rate}` of the tensors with a rate above 0; nan where it cannot be told."""
+        """`{name: standard error / rate}` of the tensors with a rate above 0; nan where it is not known."""
         return {name: error / self.rates[name] for name, error in self.standard_errors.items() if self.rates[name]}
 
     @property
     def relative_error(self) -> float:
-        """The largest standard error of a rate, relative to that rate; inf where one cannot be told."""
+        """The largest standard error of a rate, relative to that rate; inf where one is not known."""
         errors = self.relative_errors.values()
         return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
 
@@ -183,10 +179,12 @@ class Samples:
 
     Args:
         names: The tensors, in the order of the result.
+        same_moves: As for `Measurement`.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], same_moves: Mapping[str, str] = MappingProxyType({})) -> None:
         self._names = list(names)
+        self._same_moves = same_moves
         self._num_outputs: list[float] = []
         self._num_examples: list[int] = []
         self._derivatives: dict[str, list[Tensor]] = {name: [] for name in self._names}
@@ -217,7 +215,7 @@ class Samples:
             statistics: Float64 [1 + F]: the sum of Z, then what the estimator makes of Z; None if the tensor takes no
                 part in the outputs.
         """
-        if self._derivatives[name]:  # not verified until now, or refuted only now: what gates said does not count
+        if self._derivatives[name]:  # its gates were unverified until now, or are refuted now: they do not count
             if any(bool(values.any()) for values in self._derivatives[name]):
                 self._first[name] = len(self._num_outputs)
             self._derivatives[name].clear()
@@ -254,26 +252,23 @@ class Samples:
         self._num_outputs.append(num_outputs)
 
     def measurement(self) -> Measurement:
-        """Combine what was added.
-
-        Returns:
-            The measurement.
+        """Combine the samples.
 
         Raises:
-            ValueError: If nothing was added.
+            ValueError: If there are none.
         """
         count = len(self._num_outputs)
         if not count:
             raise ValueError("there was no probe batch: batches is empty.")
         num_outputs = sum(self._num_outputs)
         if self._gram is not None:
-            sizes = self._gram.diagonal().cpu()
-            totals = Totals(count, num_outputs, sizes, torch.zeros_like(sizes), {})
+            squares = self._gram.diagonal().cpu()
+            totals = Totals(count, num_outputs, squares, torch.zeros_like(squares), {})
             estimators = dict.fromkeys(self._names, "exact")
-            return Measurement.of(totals, estimators, (self._gram / num_outputs).cpu())
+            return Measurement.of(totals, estimators, (self._gram / num_outputs).cpu(), None, self._same_moves)
         draws = self._draws()
-        sizes, variances = from_examples(draws.derivatives)
-        totals = Totals(count, num_outputs, sizes, variances, {})
+        squares, variances = from_examples(draws.derivatives)
+        totals = Totals(count, num_outputs, squares, variances, {})
         for i, name in enumerate(self._names):
             statistics = [row for row in self._statistics[name] if row is not None]
             if statistics:
@@ -284,7 +279,8 @@ class Samples:
                 estimator = self._estimators[name]
                 factors, variances[i] = from_weight_gradients(estimator, share * rows[:, 1:])
                 totals.factors[name] = estimator, factors
-        return Measurement.of(totals, dict(self._estimators), draws.inner_products(), draws)
+        inner_products = draws.inner_products()
+        return Measurement.of(totals, dict(self._estimators), inner_products, draws, self._same_moves)
 
     def _draws(self) -> Draws:
         count = len(self._num_outputs)

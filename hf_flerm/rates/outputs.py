@@ -1,77 +1,49 @@
-"""What "the function" is: the outputs whose movement is measured, which of them count, and by which metric."""
+"""What "the function" is: which output of a model is measured, at which positions, and by which metric."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate.utils import find_batch_size, send_to_device
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .. import choices
+from ..choices import check_choice
 from ..engines import engine_of
-from ..model.isolation import undisturbed
+from ..model.isolation import checkpointed, trainable, undisturbed
+from .distributions import distribution_of
+from .metrics import FISHER, METRICS, Metric
+from .model_call import (
+    Batch,
+    ModelCallError,
+    OutputError,
+    Signature,
+    base_model,
+    call_inputs,
+    missing_tokens,
+    ways_to_call,
+)
+from .positions import trained_weight, unpadded_weight
 
 logger = logging.get_logger(__name__)
 
-Batch = Mapping[str, Any]
 OutputFunction = Callable[[nn.Module, Batch], Tensor]
 
-_LABELS = ("labels", "label", "label_ids", "num_items_in_batch")
-
 
 @dataclass(frozen=True)
-class Metric:
-    """By what the size of an output change is taken.
-
-    Attributes:
-        draw: (f, N(0, 1) noise shaped like f) -> omega.
-        project: (f, D f) -> a tensor whose sum of squares is the size of D f.
-        counts_width: Whether M counts every entry of the last dimension, or positions.
-    """
-
-    draw: Callable[[Tensor, Tensor], Tensor]
-    project: Callable[[Tensor, Tensor], Tensor]
-    counts_width: bool
-
-
-def _fisher_draw(values: Tensor, noise: Tensor) -> Tensor:
-    probabilities = _probabilities(values)
-    omega = probabilities.sqrt() * noise
-    return (omega - probabilities * omega.sum(-1, keepdim=True)).to(values.dtype)
-
-
-def _fisher_project(values: Tensor, change: Tensor) -> Tensor:
-    probabilities = _probabilities(values)
-    return probabilities.sqrt() * (change - (probabilities * change).sum(-1, keepdim=True))
-
-
-def _probabilities(values: Tensor) -> Tensor:
-    if values.ndim < 2 or values.shape[-1] < 2:
-        raise ValueError(
-            f"metric 'fisher' needs the logits of at least two classes along the last dimension; the output has shape "
-            f"{tuple(values.shape)}. Use metric='euclidean'."
-        )
-    return values.detach().to(torch.promote_types(values.dtype, torch.float32)).softmax(-1)
-
-
-METRICS = {
-    "euclidean": Metric(lambda values, noise: noise, lambda values, change: change, counts_width=True),
-    "fisher": Metric(_fisher_draw, _fisher_project, counts_width=False),
-}
-
-
-@dataclass(frozen=True)
-class Output:
-    """The outputs for one batch.
+class OutputValues:
+    """The measured output for one batch.
 
     Attributes:
         values: f, [N, ...].
-        weight: 1 where an output counts and 0 where it does not; shaped like `values` but for a last dimension of 1
-            (like `values` if that is [N]).
+        weight: 1 where an entry counts and 0 where it does not; shaped like `values`, but the last dimension may be 1.
         metric: By what changes are sized.
     """
 
@@ -86,44 +58,52 @@ class Output:
             generator: Source of randomness.
 
         Returns:
-            omega, shaped like `values`, 0 where an output does not count. Its covariance is the metric's: the identity,
-            or the softmax's diag(p) - p p^T at every position.
+            omega, shaped like `values`, 0 where an entry does not count. Its covariance at every position is the
+            metric's: the identity, or a Fisher matrix.
         """
         values = self.values
         noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return self.metric.draw(values, noise.to(values.device)) * self.weight
+        return self.metric.draw(self._possible(), noise.to(values.device)) * self.weight
 
     def sized(self, change: Tensor) -> Tensor:
-        """Turn a change of the outputs into numbers whose sum of squares is its size.
+        """Turn a change of the output into numbers whose sum of squares is its size.
 
         Args:
             change: D f, shaped like `values`.
 
         Returns:
-            Likewise, 0 where an output does not count.
+            A tensor shaped like `values`, 0 where an entry does not count.
         """
-        return self.metric.project(self.values, change) * self.weight
+        return self.metric.project(self._possible(), change) * self.weight
 
     def count(self, width: int | None = None) -> float:
         """Count the outputs.
 
         Args:
-            width: Entries in their last dimension; None: those of `values` (a skipped head has more).
+            width: Entries in the last dimension of the output; None: those of `values` (a skipped head has more).
 
         Returns:
-            M: the number of outputs that count, or of positions for a metric that sizes positions as a whole.
+            M: the number of entries that count, or of positions for a metric that sizes positions as a whole.
         """
-        wide = self.metric.counts_width and self.values.ndim > 1
-        return float(self.weight.count_nonzero()) * ((width or self.values.shape[-1]) if wide else 1)
+        if not self.metric.counts_width:
+            return float(self.weight.amax(-1).count_nonzero())
+        entries = (width or self.values.shape[-1]) if self.weight.shape[-1] == 1 else 1
+        return float(self.weight.count_nonzero()) * entries
+
+    def _possible(self) -> Tensor:
+        """The values, but -inf for classes that do not count: answers that begin in the padding."""
+        if self.metric.counts_width or self.weight.shape[-1] == 1:
+            return self.values
+        return self.values.masked_fill(self.weight == 0, -torch.inf)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What "the function" is, as a callable (model, batch) -> `Output`.
+@dataclass
+class MeasuredOutput:
+    """Which output of a model is measured, as a callable (model, batch) -> `OutputValues`. For one model.
 
     Args:
-        output: A key of `OUTPUTS`, None for logits, or the user's own `(model, batch) -> tensor` with examples first.
-        positions: One of `POSITIONS`.
+        output: A key of `OUTPUTS`, None for logits, or a user's `(model, batch) -> tensor` with examples first.
+        positions: One of `choices.Positions`.
         metric: A key of `METRICS`.
 
     Raises:
@@ -133,73 +113,165 @@ class Outputs:
     output: str | OutputFunction | None = None
     positions: str = "attention_mask"
     metric: str = "euclidean"
+    _left_out: frozenset[str] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         output = self.output or "logits"
         if not callable(output):
-            _check("output", output, OUTPUTS, " or a callable (model, batch) -> tensor")
-        _check("positions", self.positions, POSITIONS)
-        _check("metric", self.metric, METRICS)
+            check_choice("output", output, get_args(choices.Output), " or a callable (model, batch) -> tensor")
+        check_choice("positions", self.positions, get_args(choices.Positions))
+        check_choice("metric", self.metric, get_args(choices.Metric))
         if callable(output) and self.positions != "attention_mask":
             raise ValueError("positions are chosen by an output callable itself: leave positions at 'attention_mask'.")
         if output == "hidden" and self.metric == "fisher":
             raise ValueError("metric 'fisher' needs logits or log-probabilities; output is 'hidden'.")
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Output:
-        """Run a model on a batch and take its outputs.
+    def prepare(self, model: nn.Module, batch: Batch) -> None:
+        """Choose how the model is called, once: the first of `ways_to_call` that gives the output.
+
+        Where there are several ways it runs the model without gradients; else the only one is taken unseen.
 
         Args:
             model: The model.
-            batch: Its inputs.
+            batch: A batch on the model's device.
+
+        Raises:
+            Exception: What the preferred way raises, if none gives the output.
+        """
+        if self._left_out is not None or callable(self.output):
+            return
+        ways = ways_to_call(model, batch)
+        failure: Exception | None = None
+        for way in ways if len(ways) > 1 else ():
+            self._left_out = way
+            try:
+                with torch.no_grad():
+                    self(model, batch)
+            except Exception as error:
+                self._left_out = None
+                if should_reduce_batch_size(error):
+                    raise
+                failure = failure or error
+            else:
+                break
+        if failure is not None and self._left_out is None:
+            raise failure
+        self._left_out = self._left_out if self._left_out is not None else ways[0]
+        refused = sorted(name for name in self._left_out & batch.keys() if not Signature.of(model).accepts(name))
+        if refused:
+            logger.warning_once(
+                f"{type(base_model(model)).__name__}.forward takes no {refused}: probes leave them out."
+            )
+
+    def __call__(self, model: nn.Module, batch: Batch) -> OutputValues:
+        """Run a model on a batch and take its output.
+
+        Args:
+            model: The model.
+            batch: A batch as for training, on the model's device.
 
         Returns:
-            The outputs.
+            The output.
 
         Raises:
-            ValueError: If there is no such tensor, or no output counts.
+            OutputError: If there is no such tensor, no entry counts, or the metric does not fit it.
         """
         if callable(self.output):
-            values = self.output(model, batch)
-            if not isinstance(values, Tensor):
-                raise ValueError(
-                    f"output must return a tensor with examples first; it returned {type(values).__name__}."
-                )
-            weight = torch.ones((), device=values.device)
+            read = _Read(_checked_tensor(self.output(model, batch)), -1)
+            weight = None
         else:
-            inputs, mask = _inputs(model, batch)
-            values = OUTPUTS[self.output or "logits"](model, inputs)
-            if self.positions == "labels":
-                mask = _trained_positions(model, batch, values)
-            weight = _weight(values, mask)
-        if values.ndim == 0 or not values.is_floating_point():
-            raise ValueError(
-                f"the output must be a floating-point tensor with examples first; got shape {tuple(values.shape)} of "
-                f"{values.dtype}. Pass output=(model, batch) -> tensor."
+            left_out = ways_to_call(model, batch)[0] if self._left_out is None else self._left_out
+            read = OUTPUTS[self.output or "logits"](model, call_inputs(model, batch, left_out))
+            _checked_tensor(read.values)
+            weigh = trained_weight if self.positions == "labels" else unpadded_weight
+            weight = weigh(model, batch, read.values)
+        values = read.values
+        if weight is None:
+            weight = values.new_ones(()).expand([1] * values.ndim)
+        metric = METRICS[self.metric]
+        if self.metric == "fisher" or self.output == "log_probs":
+            distribution, dim = self._distribution(model, batch, read)
+            metric = FISHER[distribution] if self.metric == "fisher" else metric
+            # The entries of a position along the last dimension: [N, C, H, W] -> [N, H, W, C].
+            values, weight = (x.unsqueeze(-1) if dim is None else x.movedim(dim, -1) for x in (values, weight))
+        if self.output == "log_probs":
+            values = values.log_softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
+        if not bool(weight.any()):
+            raise OutputError("every position of a probe batch is padding, or labeled -100: no output counts.")
+        return OutputValues(values, weight.expand(*values.shape[:-1], weight.shape[-1]), metric)
+
+    def _distribution(self, model: nn.Module, batch: Batch, read: _Read) -> tuple[str, int | None]:
+        """The distribution of the logits, and the dimension of the entries of a position."""
+        found: tuple[str, int | None]
+        if read.dim is None:
+            found = distribution_of(model, batch, read.values)
+        elif read.values.ndim < 2 or read.values.shape[read.dim] < 2:
+            raise OutputError(
+                "metric 'fisher' needs the logits of at least two classes along the last dimension; the output has "
+                f"shape {tuple(read.values.shape)}. Use metric='euclidean'."
             )
-        shape = (*values.shape[:-1], 1) if values.ndim > 1 else values.shape
-        return Output(values, weight.to(values.dtype).expand(shape), METRICS[self.metric])
+        else:
+            found = "categorical", read.dim
+        if self.output == "log_probs" and found[0] != "categorical":
+            raise OutputError(
+                f"output 'log_probs' needs the logits of classes; those of {type(base_model(model)).__name__} are of a "
+                f"{found[0]} distribution. Use output='logits'."
+            )
+        return found
 
     def check(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
-        """Refuse a model that has no such outputs, by running it once; it is left as it was.
-
-        Whatever else goes wrong in the model says nothing yet: of autocast and its like only a step knows.
+        """Check that the model has this output and that gradients flow to it, by running it; it is left as it was.
 
         Args:
             model: The model.
-            batch: Its inputs.
-            device: Where it runs.
+            batch: A batch as for training.
+            device: The device that the model runs on.
 
         Raises:
-            ValueError: As for a call.
+            OutputError: As for a call.
+            ModelCallError: If the model cannot be run on such a batch. A lack of memory is none: probes take less.
         """
-        with undisturbed(model, device), engine_of(model).released_after(), torch.no_grad():
+        engine = engine_of(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        failure: Exception | None = None
+        # A loop may enter autocast by itself, where it calls the model; only its steps know.
+        for enter in (contextlib.nullcontext, partial(torch.autocast, device.type, torch.bfloat16)):
             try:
-                self(model, send_to_device(dict(batch), device)).omega(torch.Generator(device))
-            except ValueError:
+                with undisturbed(model, device), engine.released_after(), checkpointed(model), enter():
+                    moved = send_to_device(dict(batch), device)
+                    self.prepare(model, moved)
+                    with trainable(trained):
+                        out = self(model, moved)
+                        out.omega(torch.Generator(device))
+                    if not out.values.requires_grad:  # frozen parts may be all that it depends on
+                        with trainable(parameters):
+                            check_differentiable(model, self(model, moved))
+                return
+            except OutputError:
                 raise
             except Exception as error:
-                logger.debug(f"the model could not be run before training: {error!r}")
-        clear_device_cache()  # training starts with as much memory as it would have
+                if should_reduce_batch_size(error):
+                    return
+                failure = failure or error
+            finally:
+                clear_device_cache()  # training starts with as much memory as it would have
+        told = missing_tokens(model, batch)
+        raise ModelCallError(
+            f"{type(base_model(model)).__name__} cannot be run on a probe batch: {failure!r}. "
+            f"{told and f'{told} '}The batch has {sorted(batch)}, forward takes {sorted(Signature.of(model).named)}. "
+            "Pass FLeRMConfig(output=(model, batch) -> tensor) to say how the model is run and what its output is, or "
+            "a probe_dataset with what it needs."
+        ) from failure
+
+
+def check_differentiable(model: nn.Module, out: OutputValues) -> None:
+    """Raise OutputError if an output, taken while all parameters are trainable, depends on none of them."""
+    if not out.values.requires_grad:
+        raise OutputError(
+            f"the output of {type(base_model(model)).__name__} depends on no parameter through autograd: nothing can "
+            "be measured. Pass output=(model, batch) -> tensor that is computed with gradients enabled."
+        )
 
 
 def num_examples(batch: Batch) -> int:
@@ -220,35 +292,57 @@ def num_examples(batch: Batch) -> int:
     return count
 
 
-def _check(name: str, value: object, allowed: Iterable[str], also: str = "") -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}{also}.")
+class _Read(NamedTuple):
+    """A tensor that was read from what a model returned.
+
+    Attributes:
+        values: The tensor, [N, ...].
+        dim: The dimension of its classes, if the kind of model tells; None: labels or config must.
+    """
+
+    values: Tensor
+    dim: int | None = None
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _checked_tensor(values: object) -> Tensor:
+    """Raise OutputError unless the output is a floating-point tensor with examples."""
+    if not isinstance(values, Tensor):
+        raise OutputError(f"output must return a tensor with examples first; it returned {type(values).__name__}.")
+    if values.ndim == 0 or not values.is_floating_point():
+        raise OutputError(
+            f"the output must be a floating-point tensor with examples first; got shape {tuple(values.shape)} of "
+            f"{values.dtype}. Pass output=(model, batch) -> tensor."
+        )
+    return values
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any]) -> _Read:
+    """Read the logits; those of the beginning and the end of an answer, [N, T] each, as [N, T, 2]."""
     result = model(**inputs)
     if isinstance(result, Mapping):
-        logits = result.get("logits")
+        tensors = {name: value for name, value in result.items() if isinstance(value, Tensor)}
     else:
-        logits = getattr(result, "logits", result[0] if isinstance(result, tuple) and result else result)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"{type(model).__name__} returned {type(result).__name__} without logits. "
-            "Pass output='hidden' or output=(model, batch) -> tensor to say what the function is."
-        )
-    return logits
+        found = getattr(result, "logits", result)
+        if isinstance(found, (tuple, list)):  # a loss, which has no dimension, may come first
+            found = next((value for value in found if isinstance(value, Tensor) and value.ndim), None)
+        tensors = {"logits": found} if isinstance(found, Tensor) else {}
+    if "logits" in tensors:
+        return _Read(tensors["logits"])
+    if {"start_logits", "end_logits"} <= tensors.keys():
+        return _Read(torch.stack([tensors["start_logits"], tensors["end_logits"]], -1), 1)
+    named = [name for name in tensors if name.endswith("logits")]
+    if len(named) == 1:
+        return _Read(tensors[named[0]])
+    raise OutputError(
+        f"{type(base_model(model)).__name__} returned {type(result).__name__} without logits; it has "
+        f"{', '.join(tensors) or 'no tensor'}. Pass output='hidden' or output=(model, batch) -> tensor to say what the "
+        "function is."
+    )
 
 
-def _log_probs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    logits = _logits(model, inputs)
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
-def _hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _hidden(model: nn.Module, inputs: dict[str, Any]) -> _Read:
     """What the backbone hands to the head. Asking for `output_hidden_states` would leave hooks in the model."""
-    whole: Any = model
-    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    backbone = getattr(inner, "base_model", None)
+    backbone = getattr(base_model(model), "base_model", None)
     seen: list[Any] = []
     if isinstance(backbone, nn.Module):
         handle = backbone.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -258,67 +352,11 @@ def _hidden(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             handle.remove()
     state = getattr(seen[-1], "last_hidden_state", None) if seen else None
     if not isinstance(state, Tensor):
-        raise ValueError(
+        raise OutputError(
             f"{type(model).__name__} has no backbone with a last_hidden_state. "
             "Pass output=(model, batch) -> tensor to say what the function is."
         )
-    return state
+    return _Read(state)
 
 
-OUTPUTS = {"logits": _logits, "log_probs": _log_probs, "hidden": _hidden}
-POSITIONS = ("attention_mask", "labels")
-
-
-def _inputs(model: Any, batch: Batch) -> tuple[dict[str, Any], Any]:
-    """What the model is called with, and the mask of the positions of its output."""
-    inputs = {name: value for name, value in batch.items() if name not in _LABELS}
-    mask = inputs.get("attention_mask")
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        labels = batch.get("labels")
-        mask = inputs.get("decoder_attention_mask")
-        if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.ndim == 2:
-            inputs["decoder_input_ids"] = _shifted_right(labels, config)
-            mask = (labels != -100) if mask is None else mask
-    if hasattr(config, "use_cache"):
-        inputs["use_cache"] = False
-    return inputs, mask
-
-
-def _shifted_right(labels: Tensor, config: Any) -> Tensor:
-    """The decoder's inputs, as encoder-decoder models make them of labels; not all have a method for it."""
-    shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
-    return shifted.masked_fill(shifted == -100, config.pad_token_id)
-
-
-def _trained_positions(model: Any, batch: Batch, values: Tensor) -> Tensor:
-    """Where the loss looks: the positions whose label is not -100. A causal model's next token is the label."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != values.ndim - 1:
-        raise ValueError(
-            "positions 'labels' needs labels for every position of the output: the batch has "
-            f"{tuple(labels.shape) if isinstance(labels, Tensor) else 'none'}, the output has shape "
-            f"{tuple(values.shape)}. Use positions='attention_mask'."
-        )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trained = labels != -100
-    causal = getattr(base, "can_generate", bool)() and not getattr(base.config, "is_encoder_decoder", False)
-    if trained.ndim == 2:
-        trained = nn.functional.pad(trained, (max(values.shape[1] - trained.shape[1], 0), 0))
-        if causal:
-            trained = nn.functional.pad(trained[:, 1:], (0, 1))
-    return trained
-
-
-def _weight(values: Tensor, mask: Any) -> Tensor:
-    """1 where an output counts, 0 elsewhere."""
-    weight = torch.ones((), device=values.device)
-    if isinstance(mask, Tensor) and mask.shape == values.shape[:-1]:
-        weight = (mask != 0).to(values).unsqueeze(-1)
-    elif isinstance(mask, Tensor) and mask.ndim == 2 and values.ndim == 3 and len(mask) == len(values):
-        virtual = values.shape[1] - mask.shape[1]  # positions that prompt tuning puts in front
-        if virtual >= 0:
-            weight = nn.functional.pad((mask != 0).to(values), (virtual, 0), value=1.0).unsqueeze(-1)
-    if not bool(weight.any()):
-        raise ValueError("every position of a probe batch is padding, or labeled -100: no output counts.")
-    return weight
+OUTPUTS = {"logits": _logits, "log_probs": _logits, "hidden": _hidden}

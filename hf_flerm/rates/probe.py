@@ -33,7 +33,7 @@ from ..model.names import resolve_names
 from ..optimizer.step import UnitUpdates
 from .estimators import FALLBACK, WEIGHT_GRADIENT_ESTIMATORS
 from .measurement import Measurement, Samples
-from .outputs import Batch, Output, OutputFunction, Outputs, num_examples
+from .outputs import Batch, MeasuredOutput, OutputFunction, OutputValues, check_differentiable, num_examples
 from .per_example.gates import Gates
 from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_cast
 from .per_example.sites import Site, owners
@@ -70,7 +70,8 @@ def measure_rates(
         model: Any `nn.Module`. It runs in eval mode and is left exactly as it was.
         updates: `{parameter name: unit update}` (weight per unit learning rate), names as `named_parameters()` gives
             them or canonical.
-        batches: Dicts of model inputs, examples along the first dimension. Labels are left out of the call.
+        batches: Dicts of model inputs, examples along the first dimension. The model is called as in training, but
+            without labels and columns that its forward does not take; with labels if it cannot do without them.
         estimator: One of `hf_flerm.choices.Estimator`: `per_example`, the paper's `kronecker`, `full`, `iid`,
             `kronecker_output` (`kronecker`, but the output layer's known independence is used), `exact`.
         probes_per_batch: Probes (draws of omega) that share one forward pass. `exact` has none.
@@ -79,8 +80,9 @@ def measure_rates(
         positions: Which positions count: those that are not padding (`attention_mask`) or those whose label the loss
             looks at (`labels`).
         metric: Size of an output change: `euclidean`, the root mean square over all outputs, or `fisher`: omega has the
-            softmax's covariance, so that rate^2 * lr^2 / 2 is the KL divergence, in nats per position, between the
-            predictions before and after a small step.
+            covariance of the predicted distribution's Fisher matrix, so that rate^2 * lr^2 / 2 is the KL divergence, in
+            nats per position, between the predictions before and after a small step. Labels and config tell the
+            distribution: classes, independent 0/1 labels, or a regression with unit variance.
         target_error: No more batches are taken once every rate's relative standard error is at most this.
         generator: Source of omega. None goes on from the state of torch's global generator and then puts it back.
 
@@ -92,7 +94,7 @@ def measure_rates(
     """
     if isinstance(batches, Mapping):
         raise ValueError("batches is one batch: pass a list of them, [batch].")
-    outputs = Outputs(output, positions, metric)
+    outputs = MeasuredOutput(output, positions, metric)
     probe = RateProbe(model, estimator=estimator, probes_per_batch=probes_per_batch, outputs=outputs)
     for (name, path), update in zip(resolve_names(model, updates).items(), updates.values(), strict=True):
         parameter = model.get_parameter(path)
@@ -123,7 +125,7 @@ class RateProbe:
         *,
         estimator: str = "per_example",
         probes_per_batch: int = 1,
-        outputs: Outputs | None = None,
+        outputs: MeasuredOutput | None = None,
     ) -> None:
         check_choice("estimator", estimator, values(Estimator))
         if probes_per_batch < 1:
@@ -131,7 +133,7 @@ class RateProbe:
         self.model = model
         self.estimator = estimator
         self.probes_per_batch = probes_per_batch
-        self.outputs = outputs or Outputs()
+        self.outputs = outputs or MeasuredOutput()
         self.engine = engine_of(model)
         self._sites = VerifiedSites(model, self.outputs, self.engine)
         self._memory = SharedMemory(model, self.engine)
@@ -175,7 +177,7 @@ class RateProbe:
         parameters = {name: tensor.parameter for name, tensor in tensors.items()}
         unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters, self.engine)
         device = self.engine.device(next(iter(parameters.values())))
-        samples = Samples(unit_updates)
+        samples = Samples(unit_updates, _same_moves(tensors, unit_updates))
         if self._head is not None and not self._head.is_current():
             self._head = None
         with undisturbed(self.model, device), self.engine.released_after():
@@ -184,6 +186,8 @@ class RateProbe:
             first: Batch | None = None
             for batch in self._on_device(batches, device):
                 first = batch if first is None else first
+                if not self.engine.sharded:
+                    self.outputs.prepare(self.model, batch)
                 if self.estimator == "exact":
                     self._differentiate(tensors, unit_updates, batch, samples)
                     continue
@@ -300,7 +304,7 @@ class RateProbe:
         tensors: Mapping[str, MeasuredTensor],
         updates: Mapping[str, Tensor],
         batch: Batch,
-    ) -> tuple[Gates, Output, LinearHead | None]:
+    ) -> tuple[Gates, OutputValues, LinearHead | None]:
         """Run the model with gates; where its output is one last wide linear map, up to that map's input.
 
         The gates stay in place until `stack` closes, after the last backward pass: an activation checkpoint runs their
@@ -315,7 +319,7 @@ class RateProbe:
                     out = self.outputs(self.model, batch)
                 except Exception:  # if the bypass is not the cause, the run below meets it again
                     hidden.clear()
-                if len(hidden) == 1 and is_cast(out.values, hidden[0]):
+                if len(hidden) == 1 and is_cast(out.values, hidden[0]) and out.weight.shape[-1] == 1:
                     gates.raise_failures()
                     stack.push(attempt.pop_all())
                     return gates, out, head
@@ -354,12 +358,7 @@ class RateProbe:
     def _check_differentiable(self, batch: Batch) -> None:
         """Refuse an output that no parameter at all can move; where only the measured ones cannot, their rate is 0."""
         with trainable(self.model.parameters()):
-            values = self.outputs(self.model, batch).values
-        if not values.requires_grad:
-            raise ValueError(
-                f"the output of {type(self.model).__name__} depends on no parameter through autograd: nothing can be "
-                "measured. Pass output=(model, batch) -> tensor that is computed with gradients enabled."
-            )
+            check_differentiable(self.model, self.outputs(self.model, batch))
 
     def _seek_head(self, batch: Batch) -> None:
         if not self._head_sought:
@@ -395,6 +394,25 @@ class RateProbe:
             return self.estimator, ()
         holders = [site.module for parameter in tensor.parameters for site in owners(self.model, parameter)]
         return (self.estimator, (0,)) if holders == [self._head_name] else ("kronecker", ())
+
+
+def _same_moves(tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find tensors in one memory whose updates are one: before an optimizer step and after it, all see all of it.
+
+    Returns:
+        `{name: the first name with the same move}` of all but the first.
+    """
+    sharing = [name for name, tensor in tensors.items() if tensor.views]
+    found: dict[str, str] = {}
+    for i, name in enumerate(sharing):
+        for first in sharing[:i]:
+            views = tensors[first].views
+            parameter = tensors[name].parameter
+            if first in found or parameter not in views:
+                continue
+            if torch.equal(tensors[first].seen_by(parameter, updates[first]), updates[name]):
+                found[name] = first
+    return found
 
 
 def _statistics(

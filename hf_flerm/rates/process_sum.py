@@ -1,7 +1,7 @@
-"""Several processes measure together: each probes its own examples, and only sums over these travel.
+"""Several processes measure together: each probes its own examples, and only sums travel between them.
 
-Whatever is estimated is a sum over probes (`Totals`, and the squared joint rates of some groups), so one sum over
-processes makes many measurements one: P processes give P times the examples. All processes get the same bits.
+All estimates are sums over probes (`Totals`, and some squared joint rates), so one sum over processes turns their
+measurements into one: as many times the examples as there are processes. All processes get the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engines.processes import sum_over_processes
 from .estimators import FALLBACK, num_factors, rates_from
 from .measurement import UNUSED, Measurement
-from .totals import Group, Totals, group_key
+from .totals import Totals, combination_key
 
 _HEADER = 4  # failures, those for want of memory, probes, M
 
@@ -27,13 +27,15 @@ class ProcessSum:
     Args:
         shapes: `{canonical name: shape of Z = U * G}` of what is measured.
         estimator: As for `measure_rates`.
-        groups: The groups of tensors whose joint rates will be asked for: `{canonical name: share of its update}`.
+        combinations: Those whose joint rates will be asked for: `{canonical name: factor on its update}` each.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], estimator: str, groups: Iterable[Mapping[str, float]]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], estimator: str, combinations: Iterable[Mapping[str, float]]
+    ) -> None:
         self._estimator = FALLBACK if estimator == "per_example" else estimator
         self._widths = {name: 2 + num_factors(estimator, len(shape)) for name, shape in shapes.items()}
-        self._groups: dict[Group, Mapping[str, float]] = {group_key(g): g for g in groups if len(g) > 1}
+        self._combinations = {combination_key(shares): shares for shares in combinations if len(shares) > 1}
 
     def __call__(self, own: Measurement | None, failure: Exception | None = None) -> Measurement | None:
         """Add up what all processes have measured; a collective call, also for a process whose measurement failed.
@@ -43,7 +45,7 @@ class ProcessSum:
             failure: Why it failed; None if it did not.
 
         Returns:
-            The measurement of all together: rates, standard errors and the groups' joint rates are the same bits on
+            The measurement of all together: rates, standard errors and these joint rates are the same bits on
             every process. None if there was nothing to measure on any of them.
 
         Raises:
@@ -54,7 +56,7 @@ class ProcessSum:
             if failure is not None:
                 raise failure
             return own
-        numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._groups), dtype=torch.float64)
+        numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._combinations), dtype=torch.float64)
         if failure is not None:
             numbers[0], numbers[1] = 1.0, should_reduce_batch_size(failure)
         elif own is not None:
@@ -73,31 +75,33 @@ class ProcessSum:
         numbers = [torch.tensor([0.0, 0.0, totals.num_probes, totals.num_outputs], dtype=torch.float64)]
         for index, (name, width) in enumerate(self._widths.items()):
             row = torch.zeros(width, dtype=torch.float64)
-            row[0], row[1] = totals.sizes[index], totals.variances[index]
+            row[0], row[1] = totals.squares[index], totals.variances[index]
             if name in totals.factors:
                 _, factors = totals.factors[name]
                 row[2 : 2 + len(factors)] = factors
             numbers.append(row)
-        squares, variances = own.joint_squares(self._groups.values())
+        squares, variances = own.joint_squares(self._combinations.values())
         return torch.cat([*numbers, squares * totals.num_outputs, variances * totals.num_outputs**2])
 
     def _read(self, own: Measurement, summed: Tensor) -> Measurement:
-        header, *rows, squares, variances = summed.split([_HEADER, *self._widths.values(), *[len(self._groups)] * 2])
+        header, *rows, joint, joint_variances = summed.split(
+            [_HEADER, *self._widths.values(), *[len(self._combinations)] * 2]
+        )
         *_, num_probes, num_outputs = header.tolist()
-        sizes, of_sizes = (torch.stack([row[column] for row in rows]) for column in range(2))
+        squares, variances = (torch.stack([row[column] for row in rows]) for column in range(2))
         factors = {}
         for name, row in zip(self._widths, rows, strict=True):
             estimator, mine = own.totals.factors.get(name, (self._estimator, row[2:]))
             if row[2:].any():
                 factors[name] = estimator, row[2 : 2 + len(mine)]
-        totals = Totals(int(num_probes), num_outputs, sizes, of_sizes, factors)
+        totals = Totals(int(num_probes), num_outputs, squares, variances, factors)
         estimators = {
             name: of_own if of_own != UNUSED or not row[[0, *range(2, len(row))]].any() else self._used(name, factors)
             for (name, of_own), row in zip(own.estimators.items(), rows, strict=True)
         }
-        rates, errors = rates_from(squares, variances, num_outputs)
-        pooled = dict(zip(self._groups, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
-        return Measurement.of(totals, estimators, own.inner_products, own.draws, pooled)
+        rates, errors = rates_from(joint, joint_variances, num_outputs)
+        joint_rates = dict(zip(self._combinations, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
+        return Measurement.of(totals, estimators, own.inner_products, own.draws, own.same_moves, joint_rates)
 
     def _used(self, name: str, factors: Mapping[str, object]) -> str:
         return self._estimator if name in factors else "per_example"

@@ -1,4 +1,7 @@
-"""What probes came to, before it is divided by anything: single draws, and sums that add up over probes."""
+"""Unnormalized numbers of probes: the draws one by one, and sums of squares that add up over probes and processes.
+
+Axes: l a tensor of L, p a probe of P, s an example of a probe, over all probes S of them.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,17 @@ from torch import Tensor
 
 from .estimators import combined, from_examples, rates_from
 
-Group = frozenset[tuple[str, float]]  # canonical names, and how much of their updates is meant
+Combination = frozenset[tuple[str, float]]  # of updates: canonical names, each with a factor on its update
 
 
-def group_key(shares: Mapping[str, float]) -> Group:
-    """What makes two groups of tensors the same.
-
-    Args:
-        shares: `{canonical name: how much of its update is meant}`.
-
-    Returns:
-        A key.
-    """
+def combination_key(shares: Mapping[str, float]) -> Combination:
+    """Return a key that is the same for two equal combinations `{canonical name: factor on its update}`."""
     return frozenset(shares.items())
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What single probes gave, tensors in the order of the measurement.
+    """Derivatives of single draws of omega, tensors in the order of the measurement.
 
     Attributes:
         derivatives: D phi_n of every probe and example, float64 [L, S]; 0 for a tensor measured by weight gradient.
@@ -45,10 +41,10 @@ class Draws:
     num_outputs: Tensor
 
     def inner_products(self) -> Tensor:
-        """Estimate <D_l f, D_m f> / M.
+        """Estimate <D_l f, D_m f> / M, float64 [L, L].
 
-        Returns:
-            Float64 [L, L]: by example where both tensors are, from the sums of whole probes elsewhere.
+        Two tensors measured by example need sum_s D_l phi_s D_m phi_s; any other pair has only the sums of whole
+        probes, whose product has the same expectation and a larger variance.
         """
         both = self.by_example.outer(self.by_example)
         by_example = self.derivatives @ self.derivatives.T
@@ -58,10 +54,10 @@ class Draws:
         """Estimate the variances of M * (joint rate)^2, with M summed over the probes.
 
         Args:
-            weights: How much of each tensor's update is in each group, float64 [G, L].
+            weights: Factor on each tensor's update in each combination, float64 [G, L].
 
         Returns:
-            The variances over omega, float64 [G]; nan where it takes more than one probe to tell.
+            The variances over omega, float64 [G]; nan where one probe is not enough to estimate them.
         """
         values = weights @ self.derivatives
         _, variances = from_examples(values)
@@ -70,43 +66,37 @@ class Draws:
             return variances
         count = len(self.num_outputs)
         of_probe = torch.zeros(len(weights), count, dtype=values.dtype)
-        squares = of_probe.index_add(1, self.probes, values.square())
+        by_example = of_probe.index_add(1, self.probes, values.square())
         of_probe.index_add_(1, self.probes, values)
-        sizes = (weights @ self.sums).square() - of_probe.square() + squares
-        spread = sizes.var(1) if count > 1 else torch.full_like(variances, math.nan)
+        # (sum over the probe of everything)^2, in which the part by example is replaced by its smaller estimate.
+        squares = (weights @ self.sums).square() - of_probe.square() + by_example
+        spread = squares.var(1) if count > 1 else torch.full_like(variances, math.nan)
         return torch.where(mixed, spread * count, variances)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over probes, from which rates follow: they add up over probes and over processes.
+    """Sums over probes from which rates follow; they add up over processes, too.
 
     Attributes:
-        num_probes: How many probes.
+        num_probes: P.
         num_outputs: M.
-        sizes: M * rate^2 of every tensor as measured by example, float64 [L].
-        variances: Of M * rate^2, float64 [L]; nan where it takes more than one probe to tell.
-        factors: Of the tensors that were measured by weight gradient, the estimator and its factors, float64 [F].
+        squares: M * rate^2 of the tensors measured by example, 0 for the others, float64 [L].
+        variances: Variances of M * rate^2, float64 [L]; nan where one probe is not enough to estimate them.
+        factors: `{name: (estimator, factors)}` of the tensors measured by weight gradient, float64 [F] each.
     """
 
     num_probes: int = 0
     num_outputs: float = 0.0
-    sizes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     variances: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     factors: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
 
     def rates(self, names: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:
-        """Estimate the rates.
-
-        Args:
-            names: The tensors, in order.
-
-        Returns:
-            `{name: rate}` and `{name: standard error}`.
-        """
-        names, sizes = list(names), self.sizes.clone()
+        """Return `{name: rate}` and `{name: standard error}`; `names` are all tensors, in order."""
+        names, squares = list(names), self.squares.clone()
         for i, name in enumerate(names):
             if name in self.factors:
-                sizes[i] += combined(*self.factors[name])
-        rates, errors = rates_from(sizes, self.variances, self.num_outputs)
+                squares[i] += combined(*self.factors[name])
+        rates, errors = rates_from(squares, self.variances, self.num_outputs)
         return dict(zip(names, rates.tolist(), strict=True)), dict(zip(names, errors.tolist(), strict=True))

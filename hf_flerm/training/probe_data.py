@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import honor_type
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset as HubDataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from transformers.utils import logging
 
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
-from ..rates.outputs import Batch
+from ..rates.model_call import Batch, ModelCallError
+from ..rates.outputs import num_examples
+
+logger = logging.get_logger(__name__)
+Collate = Callable[[list[Any]], Batch]
 
 
 @dataclass(frozen=True)
@@ -24,11 +33,11 @@ class Staged:
     """A collate function in two stages.
 
     Attributes:
-        first: Takes a list of examples; it is quick, and tried before training.
-        rest: Makes model inputs of what the first stage made.
+        first: Makes a batch of a list of examples; it is quick, and tried before training.
+        rest: Makes model inputs of that batch.
     """
 
-    first: Callable[[list[Any]], Batch]
+    first: Collate
     rest: Callable[[Batch], Batch]
 
     def __call__(self, examples: list[Any]) -> Batch:
@@ -36,25 +45,43 @@ class Staged:
         return self.rest(self.first(examples))
 
 
+@dataclass(frozen=True)
+class OnCopies:
+    """A collate function that is given copies of examples: it may write into them or take entries out.
+
+    Attributes:
+        collate: The collate function.
+    """
+
+    collate: Collate
+
+    def __call__(self, examples: list[Any]) -> Batch:
+        """Make model inputs of copies of examples."""
+        return self.collate([copied(example) for example in examples])
+
+
 class ProbeData:
     """Draws probe batches, collated as training batches are.
+
+    Reading them leaves training as it is: examples are copied before they are collated, random numbers are those of the
+    probes. Examples that cannot be collated together are probed one at a time.
 
     Attributes:
         num_batches: Probe batches per measurement, at most.
         batch_size: Examples in each.
-        target_error: What relative error a process may stop at: that of P together is smaller by sqrt(P). None: it
-            takes all batches.
-        fingerprint: Of the data set, if it has one.
-        example: A batch; None if that takes the second stage of a `Staged` function.
+        target_error: Relative error at which a process may stop: that of P processes together is smaller by sqrt(P).
+            None: it takes all batches.
+        fingerprint: Fingerprint of the data set, if it has one.
+        example: A batch; None if one takes the second stage of a `Staged` function.
         training_batch: Examples in a training batch of one process.
         accumulation_steps: Batches per optimizer step.
 
     Args:
         config: How many batches of what size.
-        dataloader: The training set's.
-        dataset: Examples to probe with; None: the training set's.
-        collate_fn: Makes model inputs of examples; None: the data loader's own.
-        batch_size: Examples in a training batch of one process; None: the data loader's.
+        dataloader: The training data loader.
+        dataset: Examples to probe with; None: those of the training set.
+        collate_fn: Makes model inputs of examples; None: that of the data loader.
+        batch_size: Examples in a training batch of one process; None: that of the data loader.
         accumulation_steps: Batches per optimizer step.
 
     Raises:
@@ -67,7 +94,7 @@ class ProbeData:
         config: FLeRMConfig,
         dataloader: Any,
         dataset: Dataset[Any] | None = None,
-        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        collate_fn: Collate | None = None,
         batch_size: int | None = None,
         accumulation_steps: int = 1,
     ) -> None:
@@ -104,6 +131,7 @@ class ProbeData:
         )
         self.fingerprint = getattr(examples, "_fingerprint", None)
         self._seed = config.seed
+        self._warned = False
         self._examples = examples
         self._collate = collate_fn or dataloader.collate_fn
         self._drawing = (examples, self._collate, getattr(dataloader, "collate_fn", None))
@@ -114,15 +142,41 @@ class ProbeData:
         if config.positions == "labels" and not own_labels:
             raise ValueError(f"positions 'labels' needs labels; a probe batch has {sorted(batch)}.")
 
+    def check(self, check: Callable[[Batch], None]) -> None:
+        """Try the model on a batch; if only single examples will do, draw these from now on.
+
+        Args:
+            check: Runs the model on a batch.
+
+        Raises:
+            ModelCallError: If the model cannot be run on one example either.
+        """
+        if self.example is None:
+            return
+        try:
+            check(self.example)
+        except ModelCallError as error:
+            if num_examples(self.example) == 1:
+                raise
+            with kept_random_state(PartialState().device), own_generators(*self._drawing):
+                (single,) = self._collated(self._collate, [0])
+            try:
+                check(single)
+            except ModelCallError:
+                raise error from error.__cause__
+            self._warn_of_single_examples(error.__cause__ or error)
+            self.num_batches *= self.batch_size
+            self.batch_size, self.example = 1, single
+
     def drawn(self, step: int, device: torch.device) -> tuple[Iterator[Batch], torch.Generator]:
-        """Draw for the measurement of a step; every process of a training draws its own.
+        """Draw the batches for the measurement of a step; every process of a training draws its own.
 
         Args:
             step: Optimizer step.
             device: Where omega is drawn.
 
         Returns:
-            Model inputs, and what omega is drawn by.
+            Batches as for training, and the generator that omega is drawn by.
         """
         process = PartialState().process_index
         stream = f"{self._seed} {step}" + (f" {process}" if process else "")
@@ -146,7 +200,7 @@ class ProbeData:
         collate = self._collate.first if isinstance(self._collate, Staged) else self._collate
         try:
             with kept_random_state(PartialState().device), own_generators(*self._drawing):
-                batch = collate([self._examples[index] for index in range(self.batch_size)])
+                batch = self._collated(collate, range(self.batch_size))[0]
         except Exception as error:
             raise ValueError(self._no_batch(columns, repr(error))) from error
         if not isinstance(batch, Mapping):
@@ -165,15 +219,74 @@ class ProbeData:
             known = f" It has the columns {self._examples.column_names}, the training set has {columns}."
         return (
             f"no batch can be made of the probe data set: {reason}.{known} Prepare it as the training set is: TRL's "
-            "trainers prepare what they are given as eval_dataset, and trainer.eval_dataset can be probed with."
+            "trainers prepare what they are given as eval_dataset: pass probe_dataset=trainer.eval_dataset. If the "
+            "training set itself does not collate, pass a probe_dataset of examples that do, or a collate_fn "
+            "to FLeRMRun."
         )
 
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
             with own_generators(*self._drawing):
-                batch = self._collate([self._examples[index] for index in chosen])
-            yield batch
+                batches = self._collated(self._collate, chosen)
+            # Processes that run the model in step need as many batches as each other.
+            yield from batches if PartialState().num_processes == 1 else batches[:1]
+
+    def _collated(self, collate: Collate, indices: Sequence[int]) -> list[Batch]:
+        """One batch of some examples; if they cannot be collated together, a batch of each."""
+        try:
+            return [collate(self._read(indices))]
+        except Exception as error:
+            if len(indices) == 1 or should_reduce_batch_size(error):
+                raise
+            try:
+                batches = [collate(self._read([index])) for index in indices]
+            except Exception:  # the batch says more about the data than one example does
+                raise error from None
+            self._warn_of_single_examples(error)
+            return batches
+
+    def _warn_of_single_examples(self, error: BaseException) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(f"the examples of a probe batch cannot be mixed, and are probed one at a time: {error!r}")
+
+    def _read(self, indices: Iterable[int]) -> list[Any]:
+        # Each is copied as soon as it is read: a data set may hand out the same object every time.
+        return [copied(self._examples[index]) for index in indices]
+
+
+def copied(value: Any) -> Any:
+    """Copy the containers, arrays and tensors of an example, and objects that merely hold some.
+
+    Anything else is handed on as it is: files, images, and whatever they belong to, such as the data set itself.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, MutableMapping):
+        entries = copy.copy(value)
+        for key in value:
+            entries[key] = copied(value[key])
+        return entries
+    if isinstance(value, (list, tuple)):
+        return honor_type(value, (copied(entry) for entry in value))
+    if isinstance(value, (set, bytearray)):
+        return copy.copy(value)
+    if (is_dataclass(value) and not isinstance(value, type)) or _is_record(value):
+        record = copy.copy(value)
+        vars(record).update({name: copied(entry) for name, entry in vars(record).items()})
+        return record
+    return value
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object that holds attributes and nothing else, and is copied by them."""
+    kind = type(value)
+    special = {name for base in kind.__mro__ if base is not object for name in vars(base)}
+    others = {"__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__call__", "__getitem__", "__iter__"}
+    return hasattr(value, "__dict__") and not callable(value) and not special & others
 
 
 def _batch_size(dataloader: Any) -> int:

@@ -18,7 +18,8 @@ from ..model.names import means_by_kind, preview, tensor_kinds
 from ..optimizer.watch import StepUpdate
 from ..profile.rate_profile import RateProfile
 from ..rates.measurement import UNUSED, Measurement
-from ..rates.outputs import Outputs
+from ..rates.model_call import ModelCallError
+from ..rates.outputs import MeasuredOutput
 from ..rates.probe import RateProbe
 from ..rates.process_sum import ProcessSum
 from ..rates.tensors import product_shapes
@@ -48,7 +49,7 @@ class Recorder:
         matched: Tensors whose joint rates will be asked of measurements beside those of the profile.
 
     Raises:
-        ValueError: If the model has no output that can be measured.
+        ValueError: If the model has no such output or, to match, cannot be run on what the data set holds.
     """
 
     def __init__(
@@ -63,12 +64,17 @@ class Recorder:
     ) -> None:
         engine = engine_of(model)
         self._device = engine.device(next(iter(parameters.values())))
-        outputs = Outputs(config.output, config.positions or "attention_mask", config.metric)
-        if probe_data.example is not None and not engine.sharded:
-            outputs.check(model, probe_data.example, self._device)
+        output = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
+        if not engine.sharded:
+            try:
+                probe_data.check(partial(output.check, model, device=self._device))
+            except ModelCallError as error:
+                if config.mode == "match":
+                    raise
+                logger.warning(f"{error} Training goes on; as it is, nothing can be measured.")
         research = config.research
         self._probe = RateProbe(
-            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, outputs=outputs
+            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, outputs=output
         )
         self._probe_data = probe_data
         self._joint = joint_groups(model, parameters)  # {granularity: {path: shares}}

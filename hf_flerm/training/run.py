@@ -23,7 +23,7 @@ from ..optimizer.watch import StepUpdate, StepWatch
 from ..profile.common import base_profile, common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
-from ..rates.outputs import Batch
+from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
 from .failures import Failures
 from .probe_data import ProbeData

@@ -1,6 +1,6 @@
-"""What "the function" is in TRL's trainers: how their examples become inputs for a probe, and which positions count.
+"""How the examples of TRL's trainers become probe batches, and which positions of the outputs count.
 
-Known by the name of their arguments' class: TRL is not imported.
+A trainer is recognized by the name of the class of its arguments: TRL is not imported.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TrainingArguments, default_data_collator
 
 from ..engines import engine_of
-from ..rates.outputs import Batch
-from .probe_data import Staged
+from ..rates.model_call import Batch
+from .probe_data import Collate, Staged
 
-Collate = Callable[[list[Any]], Batch]
 _IGNORED = -100
 
 
@@ -37,19 +36,16 @@ class Task:
 
 
 def trl_task(args: TrainingArguments, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
-    """Find how the examples of a trainer are probed.
+    """Return how the examples of a trainer are probed; for other trainers than TRL's, as their data loader collates.
 
     Args:
         args: The trainer's arguments.
-        model: What it trains.
-        dataloader: The training set's.
+        model: The trained model.
+        dataloader: The training data loader.
         processing_class: The trainer's tokenizer.
 
-    Returns:
-        The task; for a trainer that is not TRL's, what is usual.
-
     Raises:
-        ValueError: If the trainer is one of TRL's that is not known.
+        ValueError: If it is a trainer of TRL for which this is not known.
     """
     names = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl"]
     if not names:
@@ -57,14 +53,14 @@ def trl_task(args: TrainingArguments, model: nn.Module, dataloader: Any, process
     known = next((name for name in names if name in _TASKS), None)
     if known is None:
         raise ValueError(
-            f"what the function is in a training with {names[0]} is not known; it is with {', '.join(_TASKS)}. "
-            "Write a loop with FLeRMRun, whose collate_fn and output say it."
+            f"how to probe the examples of a training with {names[0]} is not known; it is known for "
+            f"{', '.join(_TASKS)}. Write a loop with FLeRMRun and pass it collate_fn and output."
         )
     return _TASKS[known](args, model, dataloader, processing_class)
 
 
 def _sft(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
-    """Logits where there are labels; rows that training packs or flattens are probed as the documents they hold."""
+    """Logits of labeled positions. Rows that training packs or flattens are probed as the documents that they hold."""
     collate: Any = dataloader.collate_fn
     if not getattr(collate, "padding_free", False):
         return Task("labels", collate)
@@ -73,18 +69,19 @@ def _sft(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) ->
 
 
 def _documents(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Cut a packed row into its documents."""
     lengths = row.get("seq_lengths")
     if lengths is None:
         yield row
         return
     columns = {name: values for name, values in row.items() if name != "seq_lengths"}
     for length, end in zip(lengths, accumulate(lengths), strict=True):
-        if length > 1:  # of a single token nothing is predicted
+        if length > 1:  # a single token predicts no other
             yield {name: values[end - length : end] for name, values in columns.items()}
 
 
 def _dpo(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
-    """Logits on chosen and on rejected completions; each is an example."""
+    """Logits of the tokens of chosen and rejected completions; each completion is an example."""
 
     def collate(rows: Sequence[Any]) -> Batch:
         batch = dict(dataloader.collate_fn(rows))
@@ -96,7 +93,7 @@ def _dpo(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) ->
 
 
 def _reward(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
-    """The rewards of chosen and of rejected texts."""
+    """Rewards of chosen and rejected texts; each text is an example."""
 
     def collate(rows: Sequence[Any]) -> Batch:
         return {name: value for name, value in dataloader.collate_fn(rows).items() if name != "margin"}
@@ -105,7 +102,7 @@ def _reward(args: Any, model: nn.Module, dataloader: Any, processing_class: Any)
 
 
 def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task:
-    """The policy's logits on completions that it samples itself for a probe, at the weights from before the update."""
+    """Logits of the tokens of completions, which the policy samples for each probe at the weights before the update."""
 
     def prompts(rows: Sequence[Any]) -> Batch:
         if "input_ids" in rows[0]:
@@ -150,14 +147,14 @@ def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task
 
 
 def _given(rows: Sequence[Any], tokenizer: Any) -> Batch:
-    """Inputs of texts that are there: rows of `input_ids` and `labels`."""
+    """Make a batch of given completions: rows with `input_ids` and `labels`."""
     batch = _padded([row["input_ids"] for row in rows], tokenizer.pad_token_id, "right")
     labels = [torch.as_tensor(row["labels"]) for row in rows]
     return {**batch, "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED)}
 
 
 def _completed(model: Any, prompts: Mapping[str, Tensor], settings: GenerationConfig) -> Batch:
-    """Inputs of prompts with completions, each up to its end-of-text token."""
+    """Sample completions of prompts; labels are the sampled tokens up to the first end-of-text token."""
     device = next(model.parameters()).device
     prompts = {name: value.to(device) for name, value in prompts.items()}
     with torch.no_grad():

@@ -240,7 +240,7 @@ def scaled_steps(folder: Path, name: str) -> list[dict[str, Tensor]]:
             scales = dict.fromkeys(names, 1.0)
             if state.global_step == 1:
                 scales |= {name: (0.0, 2.0)[index % 2] for index, name in enumerate(names)}
-            run._scaling._step_scales.scales = scales
+            run._scaler._step_scales.scales = scales
 
     trainer.add_callback(Set())
     trainer.train()

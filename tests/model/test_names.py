@@ -210,7 +210,7 @@ def test_names_are_resolved_in_the_order_given() -> None:
 
 
 def test_one_parameter_given_twice() -> None:
-    with pytest.raises(ValueError, match=r"'module\.weight' names a parameter that is already there as 'weight'"):
+    with pytest.raises(ValueError, match=r"'module\.weight' refers to the parameter 'weight', which another name"):
         resolve_names(Distributed(nn.Linear(2, 2)), ["weight", "module.weight"])
 
 

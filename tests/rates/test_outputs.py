@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification, T5Config, T5ForConditionalGeneration
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.outputs import METRICS, OUTPUTS, POSITIONS, Outputs
+from hf_flerm.choices import Positions, values
+from hf_flerm.rates.metrics import METRICS
+from hf_flerm.rates.outputs import OUTPUTS, MeasuredOutput
 from tests.shared.cases import gpt2, llama, perturb, seeded, text
 from tests.shared.reference import Batch, Change, OutputFunction, finite_difference, float64_copy
 
@@ -124,7 +126,7 @@ def test_the_positions_of_an_encoder_decoder_are_those_of_its_labels() -> None:
     model = perturb(T5ForConditionalGeneration(config))
     batch = {**text("right"), "labels": LABELS}
     model.eval()
-    probe = Outputs(positions="labels")(model, batch)
+    probe = MeasuredOutput(positions="labels")(model, batch)
     assert torch.equal(probe.weight[..., 0].bool(), LABELS != -100)
     with torch.no_grad():
         expected = model(**text("right"), labels=LABELS).logits
@@ -221,7 +223,7 @@ def test_a_regression_has_no_fisher_metric() -> None:
     ("settings", "message"),
     [
         ({"output": "loss"}, f"output is 'loss'; it must be one of {', '.join(OUTPUTS)} or a callable"),
-        ({"positions": "all"}, f"positions is 'all'; it must be one of {', '.join(POSITIONS)}"),
+        ({"positions": "all"}, f"positions is 'all'; it must be one of {', '.join(values(Positions))}"),
         ({"metric": "kl"}, f"metric is 'kl'; it must be one of {', '.join(METRICS)}"),
         ({"output": "hidden", "metric": "fisher"}, "needs logits or log-probabilities"),
         ({"output": lambda model, batch: model(**batch), "positions": "labels"}, "by an output callable itself"),

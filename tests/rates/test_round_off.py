@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTForImageClas
 
 from hf_flerm import measure_rates
 from hf_flerm.choices import Estimator, values
-from hf_flerm.rates.outputs import Outputs
+from hf_flerm.rates.outputs import MeasuredOutput
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import WIDTH, features, seeded
 from tests.shared.reference import Batch, finite_differences
@@ -143,9 +143,20 @@ def zeroed(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_round_off_stays_0_after_many_measurements_and_other_tensors_are_found_again() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("examples", [1, 2])
+def test_a_small_draw_of_few_examples_is_no_round_off(examples: int, dtype: torch.dtype) -> None:
+    """The output is chosen at right angles to the omega that verification draws: D phi_n is round-off by chance."""
+    omega = torch.randn(examples, 3, generator=seeded(0), dtype=dtype)
+    output = torch.stack([omega[:, 1], -omega[:, 0], torch.zeros_like(omega[:, 0])], 1)
+    model, updates = nn.Sequential(Scale()).to(dtype), {"0.gain": torch.ones(())}
+    result = measure_rates(model, updates, [{"input": output}], generator=seeded(1))
+    assert result.rates["0.gain"] > 0
+
+
+def test_round_off_stays_0_after_many_measurements() -> None:
     model, batch, blind, updates = build("bert")
-    probe = RateProbe(model, outputs=Outputs())
+    probe = RateProbe(model, outputs=MeasuredOutput())
     for step in range(12):
         result = probe.measure(updates, [batch], seeded(step))
         assert {key for key, rate in result.rates.items() if rate == 0} == {key for key in updates if blind in key}

@@ -175,6 +175,21 @@ def test_a_probe_sees_whatever_lies_in_the_memory(name: str, estimator: str) -> 
         assert torch.allclose(found, expected if estimator == "per_example" else expected.sum(), **precision), raw
 
 
+@pytest.mark.parametrize("estimator", ["exact", "per_example"])
+def test_a_step_that_both_names_have_seen_moves_the_memory_once(estimator: str) -> None:
+    """Weights before and after a step are read by both names: both have the whole update, which is one."""
+    model, batch, updates = build("autoencoder")
+    one = {"encoder.weight": updates["encoder.weight"]}
+    both = one | {"decoder.weight": updates["encoder.weight"].T}
+    alone, together = (measured(model, batch, chosen, estimator) for chosen in (one, both))
+    assert together.rates["decoder.weight"] == pytest.approx(together.rates["encoder.weight"], rel=1e-9)
+    assert together.total == pytest.approx(alone.total, rel=1e-9)
+    assert together.total == pytest.approx(together.rates["encoder.weight"], rel=1e-9)
+    others = {"encoder.weight": updates["encoder.weight"], "decoder.weight": updates["decoder.weight"]}
+    apart = measured(model, batch, others, "exact")
+    assert apart.total == pytest.approx(rate(moved(model, batch, others), EVERYTHING), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_memory_stays_shared(name: str) -> None:
     model, batch, updates = build(name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.outputs import Output
+from hf_flerm.rates.outputs import OutputValues
 from hf_flerm.rates.probe import RateProbe
 from hf_flerm.rates.reference import kronecker_rate
 from tests.shared.cases import VOCABULARY, Wrap, case, changes, seeded
@@ -17,14 +17,14 @@ from tests.shared.reference import finite_difference, weight_gradient_products
 @pytest.mark.parametrize("probes", [1, 3])
 def test_kronecker_on_a_model_is_the_literal_loop(monkeypatch: pytest.MonkeyPatch, probes: int) -> None:
     drawn: list[Tensor] = []
-    original = Output.omega
+    original = OutputValues.omega
 
-    def omega(self: Output, generator: torch.Generator) -> Tensor:
+    def omega(self: OutputValues, generator: torch.Generator) -> Tensor:
         drawn.append(original(self, generator))
         return drawn[-1]
 
     made = case("every kind")
-    monkeypatch.setattr(Output, "omega", omega)
+    monkeypatch.setattr(OutputValues, "omega", omega)
     result = made.measure("kronecker", probes=probes)
     assert len(drawn) == probes * len(made.batches)
     batches = [batch for batch in made.batches for _ in range(probes)]
@@ -43,7 +43,7 @@ def test_kronecker_on_a_model_is_the_literal_loop(monkeypatch: pytest.MonkeyPatc
 def test_kronecker_on_a_three_dimensional_tensor_is_the_literal_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     made = case("custom bilinear")
     weights = torch.randn(3, 5, 3, generator=seeded(5))
-    monkeypatch.setattr(Output, "omega", lambda self, generator: weights)
+    monkeypatch.setattr(OutputValues, "omega", lambda self, generator: weights)
     result = made.measure("kronecker")
     name = "inner.1.core"
     products = weight_gradient_products(

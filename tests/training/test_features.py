@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from transformers.trainer import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_flerm import FLeRMArguments, FLeRMCallback, FLeRMConfig, FLeRMTrainer, RateProfile, Research
+from hf_flerm.config import help_of
 from tests.shared.training import (
     BATCH,
     MEASURED,
@@ -223,8 +225,9 @@ def test_choices_from_the_command_line_and_from_yaml(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"max_scale is 'wide'; it must be a number of at least 1"):
         _ = parser.parse_yaml_file(file)[1].config
     assert FLeRMArguments().config == FLeRMConfig()
-    shown = " ".join(parser.format_help().split())
-    assert "Scales are held between its inverse and it, with a warning." in shown
+    shown = "".join(parser.format_help().split())
+    options = [entry for entry in (*fields(FLeRMConfig), *fields(Research)) if entry.name != "research"]
+    assert all("".join(help_of(entry).split()) in shown for entry in options)
     with pytest.raises(ValueError, match="mode is 'watch'; it must be one of record, match"):
         FLeRMArguments(flerm_mode="watch").config  # noqa: B018
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import geometric_mean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from trl import (
 
 from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMMixin, FLeRMRun, RateProfile
 from hf_flerm.profile.rate_profile import PROFILE_NAME
+from hf_flerm.rates.outputs import MeasuredOutput
 from hf_flerm.training.trl_tasks import trl_task
 from tests.shared.processes import launch
 from tests.shared.training import Outcome, assert_identical, flerm_callback, gpt2, scaled, train, weights_of
@@ -289,9 +291,7 @@ def test_a_reward_model_is_its_reward(tmp_path: Path) -> None:
     metadata = flerm_callback(trainer).rate_profile.metadata["flerm"]
     assert (metadata["output"], metadata["positions"]) == ("logits", "attention_mask")
     _, batch = probed_batch(trainer)
-    values = FLeRMRun(trainer.model, trainer.optimizer, CONFIG, trainer.get_train_dataloader())._probe.outputs(
-        trainer.model, batch
-    )
+    values = MeasuredOutput()(trainer.model, batch)
     assert values.values.shape == (2 * BATCH, 1)
     assert values.count() == 2 * BATCH
 
@@ -456,7 +456,7 @@ def test_grpo_needs_prompts_or_completions_to_probe_with(tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore")
 def test_completions_are_not_sampled_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_flerm.training.trl_tasks.is_sharded", lambda model: True)
+    monkeypatch.setattr("hf_flerm.training.trl_tasks.engine_of", lambda model: SimpleNamespace(sharded=True))
     trainer = made(grpo(tmp_path), CONFIG)
     with pytest.raises(ValueError, match=r"from a model in shards: pass probe_dataset, rows of input_ids and labels"):
         trainer.train()

@@ -1,9 +1,14 @@
 """Skip the vocabulary: probe a model whose output is one last linear map without ever building that output.
 
-Where the output is h V^T + b (h [N, T, d], V [K, d]), the gradient that omega sends into h is omega V, a Gaussian with
-covariance V^T V at every position. Drawing it from that d x d matrix gives the same distribution as drawing the K
-numbers of omega, and needs neither logits nor omega. A trained head adds columns for what its own update does to the
-output: (omega V, omega U_V, omega . U_b) is jointly Gaussian with the Gram matrix of the columns [V, U_V, U_b].
+Axes: n an example of N, t a position of T, i one of d input features, k one of K outputs (the vocabulary), K >> d.
+
+Where the output is f = h V^T + b (h [N, T, d], V [K, d], b [K]), the gradient of phi in h is omega V [N, T, d]: at
+every position a Gaussian with covariance V^T V [d, d]. Drawing it from that matrix gives the same distribution as
+drawing the K numbers of omega, and needs neither logits nor omega. A measured head has updates U_V [K, d] and U_b [K]
+of its own, and D phi_n = sum_t h . (omega U_V) + omega . U_b. Then (omega V, omega U_V, omega . U_b) [2 d + 1] is
+drawn at once, with the covariance C^T C of the columns C = [V, U_V, U_b] [K, 2 d + 1]:
+
+    (omega V, omega U_V, omega . U_b) = noise R^T,  noise ~ N(0, 1),  R R^T = C^T C.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from ...model.isolation import replaced_forward
-from ..outputs import Output
+from ..outputs import OutputValues
 
-_PIECES = 4  # of a block's columns; more save more of the symmetric half, in smaller products
+# C^T C is made of products of pieces, a quarter of a block's columns each: the half above the diagonal is then a copy
+# of the other. More pieces save more of it (at most half of the work), in smaller and slower products.
+_PIECES = 4
 
 
 class LinearHead:
@@ -39,7 +46,8 @@ class LinearHead:
         blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
         blocks = {key: block.to(dtype) for key, block in blocks.items()}
-        # Blocks of equal size keep the Gram matrix well conditioned whatever the unit of the update.
+        # V, U_V and U_b differ by orders of magnitude (weights against weights per learning rate). Divided by their
+        # norms, they leave a Gram matrix that is as well conditioned as each of them.
         tiny = torch.finfo(dtype).tiny
         self._scales = {key: block.norm().clamp_min(tiny) for key, block in blocks.items()}
         self._widths = {key: block.shape[1] for key, block in blocks.items()}
@@ -49,7 +57,7 @@ class LinearHead:
         self._made_of = self._fingerprint()
 
     def is_current(self) -> bool:
-        """Tell whether this may be used in another measurement: nothing of the map is trained, or has changed."""
+        """Tell whether this may be used in another measurement: the head is not measured and has not changed."""
         return not self.names and self._made_of == self._fingerprint()
 
     def _fingerprint(self) -> tuple[int, int, float]:
@@ -58,18 +66,15 @@ class LinearHead:
 
     @staticmethod
     def pays(module: nn.Linear, attributes: int) -> bool:
-        """Tell whether the map is wide enough that skipping it saves work.
+        """Tell whether skipping a head saves work: whether K exceeds the number of columns that are drawn instead.
 
         Args:
-            module: The map.
+            module: The head.
             attributes: How many of its tensors are measured.
-
-        Returns:
-            Whether K exceeds the number of columns that are drawn instead.
         """
         return module.out_features > module.in_features * (1 + attributes)
 
-    def draw(self, hidden: Output, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def draw(self, hidden: OutputValues, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw what omega sends into the head's input and into its tensors.
 
         Args:
@@ -77,8 +82,8 @@ class LinearHead:
             generator: Source of randomness.
 
         Returns:
-            omega V, the gradient of phi with respect to h, shaped like h and 0 where an output does not count; and
-            the head's own part of D phi_n for each of its measured tensors, [N] each.
+            omega V, the gradient of phi in h, shaped like h and 0 where an output does not count; and D phi_n of the
+            head's measured tensors, [N] each.
         """
         h = hidden.values.detach()
         shape = (*h.shape[:-1], len(self._root))
@@ -95,34 +100,23 @@ class LinearHead:
 
 @contextmanager
 def bypassed(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Make a module hand on its input in place of its output.
-
-    Args:
-        module: Any module with one input.
+    """Context manager: a module of one input returns that input in place of its output.
 
     Yields:
-        The inputs that it handed on.
+        The inputs, in the order of the calls.
     """
-    handed_on: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def hand_on(hidden: Tensor) -> Tensor:
-        handed_on.append(hidden)
+    def return_input(hidden: Tensor) -> Tensor:
+        inputs.append(hidden)
         return hidden
 
-    with replaced_forward(module, hand_on):
-        yield handed_on
+    with replaced_forward(module, return_input):
+        yield inputs
 
 
 def is_cast(output: Tensor, source: Tensor) -> bool:
-    """Tell whether a tensor is another one, or that one in another precision and nothing else.
-
-    Args:
-        output: The tensor.
-        source: The other one.
-
-    Returns:
-        Whether it is: by identity, or by what autograd has recorded.
-    """
+    """Tell whether `output` is `source` itself, or `source` in another precision, by what autograd has recorded."""
     if output is source:
         return True
     node = output.grad_fn
@@ -142,7 +136,7 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
         Its name in `named_modules()`, or None: whatever is done to its output afterwards (a soft-cap, a softmax) makes
         other numbers of it, or another version of the same tensor. A mere change of precision is looked through.
     """
-    last: tuple[str, Tensor, int] | None = None
+    last: tuple[str, Tensor, int] | None = None  # name, output and version of the linear layer that was called last
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -162,16 +156,20 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
             output = forward()
         if last is None:
             return None
-        name, own, version = last
-        cast = output.dtype != own.dtype and output.shape == own.shape and torch.equal(output, own.to(output.dtype))
-        return name if own._version == version and (own is output or cast) else None
+        name, of_layer, version = last
+        cast = (
+            output.dtype != of_layer.dtype
+            and output.shape == of_layer.shape
+            and torch.equal(output, of_layer.to(output.dtype))
+        )
+        return name if of_layer._version == version and (of_layer is output or cast) else None
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _gram(blocks: Sequence[Tensor]) -> Tensor:
-    """C^T C of the columns C of all blocks: what lies below the diagonal is not computed, nothing is copied."""
+    """C^T C of the columns C of all blocks, one half computed and the other copied; C itself is never put together."""
     pieces = [piece for block in blocks for piece in block.split(max(block.shape[1] // _PIECES, 1), 1)]
     starts = [0, *accumulate(piece.shape[1] for piece in pieces)]
     gram = blocks[0].new_empty(starts[-1], starts[-1])
@@ -184,7 +182,11 @@ def _gram(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _square_root(gram: Tensor) -> Tensor:
-    """A matrix R with R R^T = gram, for a positive semidefinite matrix that may be singular."""
+    """A matrix R with R R^T = gram, for a positive semidefinite matrix that may be singular.
+
+    It is singular where columns are dependent: an update of rank 1, two equal columns. Cholesky then fails, and
+    eigenvalues that round-off has made negative count as 0.
+    """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(gram)
     if not bool(failed):

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ...engines.engine import Engine
 from ...model.isolation import trainable
-from ..outputs import Batch, Output, Outputs, num_examples
+from ..outputs import Batch, MeasuredOutput, OutputValues, num_examples
 from ..tensors import MeasuredTensor, as_real, elementwise_products
 from .gates import Gates, ModuleCalls, call_layouts, unchanged
 from .sites import Site, outermost, owners
@@ -50,6 +50,10 @@ _ROUND_OFF = 16
 # 2 to 16 eps of the root sum of squares of its terms in float32 and 0.5 to 3 eps in bfloat16 (2 to 12 layers, 8 to 256
 # positions); tensors that act leave 0.6 of it and more.
 _DIGITS = 0.5
+
+# Numbers D phi_n that must be small before a tensor is taken for round-off: one is small by chance in 7 draws of 100 in
+# bfloat16, six are in 1 of 10^7. Batches of fewer examples take several draws of omega.
+_SMALL_BY_CHANCE = 6
 
 Layouts = dict[str, tuple[int, ...]]  # {module: rows per example of its outputs, call by call}
 
@@ -78,7 +82,7 @@ class VerifiedSites:
         engine: The engine that holds the model's weights.
     """
 
-    def __init__(self, model: nn.Module, outputs: Outputs, engine: Engine) -> None:
+    def __init__(self, model: nn.Module, outputs: MeasuredOutput, engine: Engine) -> None:
         self.sites: dict[str, list[Site]] = {}
         self.unmeasurable: set[str] = set()
         self.absent: set[str] = set()
@@ -205,15 +209,21 @@ class VerifiedSites:
         unverified = self._on_any_process(located, lambda name: name not in self._verified)
         self._attempts.update(unverified)
         exhausted = [name for name in unverified if self._attempts[name] == _PATIENCE]
-        given_up = self._on_any_process(exhausted, lambda name: name not in self.round_off)
-        for name in given_up:
+        blind = self._on_every_process(exhausted, self.round_off.__contains__)
+        for name in set(exhausted).difference(blind):
             self._give_up(name)
-        self._blind.update(set(exhausted).difference(given_up))
+        self._blind.update(blind)
 
     def _on_any_process(self, names: Iterable[str], condition: Callable[[str], bool]) -> list[str]:
         """The names for which a condition holds on any process that runs the model in step with this one."""
         names = list(names)
         return list(compress(names, self._engine.agree([condition(name) for name in names])))
+
+    def _on_every_process(self, names: Iterable[str], condition: Callable[[str], bool]) -> list[str]:
+        """The names for which a condition holds on every process that runs the model in step with this one."""
+        names = list(names)
+        failing = set(self._on_any_process(names, lambda name: not condition(name)))
+        return [name for name in names if name not in failing]
 
     def _is_verified(self, name: str, batch: Batch, calls: Mapping[str, ModuleCalls] | None = None) -> bool:
         """Whether a tensor was verified; with `calls`, whether at the layouts that these show.
@@ -240,7 +250,7 @@ class VerifiedSites:
     def _refuted(
         self,
         gates: Gates,
-        out: Output,
+        out: OutputValues,
         names: Sequence[str],
         updates: Mapping[str, Tensor],
         count: int,
@@ -261,13 +271,18 @@ class VerifiedSites:
         by_row = factors.to(omega).repeat_interleave(len(omega) // count).reshape(-1, *[1] * (omega.ndim - 1))
         reductions = {name: partial(_summary, updates, name) for name in names}
         derivatives, summaries = gates.differentiate(out.values, omega, reductions, retain_graph=True, keep_terms=True)
+        terms = gates.terms
         if any(self._engine.agree([not all(bool(found[2].isfinite()) for found in summaries.values())])):
             raise ValueError("the outputs' derivatives are not finite on a probe batch: the weights have diverged.")
-        multiplied, _ = gates.differentiate(out.values, omega.mul_(by_row))
+        multiplied, _ = gates.differentiate(out.values, omega.mul_(by_row), retain_graph=True)
         self._largest_gradient = max(self._largest_gradient, *(float(found[2]) for found in summaries.values()), 0.0)
         # <U, G> of a gradient that consists of round-off of the largest one, per unit length of U.
         noise = _ROUND_OFF * gates.precision * self._largest_gradient
         tolerance = gates.precision**_DIGITS
+        sizes = {name: found[0].abs() + derivatives[name].norm() for name, found in summaries.items()}
+        cancelled = {n for n, size in sizes.items() if terms[n] > 0 and bool(size <= tolerance * terms[n])}
+        candidates = self._on_every_process(names, cancelled.__contains__)
+        round_off = self._confirmed(candidates, gates, out, count, generator, tolerance)
         refuted = set()
         for name in names:
             if name not in summaries:
@@ -275,21 +290,48 @@ class VerifiedSites:
                 continue
             self.absent.discard(name)
             self.round_off.discard(name)
-            by_gradient, products, _, length = summaries[name]
-            size = by_gradient.abs() + derivatives[name].norm()
-            floor = noise * length
-            if gates.terms[name] and bool(size <= tolerance * gates.terms[name]):
+            if name in round_off:
                 self.round_off.add(name)
                 continue
-            if bool(size <= floor):
+            by_gradient, products, _, length = summaries[name]
+            floor = noise * length
+            if bool(sizes[name] <= floor):
                 continue
             leak = (multiplied[name] - derivatives[name] * factors).norm()
             missing = (derivatives[name].sum() - by_gradient).abs()
-            if bool(leak > tolerance * derivatives[name].norm() + floor or missing > tolerance * (size + products)):
+            leaks = leak > tolerance * derivatives[name].norm() + floor
+            if bool(leaks or missing > tolerance * (sizes[name] + products)):
                 refuted.add(name)
             else:
                 self._verified.setdefault(name, []).append(_Checked(count, layouts[name]))
         return refuted
+
+    def _confirmed(
+        self,
+        candidates: list[str],
+        gates: Gates,
+        out: OutputValues,
+        count: int,
+        generator: torch.Generator,
+        tolerance: float,
+    ) -> set[str]:
+        """Those tensors whose terms cancel for other draws of omega, too, until enough D phi_n have been small.
+
+        Args:
+            candidates: The tensors whose terms have cancelled once, on every process.
+            gates: Gates through which the batch has gone.
+            out: The outputs.
+            count: The number of examples.
+            generator: Source of omega.
+            tolerance: Fraction of the terms that may be left.
+        """
+        seen = count
+        while candidates and any(self._engine.agree([seen < _SMALL_BY_CHANCE])):
+            derivatives, _ = gates.differentiate(out.values, out.omega(generator), retain_graph=True, keep_terms=True)
+            again = {name for name in candidates if bool(derivatives[name].norm() <= tolerance * gates.terms[name])}
+            candidates = self._on_every_process(candidates, again.__contains__)
+            seen += count
+        return set(candidates)
 
     def _widen(self, name: str, gates: Gates) -> None:
         """Replace a tensor's sites: examples along the second dimension, then the enclosing modules, then none."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from hf_flerm import measure_rates
-from hf_flerm.rates.outputs import Output, Outputs
+from hf_flerm.rates.outputs import MeasuredOutput, OutputValues
 from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import (
@@ -181,10 +181,10 @@ def test_examples_along_the_second_dimension(positions: int) -> None:
 def test_later_draws_of_a_forward_use_what_the_first_has_kept(name: str) -> None:
     # D phi is linear in omega: with the same omega a second backward pass reads the same numbers.
     made = case(name)
-    probe = RateProbe(made.model, probes_per_batch=3, outputs=Outputs(made.output))
-    original = Output.omega
+    probe = RateProbe(made.model, probes_per_batch=3, outputs=MeasuredOutput(made.output))
+    original = OutputValues.omega
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Output, "omega", lambda self, generator: original(self, seeded(1)))
+        patch.setattr(OutputValues, "omega", lambda self, generator: original(self, seeded(1)))
         patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
         result = probe.measure(made.updates, made.batches[:1], seeded(0))
     assert result.draws is not None

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_flerm import Measurement, measure_rates
-from hf_flerm.rates.outputs import Output
+from hf_flerm.rates.outputs import OutputValues
 from hf_flerm.rates.per_example.linear_head import LinearHead
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.reference import Batch, OutputFunction, finite_difference
@@ -166,7 +166,7 @@ def test_draws_have_the_covariance_of_omega(scale: float) -> None:
         "bias": ("b", torch.randn(12, generator=seeded(1), dtype=torch.float64) / scale),
     }
     h = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    hidden = Output(h.expand(examples, 1, 3), torch.ones(examples, 1, 1, dtype=torch.float64))
+    hidden = OutputValues(h.expand(examples, 1, 3), torch.ones(examples, 1, 1, dtype=torch.float64))
     gradient, derivatives = LinearHead(head, updates).draw(hidden, seeded(2))
     assert gradient.shape == (examples, 1, 3)
     assert {name: value.shape for name, value in derivatives.items()} == {"w": (examples,), "b": (examples,)}
@@ -184,7 +184,7 @@ def test_draws_are_independent_over_positions_and_zero_at_padding() -> None:
     head = made(nn.Linear(2, 12, bias=False))
     weight = torch.ones(examples, 3, 1)
     weight[:, 1] = 0
-    hidden = Output(torch.ones(examples, 3, 2), weight)
+    hidden = OutputValues(torch.ones(examples, 3, 2), weight)
     gradient, derivatives = LinearHead(head, {"weight": ("w", torch.ones(12, 2))}).draw(hidden, seeded(0))
     assert not gradient[:, 1].any()
     across = gradient[:, 0].T @ gradient[:, 2] / examples
@@ -200,7 +200,7 @@ def test_draws_of_a_singular_covariance() -> None:
     head = made(nn.Linear(3, 12, bias=False))
     update = -2.0 * head.weight.detach()
     h = torch.randn(50, 4, 3, generator=seeded(0))
-    hidden = Output(h, torch.ones(50, 4, 1))
+    hidden = OutputValues(h, torch.ones(50, 4, 1))
     gradient, derivatives = LinearHead(head, {"weight": ("w", update)}).draw(hidden, seeded(1))
     expected = -2.0 * (gradient * h).sum((1, 2))
     assert (derivatives["w"] - expected).norm() < 1e-2 * expected.norm()
@@ -209,7 +209,7 @@ def test_draws_of_a_singular_covariance() -> None:
 def test_an_update_of_zero_draws_zero() -> None:
     head = made(nn.Linear(3, 12))
     updates = {"weight": ("w", torch.zeros(12, 3)), "bias": ("b", torch.ones(12))}
-    hidden = Output(torch.ones(5, 4, 3), torch.ones(5, 4, 1))
+    hidden = OutputValues(torch.ones(5, 4, 3), torch.ones(5, 4, 1))
     gradient, derivatives = LinearHead(head, updates).draw(hidden, seeded(0))
     assert derivatives["w"].abs().max() == 0
     assert derivatives["b"].abs().min() > 0
@@ -219,7 +219,7 @@ def test_an_update_of_zero_draws_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_draws_have_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     head = made(nn.Linear(3, 12, bias=False)).to(dtype)
-    hidden = Output(torch.ones(5, 4, 3, dtype=dtype), torch.ones(5, 4, 1, dtype=dtype))
+    hidden = OutputValues(torch.ones(5, 4, 3, dtype=dtype), torch.ones(5, 4, 1, dtype=dtype))
     gradient, derivatives = LinearHead(head, {"weight": ("w", torch.ones(12, 3, dtype=dtype))}).draw(hidden, seeded(0))
     assert gradient.dtype == dtype
     assert derivatives["w"].dtype == torch.promote_types(dtype, torch.float32)
