@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, Research
 from hf_flerm.model.names import tensor_kinds, trainable_parameters
-from tests.shared.training import Rows, flerm_config, gpt2
+from tests.shared.training import Rows, gpt2
 
 
 def lora(**options: Any) -> nn.Module:
@@ -40,7 +40,7 @@ def recorded(folder: Path, model: nn.Module, **options: Any) -> RateProfile:
 
 
 def matched(folder: Path, model: nn.Module, base: RateProfile, **choices: Any) -> FLeRMTrainer:
-    trainer = trainer_of(folder, model, flerm_config(mode="match", profile=base, **choices))
+    trainer = trainer_of(folder, model, FLeRMConfig(mode="match", profile=base, **choices))
     trainer.train()
     return trainer
 
@@ -180,7 +180,7 @@ def test_a_base_that_jumps_is_followed_by_max_change(tmp_path: Path) -> None:
     options = {"max_change": 1.5, "measure_steps": (0, 1), "research": Research(beta=0.0)}
     config = {"profile": RateProfile(base.steps, jump), **options}
     first, second = (
-        trainer_of(tmp_path, gpt2(), flerm_config(mode="match", **config), max_steps=steps) for steps in (1, 2)
+        trainer_of(tmp_path, gpt2(), FLeRMConfig(mode="match", **config), max_steps=steps) for steps in (1, 2)
     )
     first.train()
     second.train()
