@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -34,6 +34,10 @@ _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.Embedding, "scale_grad_by_freq", False),
     (nn.Module, "support_avx512bf16_for_cpu", False),
 )
+
+# Attributes of every module: parameters, buffers, parts and hooks are put back by other means, or not changed at all.
+_REGISTRIES = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set)
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -81,15 +85,16 @@ def own_generators(*holders: object) -> Iterator[None]:
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a block in eval mode, uncompiled and with no parameter trainable, and leave no trace of it.
 
-    Modes, `requires_grad` flags, random states, buffers, numbers and strings in modules, and the parameters themselves
-    are put back.
+    Modes, `requires_grad` flags, random states, buffers, other attributes of modules, and the parameters themselves are
+    put back.
 
     Args:
         model: The model.
         device: The device whose random state is put back, beside those of Python, NumPy and torch's CPU generator.
     """
     modes = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Of all parameters: a forward pass that switches adapters makes others trainable.
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(device))
         stack.enter_context(_kept_parameters(model))
@@ -103,15 +108,15 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             stack.enter_context(_kept_state(module))
         try:
             model.eval()
-            for parameter in frozen:
+            for parameter in flags:
                 parameter.requires_grad_(False)
             with torch.enable_grad():
                 yield
         finally:
             for module, training in modes.items():
                 vars(module)["training"] = training
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 def _computes_with(module: nn.Module, attribute: str) -> bool:
@@ -154,20 +159,29 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _kept_state(module: nn.Module) -> Iterator[None]:
-    """Put back a module's buffers, and its numbers and strings: rotary embeddings note the longest input seen there."""
-    buffers = {
-        name: (value, None if value is None else (value._version, value.clone()))
-        for name, value in module._buffers.items()
-    }
-    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    """Put back what a forward pass may change in a module: its buffers and whatever else it has as attributes.
+
+    Rotary embeddings note the longest input seen, recurrent models keep the state of the last batch, PEFT the active
+    adapter. Attributes that the block adds stay: hooks that Transformers has added are noted there.
+    """
+    attributes = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+    contents = [value for value in attributes.values() if type(value) in _CONTAINERS]
+    copies = [copy.copy(value) for value in contents]
+    plain = {name: value for name, value in attributes.items() if type(value) is Tensor}
+    tensors = [value for value in (*module._buffers.values(), *plain.values()) if value is not None]
+    clones = [(value, value._version, value.detach().clone()) for value in tensors]
+    buffers = dict(module._buffers)
     try:
         yield
     finally:
-        for name, (value, kept) in buffers.items():
-            module._buffers[name] = value
-            if value is not None and kept is not None and value._version != kept[0]:
-                value.copy_(kept[1])
-        vars(module).update(numbers)
+        module._buffers.update(buffers)
+        vars(module).update(attributes)
+        for value, version, clone in clones:
+            if value._version != version:
+                value.detach().copy_(clone)
+        for value, kept in zip(contents, copies, strict=True):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(kept)
 
 
 @contextmanager
