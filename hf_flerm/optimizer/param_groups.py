@@ -75,7 +75,9 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     if missing:
         raise ValueError(
             f"{type(optimizer).__name__} does not hold the trainable parameters {preview(missing)}. FLeRM needs an "
-            "optimizer over the model's own parameters (layer-wise and fused-backward optimizers have none)."
+            "optimizer over the model's own parameters (layer-wise and fused-backward optimizers have none). Freeze "
+            "those that are not to be trained (requires_grad_(False)). A Trainer keeps the optimizer of its first "
+            "train(): make a new Trainer after another adapter was made the active one."
         )
     without = [name for name, parameter in parameters.items() if groups[id(parameter)].get("lr") is None]
     if without:
