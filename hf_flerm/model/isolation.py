@@ -142,19 +142,26 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
         for path, module, parameters in kept:
             now = module._parameters
             wrong = [name for name, own in parameters.items() if name not in now or now[name] is not own]
+            # PEFT's DoRA puts a new Parameter over the same memory into a quantized layer whenever it runs.
+            own_doing = [name for name in wrong if _is_same_weight(now.get(name), parameters[name])]
             for name in wrong:
                 vars(module).pop(name, None)  # a plain attribute would hide the parameter
             if wrong:
                 added = {name: value for name, value in now.items() if name not in parameters}
                 now.clear()  # and filled again, so that the order of `named_parameters` stays
                 now.update(parameters | added)
-            replaced += [f"{path}.{name}" if path else name for name in wrong]
+            replaced += [f"{path}.{name}" if path else name for name in wrong if name not in own_doing]
         if replaced:
             logger.warning_once(
                 f"measuring left other objects in place of the parameters {preview(replaced)} of "
                 f"{type(model).__name__}. They were put back and training is not affected, but the rates may be wrong. "
                 "Please report this, with the model's class and its adapter."
             )
+
+
+def _is_same_weight(now: nn.Parameter | None, before: nn.Parameter | None) -> bool:
+    both = isinstance(now, nn.Parameter) and isinstance(before, nn.Parameter)
+    return both and now.data_ptr() == before.data_ptr()  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -290,8 +290,8 @@ class FLeRMRun:
             self._failures.warn_once(
                 "unfrozen",
                 f"{preview(unfrozen)} became trainable after training had begun: they are neither measured nor scaled. "
-                "Begin training with all of them trainable, and freeze those that are to rest when it has begun. Of two "
-                "adapters with the same names only one can be followed.",
+                "Begin training with all of them trainable, and freeze those that are to rest when it has begun. Of "
+                "two adapters with the same names only one can be followed.",
             )
 
     def _measure(self, step: int, update: StepUpdate) -> None:

@@ -197,6 +197,9 @@ class Gates(AbstractContextManager["Gates"]):
             self._derivatives.zero_()
             self._squared_terms = torch.zeros_like(self._derivatives) if keep_terms else None
             gradients.reset()
+            for leaf in leaves.values():
+                if not leaf.requires_grad:  # frozen by a forward pass that has gone on to another adapter
+                    leaf.requires_grad_(True)
             handles = [leaf.register_hook(partial(gradients.add, p, scale)) for p, leaf in leaves.items()]
             try:
                 # The caller's autocast is for the forward pass.
