@@ -35,6 +35,7 @@ _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.Module, "support_avx512bf16_for_cpu", False),
 )
 
+_MISSING = object()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -129,14 +130,15 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
     would leave a model that can no longer be trained. Buffers are put back without a warning (`_kept_state`), since
     modules replace these themselves in forward passes.
     """
-    kept = [(path, module, dict(module._parameters)) for path, module in model.named_modules()]
+    # By `items` and `get`: an engine may have put a dict there that gathers a parameter when it is looked up by index.
+    kept = [(path, module, dict(module._parameters.items())) for path, module in model.named_modules()]
     try:
         yield
     finally:
         replaced = []
         for path, module, parameters in kept:
             now = module._parameters
-            wrong = [name for name, own in parameters.items() if name not in now or now[name] is not own]
+            wrong = [name for name, own in parameters.items() if now.get(name, _MISSING) is not own]
             for name in wrong:
                 vars(module).pop(name, None)  # a plain attribute would hide the parameter
             if wrong:
