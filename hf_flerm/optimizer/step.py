@@ -104,7 +104,7 @@ class Snapshot:
             if failed:
                 raise failure or RuntimeError("another process could not put the weights from before the step back.")
             updates: Mapping[str, Tensor] = _Updates(self._weights, self._kept, learning_rates, decays)
-            yield dict(updates) if self._weights.gathers_together else updates
+            yield dict(updates) if self._weights.gather_is_collective else updates
         finally:
             with self._weights.writing():
                 for name in exchanged:

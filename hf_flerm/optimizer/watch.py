@@ -107,7 +107,7 @@ class StepWatch:
             on_update: Called when the optimizer has made an update that `begin` asked for.
         """
         self._on_update = on_update
-        if self._weights.is_seen_by_hooks and runs_step_hooks(self.optimizer):
+        if self._weights.hooks_enclose_update and runs_step_hooks(self.optimizer):
             self._followed = FollowedSteps(self.optimizer, lambda _: self._keep_weights(), lambda _: self._call_back())
 
     def begin(self, wants_update: bool) -> None:

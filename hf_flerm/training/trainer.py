@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
+from ..optimizer.param_groups import raw_optimizer
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
@@ -63,7 +64,7 @@ class FLeRMMixin(_Base):
         if self._flerm.config.mode == "match":
             engine = engine_of(self.model)
             engine.check(self._flerm.config.research.estimator)
-            engine.prepare_optimizer(optimizer)
+            engine.prepare_optimizer(raw_optimizer(optimizer))
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
