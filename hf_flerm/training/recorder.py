@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
-from ..model.names import means_by_kind, preview, tensor_kinds
+from ..model.names import preview, tensor_kinds
 from ..optimizer.watch import StepUpdate
 from ..profile.rate_profile import RateProfile
 from ..rates.measurement import UNUSED, Measurement
@@ -130,8 +130,20 @@ class Recorder:
         self.profile = continued_profile(profile, self.profile, config)
 
     def by_kind(self, what: str, by_tensor: Mapping[str, float]) -> dict[str, float]:
-        """Return log entries `flerm/what/...` of values by canonical name, averaged over the tensors of a kind."""
-        return means_by_kind(f"flerm/{what}", by_tensor, self._logged_as)
+        """Average values over the tensors of each kind, by the geometric mean, for a log.
+
+        Args:
+            what: What the values are, for the names of the log entries.
+            by_tensor: `{canonical name: value}`; values that are not positive are left out.
+
+        Returns:
+            `{flerm/what/kind: mean}`; one entry for each tensor if the run logs by tensor.
+        """
+        logs: dict[str, list[float]] = {}
+        for name, value in by_tensor.items():
+            if value > 0:
+                logs.setdefault(self._logged_as[name], []).append(math.log(value))
+        return {f"flerm/{what}/{kind}": math.exp(sum(values) / len(values)) for kind, values in logs.items()}
 
     def _probed(self, step: int, update: StepUpdate) -> Measurement:
         """Probe the model as it was before the step; where memory runs out, again with half the examples at a time."""

@@ -270,7 +270,7 @@ class FLeRMRun:
         start = time.perf_counter()
         update = None
         try:
-            update = self._watch.update(self.scales)
+            update = self._watch.take_update(self.scales)
             self._measure(self._step, update)
         except Exception as error:
             self._failures.add(self._step, error)
