@@ -73,7 +73,7 @@ class ZeRO3(DeepSpeed):
             stack.callback(setattr, nn.functional, "linear", nn.functional.linear)
             nn.functional.linear = torch._C._nn.linear
             for state in map(vars, parts):
-                for kind in _HOOKS:  # put back as they are now, DeepSpeed's included
+                for kind in _HOOKS:  # restored with DeepSpeed's hooks after the block
                     stack.callback(state.__setitem__, kind, state[kind])
                     others = {key: hook for key, hook in state[kind].items() if not _is_of_deepspeed(hook)}
                     state[kind] = type(state[kind])(others)

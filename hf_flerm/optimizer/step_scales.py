@@ -70,7 +70,7 @@ class StepScales:
         self._unread = set() if [*stepping] == [optimizer] and is_known(optimizer) else set(self._names)
         # Example: Lookahead around AdamW, with all tensors in the groups of both. Lookahead steps none itself, so only
         # AdamW is in `stepping` and only its groups are split. But the step of Lookahead is the outermost one, around
-        # which tensors are copied; if it runs no hooks, that of AdamW is. A wrapper that also steps some tensors
+        # which tensors are copied; if it runs no hooks, AdamW's step is. A wrapper that also steps some tensors
         # itself has its groups split for these, and not for the delegated ones.
         delegated = set().union(*(own for each, own in stepping.items() if each is not optimizer))
         self._groups = {each: _SplitGroups(each, delegated if each is optimizer else set()) for each in hooked}

@@ -33,7 +33,7 @@ class FLeRMCallback(TrainerCallback):
 
     Rates are per unit of the learning rate in the optimizer's param groups. Decoupled weight decay (AdamW, Lion, Muon)
     is not part of the rates and is not scaled, so matching does not change weight decay. Weight decay that is added to
-    the gradient (SGD, Adam) is part of the update, and so is that of optimizer classes that are not in
+    the gradient (SGD, Adam) is part of the update, and so is any decay of optimizer classes that are not in
     `hf_flerm.optimizer.behavior.TABLE`. An optimizer in the table whose update is not linear in the learning rate is
     refused before the first step. An optimizer that is not in the table is taken to be linear.
 

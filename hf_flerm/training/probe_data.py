@@ -110,7 +110,7 @@ class ProbeData:
             )
         if examples is None or isinstance(examples, IterableDataset) or not hasattr(examples, "__getitem__"):
             raise ValueError(
-                "the training set is a stream and cannot be read twice: pass a map-style data set as probe_dataset (a "
+                "the training set is a stream and cannot be read twice: pass probe_dataset, a map-style data set (a "
                 "few hundred examples suffice)."
             )
         research = config.research
@@ -226,7 +226,7 @@ class ProbeData:
         )
 
     def _batches(self, random_numbers: random.Random) -> Iterator[Batch]:
-        """Draw examples without replacement for each batch, and collate them with generators of their own."""
+        """Draw examples without replacement for each batch; training's random generators do not advance."""
         for _ in range(self.num_batches):
             chosen = random_numbers.sample(range(len(self._examples)), self.batch_size)
             with own_generators(*self._drawing):
@@ -286,7 +286,7 @@ def copied(value: Any) -> Any:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether a value is an object with attributes, but without a way of its own to be copied, called or read."""
+    """Whether a value is an object with attributes, but without its own methods to be copied, called or indexed."""
     kind = type(value)
     special = {name for base in kind.__mro__ if base is not object for name in vars(base)}
     others = {"__reduce__", "__reduce_ex__", "__getstate__", "__copy__", "__call__", "__getitem__", "__iter__"}

@@ -125,7 +125,7 @@ class Recorder:
         """Continue from the profile of a checkpoint.
 
         Raises:
-            RateProfileError: If its tensors, output, positions or metric are not those of this run.
+            RateProfileError: If its tensors, output, positions or metric differ from this run's.
         """
         self.profile = resumed_profile(profile, self.profile, config)
 
