@@ -1,7 +1,7 @@
-"""Context managers that change a model for a block and leave no trace of it, also if the block raises.
+"""Context managers that change a model for a block and restore it afterwards, also if the block raises.
 
-State is put back by reference or from a copy, never by arithmetic. Nothing here knows of engines: a caller that runs a
-model with sharded weights frees what was gathered (`Engine.released_after`) inside of `undisturbed`.
+State is restored by reference or from a copy, never by arithmetic. Engines are not used here: with sharded weights, the
+caller enters `Engine.released_after` inside `undisturbed`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from .names import preview
 
 logger = logging.get_logger(__name__)
 
-# Attributes that modules have during a probe. Autograd leaves an embedding's padding row out of its gradient and may
-# divide by frequencies, though outputs do not; bitsandbytes repacks 4-bit weights in place for a product that has no
-# gradient.
+# (class, attribute, value during a probe). With `padding_idx` or `scale_grad_by_freq`, the gradient of an embedding is
+# not the derivative of its output. On a CPU, bitsandbytes repacks 4-bit weights in place if no gradient is needed.
 _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.Embedding, "padding_idx", None),
     (nn.Embedding, "scale_grad_by_freq", False),
@@ -41,7 +40,7 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Put the random states of Python, NumPy, torch's CPU generator and a device's back after a block."""
+    """Restore the random states of Python, NumPy, torch's CPU generator and a device after a block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if device.type in ("cpu", "meta") else [device]
     try:
@@ -80,14 +79,14 @@ def own_generators(*holders: object) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block in eval mode, uncompiled and with no parameter trainable, and leave no trace of it.
+    """Run a block with the model in eval mode, uncompiled and without trainable parameters, and restore everything.
 
-    Modes, `requires_grad` flags, random states, buffers, numbers and strings in modules, and the parameters themselves
-    are put back.
+    Restored are modes, `requires_grad` flags, random states, buffers, numbers and strings in modules, and the
+    parameters.
 
     Args:
         model: The model.
-        device: The device whose random state is put back, beside those of Python, NumPy and torch's CPU generator.
+        device: The device whose random state is restored, besides those of Python, NumPy and torch's CPU generator.
     """
     modes = {module: module.training for module in model.modules()}
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,7 +115,10 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _computes_with(module: nn.Module, attribute: str) -> bool:
-    """Whether a subclass of an embedding reads an attribute in a forward of its own: learned positions begin there."""
+    """Whether a subclass of `nn.Embedding` overrides `forward` and reads an attribute there.
+
+    Learned position embeddings read `padding_idx` as the offset of the first position.
+    """
     forward = inspect.unwrap(type(module).forward)
     has_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward
     return has_own and attribute in forward.__code__.co_names
@@ -124,11 +126,11 @@ def _computes_with(module: nn.Module, attribute: str) -> bool:
 
 @contextmanager
 def _kept_parameters(model: nn.Module) -> Iterator[None]:
-    """Put a parameter back where another object is in its place after the block, and warn.
+    """Restore the parameters of a module if other objects took their place during the block, and warn.
 
-    This is a last defense: a module is differentiated with other tensors in place of its parameters, and a fault there
-    would leave a model that can no longer be trained. Buffers are put back without a warning (`_kept_state`), since
-    modules replace these themselves in forward passes.
+    This is a safety net: modules are differentiated with other tensors in place of their parameters, and a fault there
+    would leave a model that cannot be trained. Buffers are restored without a warning (`_kept_state`), because forward
+    passes replace these, too.
     """
     # By `items` and `get`: an engine may have put a dict there that gathers a parameter when it is looked up by index.
     kept = [(path, module, dict(module._parameters.items())) for path, module in model.named_modules()]
@@ -140,23 +142,26 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
             now = module._parameters
             wrong = [name for name, own in parameters.items() if now.get(name, _MISSING) is not own]
             for name in wrong:
-                vars(module).pop(name, None)  # a plain attribute would hide the parameter
+                vars(module).pop(name, None)  # a plain attribute would shadow the parameter
             if wrong:
                 added = {name: value for name, value in now.items() if name not in parameters}
-                now.clear()  # and filled again, so that the order of `named_parameters` stays
+                now.clear()  # and filled again, which keeps the order of `named_parameters`
                 now.update(parameters | added)
             replaced += [f"{path}.{name}" if path else name for name in wrong]
         if replaced:
             logger.warning_once(
-                f"measuring left other objects in place of the parameters {preview(replaced)} of "
-                f"{type(model).__name__}. They were put back and training is not affected, but the rates may be wrong. "
+                f"measuring replaced the parameters {preview(replaced)} of {type(model).__name__} with other objects. "
+                "They were restored and training is not affected, but the rates may be wrong. "
                 "Please report this, with the model's class and its adapter."
             )
 
 
 @contextmanager
 def _kept_state(module: nn.Module) -> Iterator[None]:
-    """Put back a module's buffers, and its numbers and strings: rotary embeddings note the longest input seen there."""
+    """Restore a module's buffers, numbers and strings.
+
+    Rotary embeddings, for instance, store the length of the longest input that they have seen.
+    """
     buffers = {
         name: (value, None if value is None else (value._version, value.clone()))
         for name, value in module._buffers.items()
@@ -174,9 +179,9 @@ def _kept_state(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Checkpoint activations in eval mode where training does: Transformers checkpoints in training mode alone.
+    """Checkpoint activations in eval mode if training does: Transformers checkpoints only in training mode.
 
-    The checkpoints are non-reentrant, whichever kind training uses: reentrant ones do not allow `autograd.grad`.
+    The checkpoints are always non-reentrant, because reentrant ones do not support `torch.autograd.grad`.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -207,7 +212,7 @@ def _checkpoint(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let parameters that do not require a gradient require one during a block."""
+    """Set `requires_grad` of frozen parameters during a block."""
     parameters = list(parameters)
     try:
         for parameter in parameters:

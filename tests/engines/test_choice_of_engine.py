@@ -188,7 +188,7 @@ def test_deepspeed_steps_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -
     parameters = dict(model.named_parameters())
     weights = engine.master_weights(torch.optim.SGD(parameters.values(), 0.1), parameters)
     assert list(weights.stepped()) == list(parameters)
-    assert not weights.is_seen_by_hooks
+    assert not weights.hooks_enclose_update
 
 
 class Partitioned:
@@ -212,9 +212,9 @@ def test_tensors_of_one_partition_have_one_learning_rate(monkeypatch: pytest.Mon
     parameters = dict(model.named_parameters())
     first, second, *others = parameters.values()
     weights = engine_of(model).master_weights(Partitioned([first, second], *([other] for other in others)), parameters)
-    assert weights.gathers_together
+    assert weights.gather_is_collective
     assert weights.in_optimizer["0.weight"] is weights.in_optimizer["0.bias"]
-    with pytest.raises(ValueError, match=r"ZeRO steps \[0.bias, 0.weight\] at one learning rate.*a group of its own"):
+    with pytest.raises(ValueError, match=r"ZeRO steps \[0.bias, 0.weight\] with one learning rate.*its own group"):
         weights.check_own_learning_rates()
     apart = engine_of(model).master_weights(Partitioned(*([tensor] for tensor in parameters.values())), parameters)
     apart.check_own_learning_rates()
