@@ -114,7 +114,7 @@ def test_validate(shell, base: Path) -> None:
 
 
 def test_diff_says_by_its_exit_code_whether_profiles_differ(shell, base: Path) -> None:
-    assert shell("diff", base / "one", base / "one")[:2] == (0, "alike\n")
+    assert shell("diff", base / "one", base / "one")[:2] == (0, "equal\n")
     code, out, _ = shell("diff", base / "one", base / "two", "--json")
     content = json.loads(out)
     assert code == 1

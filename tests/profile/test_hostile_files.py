@@ -239,7 +239,7 @@ def test_hostile_files_are_refused_soon_and_cheaply(tmp_path: Path, case: str) -
 
 def test_what_cannot_be_read_again_is_not_written(tmp_path: Path) -> None:
     many = {f"w{index}": torch.ones(1) for index in range(30_000)}
-    with pytest.raises(RateProfileError, match=r"it has 30,001 tensors, a file takes 30,000\. Measure less often"):
+    with pytest.raises(RateProfileError, match=r"it has 30,001 tensors, a file can hold 30,000\. Measure less often"):
         RateProfile([0], many).save_pretrained(tmp_path)
     assert not (tmp_path / PROFILE_NAME).exists()
 
