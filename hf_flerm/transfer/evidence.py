@@ -124,9 +124,8 @@ class Evidence:
         for unit in units:
             rate, error = joint[unit.name]
             wanted = mapped.base.interpolated(unit.rates, step).item()
-            comparable = _all_positive(wanted, rate) and not (
-                is_early and _has_many_zero_rates(unit, mapped, measurement)
-            )
+            too_early = is_early and _has_many_zero_rates(unit, mapped, measurement)
+            comparable = _all_positive(wanted, rate) and not too_early
             row.append((math.log(wanted) - math.log(rate), error / rate) if comparable else (math.nan, math.nan))
         log_quotients, errors = torch.tensor(row, dtype=torch.float64).T.unsqueeze(1)  # [1, U] each
         return replace(
