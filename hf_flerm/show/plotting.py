@@ -94,7 +94,9 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     """
     series = multiplier_series(profile)
     if not series:
-        raise RateProfileError("the profile holds no multipliers: its run only recorded. Use that of a matched run.")
+        raise RateProfileError(
+            "the profile holds no multipliers: its run only recorded. Use the profile of a matched run."
+        )
     figure, axes = _axes(axes, (8, 5))
     layers = layers_of(series)
     for index, (one, style) in enumerate(zip(series, _styles(), strict=False)):

@@ -35,7 +35,7 @@ def overlapping(base: Iterable[Indices], target: Iterable[Indices], same_blocks:
 
     Args:
         base: Indices of the base's blocks that have a tensor of this kind.
-        target: Indices of the target's blocks, as long as those of the base.
+        target: Indices of the target's blocks; every tuple has the same length as in the base.
         same_blocks: Whether both outermost stacks have the same blocks. Then a block corresponds to the block with the
             same index only, and a block without the tensor on the other side has no match.
 

@@ -160,8 +160,8 @@ class Evidence:
                 plain mean, 0.9 the value of the paper, 0 the latest measurement.
             max_scale: Largest scale, and the inverse of the smallest.
             max_change: Largest factor by which a scale changes from one measurement to the next. The first change of a
-                unit of one tensor is not limited (LoRA with a Gaussian A needs 20 to 40); that of a unit of several
-                tensors is.
+                unit of one tensor is not limited (LoRA with a Gaussian A needs 20 to 40); the first change of a unit of
+                several tensors is.
         """
         if not self.steps:
             return self
