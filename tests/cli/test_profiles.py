@@ -52,7 +52,7 @@ def test_help_names_every_command_and_the_exit_codes(shell) -> None:
     code, out, _ = shell("--help")
     assert code == 0
     assert all(f" {command} " in out for command in COMMANDS)
-    assert "2 something is wrong" in out
+    assert "2 wrong input" in out
     assert "--show-completion" in out
 
 
