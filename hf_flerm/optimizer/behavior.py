@@ -7,6 +7,7 @@ table counts as its nearest base class that is, and else as linear with weight d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .param_groups import groups_by_tensor, stepping_optimizers
+from ..model.storage import shared_memory
+from .param_groups import groups_by_tensor, learning_rates, stepping_optimizers
 
 Group = Mapping[str, Any]
 
@@ -219,6 +221,28 @@ def weight_decays(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
         if group.get("weight_decay") and known.decay_is_apart(group):
             decays[name] = float(group["weight_decay"]) * known.decay_factor(stepping, group, parameter)
     return decays
+
+
+def decayed_fractions(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the fraction of the weights that decoupled weight decay takes in a step at the nominal learning rates.
+
+    Tensors over the same memory decay once for each of them.
+
+    Args:
+        optimizer: As for `weight_decays`.
+        parameters: As for `weight_decays`.
+
+    Returns:
+        `{canonical name: fraction}`.
+    """
+    rates, per_rate = learning_rates(optimizer, parameters), weight_decays(optimizer, parameters)
+    fractions = {name: rates[name] * per_rate[name] for name in parameters}
+    distinct = {id(tensor): name for name, tensor in parameters.items()}  # ZeRO has several names for one tensor
+    tied = shared_memory({name: parameters[name] for name in distinct.values()})
+    for first in set(tied.values()):
+        names = [first, *(name for name, other in tied.items() if other == first)]
+        fractions |= dict.fromkeys(names, 1.0 - math.prod(1.0 - fractions[name] for name in names))
+    return fractions
 
 
 def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, Any]:
