@@ -10,7 +10,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -111,7 +111,9 @@ def _references(value: Any) -> Iterator[Any]:
     if isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
     if inspect.isfunction(value):
-        yield from inspect.getclosurevars(value).nonlocals.values()
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
         yield from (value.__defaults__, value.__kwdefaults__)
         known = (value.__globals__.get(name) for name in value.__code__.co_names)
         yield from (entry for entry in known if isinstance(entry, _GENERATORS))  # the rest is the program
