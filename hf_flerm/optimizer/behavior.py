@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..model.storage import shared_memory
 from .param_groups import groups_by_tensor, learning_rates, stepping_optimizers
 
 Group = Mapping[str, Any]
@@ -237,11 +236,14 @@ def decayed_fractions(optimizer: Optimizer, parameters: Mapping[str, Tensor]) ->
     """
     rates, per_rate = learning_rates(optimizer, parameters), weight_decays(optimizer, parameters)
     fractions = {name: rates[name] * per_rate[name] for name in parameters}
-    distinct = {id(tensor): name for name, tensor in parameters.items()}  # ZeRO has several names for one tensor
-    tied = shared_memory({name: parameters[name] for name in distinct.values()})
-    for first in set(tied.values()):
-        names = [first, *(name for name, other in tied.items() if other == first)]
-        fractions |= dict.fromkeys(names, 1.0 - math.prod(1.0 - fractions[name] for name in names))
+    by_memory: dict[tuple[int, int], dict[int, str]] = {}
+    for name, tensor in parameters.items():
+        # By id, since ZeRO has several names for one tensor. Views that overlap in part are left as they are.
+        by_memory.setdefault((tensor.data_ptr(), tensor.numel()), {})[id(tensor)] = name
+    for (address, _), names in by_memory.items():
+        if address and len(names) > 1:
+            kept = math.prod(1.0 - fractions[name] for name in names.values())
+            fractions |= dict.fromkeys(names.values(), 1.0 - kept)
     return fractions
 
 
