@@ -6,18 +6,18 @@ caller enters `Engine.released_after` inside `undisturbed`.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -36,6 +36,11 @@ _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
 
 _MISSING = object()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# How far `own_generators` looks: the Trainer wraps a collator, which may hold another, which has a generator.
+_LEVELS = 5
+_SYSTEM = random.SystemRandom  # has no state
+_CALLED = ("__call__", "__getitem__")
+_SHORT = 16  # entries of a list or dict of settings; longer ones are data
 
 
 @contextmanager
@@ -53,28 +58,86 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def own_generators(*holders: object) -> Iterator[None]:
-    """Let objects draw from copies of their random generators during a block, and keep no generator made in it.
+    """Put the random generators that objects draw from back after a block, and keep no generator that was made in it.
 
     A collator with a seed makes its generator at the first call: it makes another one after the block.
 
     Args:
-        *holders: Objects that may hold generators, or hold an object that does: a data set, a collator in a collator.
+        *holders: Objects that may draw random numbers: a data set, a collator. Generators are found in attributes, in
+            those of classes, in what a function or a `partial` refers to, and in short lists and dicts there.
     """
-    outer = [vars(holder) for holder in holders if hasattr(holder, "__dict__")]
-    inner = [getattr(value, "__dict__", None) for attributes in outer for value in attributes.values()]
-    found = [attributes for attributes in (*outer, *inner) if isinstance(attributes, dict)]
-    before = [
-        {name: value for name, value in attributes.items() if value is None or isinstance(value, _GENERATORS)}
-        for attributes in found
+    reached = list(_reached(holders))
+    namespaces = [value.__dict__ for value in reached if isinstance(getattr(value, "__dict__", None), dict)]
+    named = [
+        {name: value for name, value in namespace.items() if value is None or isinstance(value, _GENERATORS)}
+        for namespace in namespaces
     ]
-    for attributes, own in zip(found, before, strict=True):
-        attributes.update(copy.deepcopy(own))
+    drawing = [value for value in reached if isinstance(value, _GENERATORS) and not isinstance(value, _SYSTEM)]
+    states = [(generator, _random_state(generator)) for generator in drawing]
     try:
         yield
     finally:
-        for attributes, own in zip(found, before, strict=True):
-            generators = {name for name, value in attributes.items() if isinstance(value, _GENERATORS)}
-            attributes.update({name: own[name] for name in generators & own.keys()})
+        for namespace, own in zip(namespaces, named, strict=True):
+            for name in [name for name, value in namespace.items() if isinstance(value, _GENERATORS)]:
+                if name in own:
+                    namespace[name] = own[name]
+                else:
+                    del namespace[name]
+        for generator, state in states:
+            _set_random_state(generator, state)
+
+
+def _reached(holders: Sequence[object]) -> Iterator[Any]:
+    """What objects refer to, level by level; long lists and dicts are data, and are left out."""
+    level: list[Any] = list(holders)
+    seen: dict[int, Any] = {}
+    for _ in range(_LEVELS):
+        level = [value for value in {id(value): value for value in level}.values() if id(value) not in seen]
+        seen |= {id(value): value for value in level}
+        yield from level
+        level = [entry for value in level for entry in _references(value)]
+
+
+def _references(value: Any) -> Iterator[Any]:
+    if isinstance(value, (Tensor, np.ndarray, type, ModuleType)):
+        return
+    if isinstance(value, (list, tuple, dict)):
+        if len(value) <= _SHORT:
+            yield from value.values() if isinstance(value, dict) else value
+        return
+    if inspect.ismethod(value):
+        yield from (value.__self__, value.__func__)
+        return
+    if isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    if inspect.isfunction(value):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                yield cell.cell_contents
+        yield from (value.__defaults__, value.__kwdefaults__)
+        known = (value.__globals__.get(name) for name in value.__code__.co_names)
+        yield from (entry for entry in known if isinstance(entry, _GENERATORS))  # the rest is the program
+    elif hasattr(value, "__dict__"):
+        yield from vars(value).values()
+        for kind in type(value).__mro__:
+            called = (vars(kind).get(name) for name in _CALLED)
+            yield from filter(inspect.isfunction, called)
+            yield from (entry for entry in vars(kind).values() if isinstance(entry, _GENERATORS))
+
+
+def _random_state(generator: Any) -> Any:
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.get_state()
+
+
+def _set_random_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 @contextmanager
