@@ -6,6 +6,7 @@ caller enters `Engine.released_after` inside `undisturbed`.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
@@ -34,7 +35,10 @@ _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.Module, "support_avx512bf16_for_cpu", False),
 )
 
-_MISSING = object()
+# Attributes of every module: parameters, buffers, parts and hooks are put back by other means, or not changed at all.
+_REGISTRIES = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set)
+
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # How far `own_generators` looks: the Trainer wraps a collator, which may hold another, which has a generator.
 _LEVELS = 5
@@ -144,15 +148,15 @@ def _set_random_state(generator: Any, state: Any) -> None:
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a block with the model in eval mode, uncompiled and without trainable parameters, and restore everything.
 
-    Restored are modes, `requires_grad` flags, random states, buffers, numbers and strings in modules, and the
-    parameters.
+    Restored are modes, `requires_grad` flags, random states, buffers, other attributes of modules, and the parameters.
 
     Args:
         model: The model.
         device: The device whose random state is restored, besides those of Python, NumPy and torch's CPU generator.
     """
     modes = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Of all parameters: a forward pass that switches adapters makes others trainable.
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(device))
         stack.enter_context(_kept_parameters(model))
@@ -166,15 +170,15 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             stack.enter_context(_kept_state(module))
         try:
             model.eval()
-            for parameter in frozen:
+            for parameter in flags:
                 parameter.requires_grad_(False)
             with torch.enable_grad():
                 yield
         finally:
             for module, training in modes.items():
                 vars(module)["training"] = training
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 def _computes_with(module: nn.Module, attribute: str) -> bool:
@@ -203,14 +207,16 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
         replaced = []
         for path, module, parameters in kept:
             now = module._parameters
-            wrong = [name for name, own in parameters.items() if now.get(name, _MISSING) is not own]
+            wrong = [name for name, own in parameters.items() if name not in now or now[name] is not own]
+            # PEFT's DoRA puts a new Parameter over the same memory into a quantized layer whenever it runs.
+            own_doing = [name for name in wrong if _is_same_weight(now.get(name), parameters[name])]
             for name in wrong:
                 vars(module).pop(name, None)  # a plain attribute would shadow the parameter
             if wrong:
                 added = {name: value for name, value in now.items() if name not in parameters}
                 now.clear()  # and filled again, which keeps the order of `named_parameters`
                 now.update(parameters | added)
-            replaced += [f"{path}.{name}" if path else name for name in wrong]
+            replaced += [f"{path}.{name}" if path else name for name in wrong if name not in own_doing]
         if replaced:
             logger.warning_once(
                 f"measuring replaced the parameters {preview(replaced)} of {type(model).__name__} with other objects. "
@@ -219,25 +225,36 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
             )
 
 
+def _is_same_weight(now: nn.Parameter | None, before: nn.Parameter | None) -> bool:
+    both = isinstance(now, nn.Parameter) and isinstance(before, nn.Parameter)
+    return both and now.data_ptr() == before.data_ptr()  # type: ignore[union-attr]
+
+
 @contextmanager
 def _kept_state(module: nn.Module) -> Iterator[None]:
-    """Restore a module's buffers, numbers and strings.
+    """Restore what a forward pass may change in a module: its buffers and its other attributes.
 
-    Rotary embeddings, for instance, store the length of the longest input that they have seen.
+    Rotary embeddings store the length of the longest input, recurrent models the state of the last batch, PEFT the
+    active adapter. Attributes that the block adds stay: Transformers records there which hooks it has added.
     """
-    buffers = {
-        name: (value, None if value is None else (value._version, value.clone()))
-        for name, value in module._buffers.items()
-    }
-    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    attributes = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+    contents = [value for value in attributes.values() if type(value) in _CONTAINERS]
+    copies = [copy.copy(value) for value in contents]
+    plain = {name: value for name, value in attributes.items() if type(value) is Tensor}
+    tensors = [value for value in (*module._buffers.values(), *plain.values()) if value is not None]
+    clones = [(value, value._version, value.detach().clone()) for value in tensors]
+    buffers = dict(module._buffers)
     try:
         yield
     finally:
-        for name, (value, kept) in buffers.items():
-            module._buffers[name] = value
-            if value is not None and kept is not None and value._version != kept[0]:
-                value.copy_(kept[1])
-        vars(module).update(numbers)
+        module._buffers.update(buffers)
+        vars(module).update(attributes)
+        for value, version, clone in clones:
+            if value._version != version:
+                value.detach().copy_(clone)
+        for value, kept in zip(contents, copies, strict=True):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(kept)
 
 
 @contextmanager
