@@ -8,6 +8,7 @@ in the gradient.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .param_groups import groups_by_tensor, stepping_optimizers
+from .param_groups import groups_by_tensor, learning_rates, stepping_optimizers
 
 Group = Mapping[str, Any]
 
@@ -225,6 +226,31 @@ def weight_decays(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dic
         if group.get("weight_decay") and traits.decay_is_decoupled(group):
             decays[name] = float(group["weight_decay"]) * traits.decay_factor(stepping, group, parameter)
     return decays
+
+
+def decayed_fractions(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the fraction of the weights that decoupled weight decay takes in a step at the nominal learning rates.
+
+    Tensors over the same memory decay once for each of them.
+
+    Args:
+        optimizer: As for `weight_decays`.
+        parameters: As for `weight_decays`.
+
+    Returns:
+        `{canonical name: fraction}`.
+    """
+    rates, per_rate = learning_rates(optimizer, parameters), weight_decays(optimizer, parameters)
+    fractions = {name: rates[name] * per_rate[name] for name in parameters}
+    by_memory: dict[tuple[int, int], dict[int, str]] = {}
+    for name, tensor in parameters.items():
+        # By id, since ZeRO has several names for one tensor. Views that overlap in part are left as they are.
+        by_memory.setdefault((tensor.data_ptr(), tensor.numel()), {})[id(tensor)] = name
+    for (address, _), names in by_memory.items():
+        if address and len(names) > 1:
+            kept = math.prod(1.0 - fractions[name] for name in names.values())
+            fractions |= dict.fromkeys(names.values(), 1.0 - kept)
+    return fractions
 
 
 def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, Any]:

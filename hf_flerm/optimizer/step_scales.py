@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from ..model.names import preview
 from ..model.storage import shared_memory
-from .behavior import behavior, is_known, undo_scale, weight_decays
-from .param_groups import Group, learning_rates, stepping_optimizers
+from .behavior import behavior, decayed_fractions, is_known, undo_scale
+from .param_groups import Group, stepping_optimizers
 from .step import decayed
 from .step_hooks import StepHooks, runs_step_hooks
 
@@ -88,6 +88,7 @@ class StepScales:
     @scales.setter
     def scales(self, scales: Mapping[str, float]) -> None:
         self._scales = dict(scales)
+        self.tied = shared_memory(self._parameters)  # a step may untie them: bitsandbytes makes them contiguous
         for first in set(self.tied.values()):
             names = [first, *(name for name, other in self.tied.items() if other == first)]
             factors = [scales.get(name, 1.0) for name in names]
@@ -112,7 +113,7 @@ class StepScales:
         """Before a step: copy the tensors whose change may be scaled after it, and split the param groups."""
         if optimizer in self._outermost and (self._unread or self._moved):
             held = self._held(optimizer)
-            self._had_gradient = {key for key in self._unread if self._tensor(key).grad is not None}
+            self._had_gradient = {key for key in held & self._names.keys() if self._tensor(key).grad is not None}
             self._before = {
                 name: self._parameters[name].detach().clone()
                 for key, name in self._names.items()
@@ -136,11 +137,7 @@ class StepScales:
     def _find_unread(self, outermost: Optimizer) -> None:
         """Find the tensors that a step has updated without reading their learning rates from a param group."""
         held = self._held(outermost)
-        found = {
-            key
-            for key in self._unread & held
-            if key in self._had_gradient or self._tensor(key).grad is not None  # a step may take gradients away
-        }
+        found = set(filter(self._was_stepped, self._unread & held))
         if found:
             names = {self._names[key] for key in found}
             self._unread -= found
@@ -152,14 +149,18 @@ class StepScales:
             )
 
     def _scale_movements(self) -> None:
-        moved = {name: self._parameters[name] for name in self._before if name in self._moved}
-        if not moved:
-            return
-        rates, decays = learning_rates(self._optimizer, moved), weight_decays(self._optimizer, moved)
+        moved = {name: tensor for name, tensor in self._parameters.items() if name in self._moved}
+        stepped = {name: tensor for name, tensor in moved.items() if self._was_stepped(id(tensor))}
+        decays = decayed_fractions(self._optimizer, stepped) if stepped else {}
         with torch.no_grad():
-            for name, tensor in moved.items():
-                start = decayed(self._before[name], rates[name] * decays[name])
+            for name in stepped.keys() & self._before.keys():
+                tensor = stepped[name]
+                start = decayed(self._before[name], decays[name])
                 tensor.copy_(start + (tensor - start) * self._scales[name])
+
+    def _was_stepped(self, key: int) -> bool:
+        """Whether a tensor had a gradient before the step or has one after it: a step may take gradients away."""
+        return key in self._had_gradient or self._tensor(key).grad is not None
 
     def _held(self, outermost: Optimizer) -> set[int]:
         """Ids of the tensors that are in the param groups now: ZeRO fills and steps one group at a time."""

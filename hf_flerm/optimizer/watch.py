@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..engines.attempt import Attempt
 from ..engines.engine import Engine
-from .behavior import weight_decays
+from .behavior import decayed_fractions
 from .param_groups import learning_rates, raw_optimizer
 from .step import Snapshot
 from .step_hooks import StepHooks, runs_step_hooks
@@ -139,9 +139,8 @@ class StepWatch:
         (attempt, snapshot), self._pending = self._pending, None
         with self._weights.in_param_groups():
             nominal = learning_rates(self.optimizer, self.in_optimizer)
-            per_rate = weight_decays(self.optimizer, self._weights.stepped())
+            decays = decayed_fractions(self.optimizer, self._weights.stepped())
         used = {name: nominal[name] * scale for name, scale in scales.items()}
-        decays = {name: nominal[name] * decay for name, decay in per_rate.items()}
         return StepUpdate(attempt, snapshot, max(nominal.values()), used, decays)
 
     def close(self) -> None:

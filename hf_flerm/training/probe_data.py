@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import honor_type
+from accelerate.utils import find_device, honor_type
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset as HubDataset
 from torch import Tensor
@@ -210,7 +210,7 @@ class ProbeData:
                 "that makes one from a list of examples, and FLeRMConfig(output=(model, batch) -> tensor) if the model "
                 "does not take keyword arguments."
             )
-        if not any(isinstance(value, Tensor) for value in batch.values()):
+        if find_device(batch) is None:
             raise ValueError(self._no_batch(columns, f"no tensor is in {dict(batch)!r:.100}"))
         return batch
 

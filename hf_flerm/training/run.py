@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines import engine_of
-from ..model.names import trainable_parameters
+from ..model.names import preview, trainable_parameters
 from ..optimizer.behavior import check_optimizer
 from ..optimizer.watch import StepUpdate, StepWatch
 from ..profile.common import base_profile, common_profile
@@ -95,7 +95,9 @@ class FLeRMRun:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self._engine = engine_of(model)
         self._engine.check(config.research.estimator)
+        self._model = model
         self._parameters = parameters = trainable_parameters(model)
+        self._followed = _trainable_names(model)
         self._watch = StepWatch(self._engine, optimizer, parameters, config.snapshot_device)
         check_optimizer(self._watch.optimizer, config.mode)
 
@@ -270,6 +272,7 @@ class FLeRMRun:
         """Measure the latest update; report a failure."""
         start = time.perf_counter()
         update = None
+        self._warn_of_unfrozen()
         try:
             update = self._watch.take_update(self.scales)
             self._measure(self._step, update)
@@ -280,6 +283,17 @@ class FLeRMRun:
                 update.attempt.failure = None  # its traceback would keep the tensors of the probe alive
             self.seconds += time.perf_counter() - start
             self._logs["flerm/seconds"] = self.seconds
+
+    def _warn_of_unfrozen(self) -> None:
+        """Warn of tensors that have become trainable since training began: nothing is known of them here."""
+        unfrozen = sorted(_trainable_names(self._model) - self._followed)
+        if unfrozen:
+            self._failures.warn_once(
+                "unfrozen",
+                f"{preview(unfrozen)} became trainable after training had begun: they are neither measured nor scaled. "
+                "Begin training with all of them trainable, and freeze those that are to rest when it has begun. Of "
+                "two adapters with the same names only one can be followed.",
+            )
 
     def _measure(self, step: int, update: StepUpdate) -> None:
         """Record an update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
@@ -292,3 +306,8 @@ class FLeRMRun:
             update.rescale(self._scaler.update(step, measurement, update.nominal_rate))
             self._failures.warn_once("limit", self._scaler.at_limit())
             self._logs |= self._recorder.by_kind("scale", self.scales)
+
+
+def _trainable_names(model: nn.Module) -> frozenset[str]:
+    """Names in `named_parameters()`, which two adapters do not share."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)

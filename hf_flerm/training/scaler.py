@@ -127,7 +127,7 @@ class Scaler:
 
     def report_unmatched(self) -> None:
         """Warn of tensors whose learning rate was not scaled, as base and target never both had a positive rate."""
-        seen = self.evidence.logs.isfinite().any(0).tolist()
+        seen = self.evidence.log_quotients.isfinite().any(0).tolist()
         left = [unit for unit, known in zip(self.evidence.units, seen, strict=True) if not known]
         if self._config.unmatched == "nominal":
             left += self._mapped.unmatched
@@ -142,8 +142,8 @@ class Scaler:
         self._step_scales.remove()
 
     def _set_scales(self) -> None:
-        logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
-        self._step_scales.scales = self._mapped.tensor_scales(logs)
+        log_scales: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.log_scales.tolist(), strict=True))
+        self._step_scales.scales = self._mapped.tensor_scales(log_scales)
         self.scales = self._step_scales.scales
 
 
