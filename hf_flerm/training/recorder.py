@@ -74,7 +74,7 @@ class Recorder:
                 logger.warning(f"{error} Training goes on; as it is, nothing can be measured.")
         research = config.research
         self._probe = RateProbe(
-            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, outputs=output
+            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, output=output
         )
         self._probe_data = probe_data
         self._joint = joint_groups(model, parameters)  # {granularity: {path: shares}}

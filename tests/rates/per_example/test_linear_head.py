@@ -279,7 +279,7 @@ def test_an_output_function_is_looked_through(output: OutputFunction, evaluation
     [(9, 8, 0, True), (8, 8, 0, False), (25, 8, 2, True), (24, 8, 2, False), (17, 8, 1, True), (16, 8, 1, False)],
 )
 def test_the_head_is_skipped_where_that_is_less_to_draw(outputs: int, inputs: int, attributes: int, pays: bool) -> None:
-    assert LinearHead.pays(nn.Linear(inputs, outputs), attributes) is pays
+    assert LinearHead.saves_work(nn.Linear(inputs, outputs), attributes) is pays
 
 
 def test_a_head_too_narrow_is_evaluated() -> None:
