@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-
 T = TypeVar("T", bound=Tensor)
 
 
