@@ -51,18 +51,19 @@ def command(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 def test_wheel_and_sdist_hold_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     (sdist,) = built.glob("*.tar.gz")
-    rooms = {f"hf_flerm/{path.name}" for path in (ROOT / "hf_flerm").iterdir() if path.is_file()}
+    files = [path for path in (ROOT / "hf_flerm").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    package = {path.relative_to(ROOT).as_posix() for path in files}
     with zipfile.ZipFile(wheel) as archive:
         installed = {name for name in archive.namelist() if ".dist-info/" not in name}
         (about,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
-    assert installed == rooms
+    assert installed == package
     assert {"hf_flerm/py.typed", "hf_flerm/__init__.pyi"} <= installed
     assert "Requires-Dist: torch" in about
     assert "Provides-Extra: report" in about
     with tarfile.open(sdist) as archive:
         sources = {name.partition("/")[2] for name in archive.getnames()}
-    assert rooms | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= sources
+    assert package | {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= sources
     assert not any(name.startswith(("tests", "examples", ".venv")) for name in sources)
 
 

@@ -415,7 +415,7 @@ def test_the_mixin_records_saves_and_resumes(tmp_path: Path) -> None:
 
 
 def test_a_trainer_whose_function_is_not_known_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="training with KTOConfig is not known; it is with SFTConfig, DPOConfig"):
+    with pytest.raises(ValueError, match="training with KTOConfig is not known; it is known for SFTConfig, DPOConfig"):
         trl_task(KTOConfig(**options(tmp_path)), gpt2(), None, None)
     assert trl_task(TrainingArguments(**{**options(tmp_path)}), gpt2(), None, None).positions == "attention_mask"
 
