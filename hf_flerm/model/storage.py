@@ -38,7 +38,7 @@ def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
         parameters: `{canonical name: parameter}`.
 
     Returns:
-        `{canonical name: the first name with the same memory}` of all but the first.
+        `{canonical name: first name with the same memory}` of each name but the first.
 
     Raises:
         ValueError: If the memory of two parameters overlaps only in part.
@@ -51,7 +51,7 @@ def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _shared(views: Mapping[str, Tensor]) -> dict[str, str]:
-    """`shared_memory` for views of one storage: notes for each element of it the first view that contains it."""
+    """Same as `shared_memory` for views of one storage; records for each element the first view that has it."""
     first, names = {}, list(views)
     view = views[names[0]]
     numbers = torch.arange(view.untyped_storage().nbytes() // view.element_size())
@@ -66,7 +66,7 @@ def _shared(views: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             others = [names[other] for other in earlier if other >= 0]
             raise ValueError(
-                f"the parameters {name} and {', '.join(others)} share a part of their memory, so a learning rate of "
-                "one would scale a part of the other. Make them separate tensors, or one parameter."
+                f"the parameters {name} and {', '.join(others)} share a part of their memory, so scaling the "
+                "learning rate of one would scale a part of the other. Make them separate tensors, or one parameter."
             )
     return first

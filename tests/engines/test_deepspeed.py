@@ -205,7 +205,9 @@ def test_a_matched_run_is_that_of_one_process(
         with monkeypatch.context() as patch:
             drawn_by_all(patch, ranks)
             if ENGINES[name]["stage"] == 3:
-                patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in parts
+                patch.setattr(
+                    LinearHead, "saves_work", staticmethod(lambda *args: False)
+                )  # no head is skipped in parts
             alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * ranks)
         assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
         for part in ("rates", "joint"):
@@ -348,7 +350,7 @@ def test_a_model_that_is_loaded_in_parts_is_measured_as_a_whole_one(
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
     together = launch(runs_in_parts, PAIR, tmp_path, tmp_path)
     drawn_by_all(monkeypatch, PAIR)
-    monkeypatch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+    monkeypatch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))
     for name, (adapter, own) in IN_PARTS.items():
         alone = llama_run(tmp_path, adapter, TWICE, per_device_train_batch_size=2 * PAIR, **own).rate_profile.rates
         assert together[0][name] == together[1][name]
@@ -362,7 +364,7 @@ OF_TORCH = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
 BOTH = ("record", "match")
 # What is asked of DeepSpeed, whether the callback is alone, in which modes, and what is said.
 REFUSED: dict[str, tuple[dict[str, Any], bool, tuple[str, ...], str]] = {
-    "an optimizer": ({"stage": 2, "optimizer": OF_TORCH}, False, BOTH, "'optimizer'.*Take the block out"),
+    "an optimizer": ({"stage": 2, "optimizer": OF_TORCH}, False, BOTH, "'optimizer'.*Remove the block"),
     "round robin": (
         {"stage": 2, "zero": {"round_robin_gradients": True}},
         False,
@@ -370,7 +372,12 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, tuple[str, ...], str]] = {
         "Set round_robin_gradients to false",
     ),
     "bf16 without ZeRO": ({"stage": 0, "bf16": True}, False, BOTH, "no float32 partition.*Use ZeRO-1 or ZeRO-2"),
-    "groups of many": ({"stage": 2}, True, ("match",), "FLeRMTrainer gives every tensor a group of its own"),
+    "groups of many": (
+        {"stage": 2},
+        True,
+        ("match",),
+        "FLeRMTrainer with a torch optimizer: it gives every tensor its own group",
+    ),
 }
 
 

@@ -112,7 +112,7 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         assert first["profile"] == second["profile"]
         with monkeypatch.context() as patch:
             drawn_by_all(patch, PAIR)
-            patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in shards
+            patch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))  # no head is skipped in shards
             alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * PAIR)
         assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
         for part in ("rates", "joint"):
@@ -129,7 +129,7 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         torch.testing.assert_close(four[0]["resumed"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
     with monkeypatch.context() as patch:
         drawn_by_all(patch, 2 * PAIR)
-        patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+        patch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))
         alone = matched_run(tmp_path, "full", steps=EARLY, per_device_train_batch_size=2 * PAIR)
     for mesh in ("own", "hybrid"):
         for result in four:
@@ -229,6 +229,6 @@ def four_shards(folder: Path) -> dict[str, Any]:
         assert AcceleratorState().device_mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
             make_trainer(folder, gpt2(), FLeRMConfig(research=Research(estimator="exact")), **FSDP).train()
-    with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
+    with pytest.raises(ValueError, match="plan must run in a single process, and there are 4"):
         plan(gpt2(), arguments(folder), Rows(), base_of("full"))
     return {"resumed": resumed, "own": own, "hybrid": hybrid}

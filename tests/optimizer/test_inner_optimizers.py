@@ -99,6 +99,35 @@ def test_scales_that_come_later_and_change_act_as_well() -> None:
             assert moved.any()
 
 
+class HiddenAdamW(AdamW):
+    """Decays apart, by an optimizer that nobody finds."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.125, weight_decay=0.5)
+        inner = AdamW(self.param_groups, lr=0.0)
+        self.run = lambda: inner.step()
+
+    def step(self, closure: Any = None) -> Any:
+        self.run()
+
+
+def test_a_tensor_without_a_gradient_has_no_movement_to_scale() -> None:
+    """It did not decay either."""
+    model = net()
+    optimizer = HiddenAdamW(model.parameters())
+    StepScales(optimizer, trainable_parameters(model)).scales = SCALES
+    backward(model)
+    optimizer.step()
+    for idle in SCALES:
+        before = bits(model)
+        backward(model)
+        model.get_parameter(idle).grad = None
+        optimizer.step()
+        after = bits(model)
+        assert torch.equal(after[idle], before[idle])
+        assert not any(torch.equal(after[name], before[name]) for name in after if name != idle)
+
+
 def test_a_step_by_an_inner_optimizer_alone_is_scaled() -> None:
     """SAM's second step, called by itself."""
     model = net()
@@ -226,4 +255,6 @@ def redundant() -> str:
 
 def test_an_optimizer_that_steps_a_part_on_every_process_is_refused(tmp_path: Path) -> None:
     (message,) = launch(redundant, 1, tmp_path)
-    assert message.startswith("ZeroRedundancyOptimizer cannot step tensors at learning rates of their own: every")
+    assert message.startswith(
+        "ZeroRedundancyOptimizer cannot use a different learning rate for each tensor: each process"
+    )

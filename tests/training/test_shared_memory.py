@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_flerm import FLeRMConfig, RateProfile, Research
+from hf_flerm.optimizer.behavior import decayed_fractions
 from hf_flerm.optimizer.step_scales import StepScales
 from tests.shared.training import VOCABULARY, make_trainer, weights_of
 
@@ -125,3 +126,30 @@ def test_a_part_in_common_is_recorded_and_not_matched(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"short\.weight and long\.weight share a part .* separate tensors"):
         matched.train()
     assert matched.state.global_step == 0
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_tensors_over_the_same_memory_decay_once_for_each(count: int) -> None:
+    """What a step without gradients leaves of the weights is what the update is measured from."""
+    model = Autoencoder(count)
+    parameters = dict(model.named_parameters())
+    groups = [{"params": [p], "weight_decay": 0.1 * index} for index, p in enumerate(parameters.values(), 1)]
+    optimizer = AdamW(groups, lr=0.5)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    before = weights_of(model)
+    optimizer.step()
+    fractions = decayed_fractions(optimizer, parameters)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter.detach(), before[name] * (1.0 - fractions[name]))
+
+
+def test_a_tie_that_a_step_breaks_is_none_any_more() -> None:
+    parameters = dict(Autoencoder(2).named_parameters())
+    scaling = StepScales(SGD(parameters.values(), lr=1.0), parameters)
+    scaling.scales = {"layers.0.weight": 1.0, "layers.1.weight": 4.0}
+    assert scaling.scales["layers.1.weight"] == pytest.approx(2.0, rel=1e-12)
+    parameters["layers.1.weight"].data = parameters["layers.1.weight"].data.clone()
+    scaling.scales = {"layers.0.weight": 1.0, "layers.1.weight": 4.0}
+    assert scaling.scales["layers.1.weight"] == 4.0
+    assert scaling.tied == {}

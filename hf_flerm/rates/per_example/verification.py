@@ -306,7 +306,11 @@ class VerifiedSites:
                 continue
             by_gradient, products, _, length = summaries[name]
             floor = noise * length
-            if bool(sizes[name] <= floor):  # too small to compare on this batch
+            if bool(sizes[name] <= floor):
+                # Too small to be verified, at this site or any other. But if no gate was reached although the weight
+                # gradient has terms, the backward pass bypasses the gates, and the rate would wrongly be 0.
+                if name not in gates.reached and bool(products > 0):
+                    failed.add(name)
                 continue
             leak = (multiplied[name] - derivatives[name] * factors).norm()
             missing = (derivatives[name].sum() - by_gradient).abs()

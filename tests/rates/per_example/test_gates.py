@@ -185,7 +185,7 @@ def test_later_draws_of_a_forward_use_what_the_first_has_kept(name: str) -> None
     original = OutputValues.omega
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputValues, "omega", lambda self, generator: original(self, seeded(1)))
-        patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+        patch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))
         result = probe.measure(made.updates, made.batches[:1], seeded(0))
     assert result.draws is not None
     by_probe = result.draws.derivatives.reshape(len(result.rates), 3, -1)

@@ -137,7 +137,7 @@ def test_rates_with_and_without_the_vocabulary(
     model = made(make())
     updates = updates_of(model, *parts)
     if not skip:
-        monkeypatch.setattr(LinearHead, "pays", staticmethod(never_pays))
+        monkeypatch.setattr(LinearHead, "saves_work", staticmethod(never_pays))
     probes, repetitions, batches = 25, 16, [text(0, masked), text(1, masked)]
     probe = RateProbe(model, probes_per_batch=probes)
     results = [probe.measure(updates, batches, seeded(seed)) for seed in range(repetitions)]
@@ -235,7 +235,7 @@ def test_the_head_is_not_evaluated_on_a_probe(name: str, monkeypatch: pytest.Mon
     model = made(make())
     updates = updates_of(model, *parts)
     assert evaluations_per_batch(model, updates, model.head) == 0
-    monkeypatch.setattr(LinearHead, "pays", staticmethod(never_pays))
+    monkeypatch.setattr(LinearHead, "saves_work", staticmethod(never_pays))
     assert evaluations_per_batch(model, updates, model.head) == 1
 
 
