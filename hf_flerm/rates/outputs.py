@@ -244,14 +244,14 @@ class MeasuredOutput:
         for enter in (contextlib.nullcontext, partial(torch.autocast, device.type, torch.bfloat16)):
             try:
                 with undisturbed(model, device), engine.released_after(), checkpointed(model), enter():
-                    moved = send_to_device(dict(batch), device)
-                    self.prepare(model, moved)
+                    sent = send_to_device(dict(batch), device)
+                    self.prepare(model, sent)
                     with trainable(trained):
-                        out = self(model, moved)
+                        out = self(model, sent)
                         out.omega(torch.Generator(device))
                     if not out.values.requires_grad:  # it may depend on frozen parameters only
                         with trainable(parameters):
-                            check_differentiable(model, self(model, moved))
+                            check_differentiable(model, self(model, sent))
                 return
             except OutputError:
                 raise

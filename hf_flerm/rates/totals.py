@@ -70,7 +70,7 @@ class Draws:
         of_probe.index_add_(1, self.probes, values)
         # For each probe, (sum over all tensors)^2, with the per-example part replaced by its lower-variance estimate.
         squares = (weights @ self.sums).square() - of_probe.square() + by_example
-        # M * (joint rate)^2 is the sum over independent probes: its variance is their number times that of one.
+        # M * (joint rate)^2 is a sum over independent probes: its variance is the variance of one, times their number.
         spread = squares.var(1) if count > 1 else torch.full_like(variances, math.nan)
         return torch.where(mixed, spread * count, variances)
 

@@ -155,8 +155,8 @@ def _difference(
     weights, directions = ([tensor.detach() for tensor in tensors] for tensors in (updates, updates.values()))
     size, scale = (_largest_or_one(tensors) for tensors in (weights, directions))
     with torch.no_grad():
-        moved = [weight + direction * (size / scale) for weight, direction in zip(weights, directions, strict=True)]
-        with replaced_parameters(module, dict(zip(updates, moved, strict=True))):
+        changed = [weight + direction * (size / scale) for weight, direction in zip(weights, directions, strict=True)]
+        with replaced_parameters(module, dict(zip(updates, changed, strict=True))):
             after = _tensors(module.forward(*args, **kwargs))
         return [
             (end - start) * (scale / size).to(end.dtype) for end, start in zip(after, _tensors(outputs), strict=True)
