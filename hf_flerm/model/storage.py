@@ -20,7 +20,7 @@ def by_storage(parameters: Iterable[tuple[str, T]]) -> list[dict[str, T]]:
     """Group parameters by the storage that they lie in.
 
     Args:
-        parameters: Pairs (name, parameter). Those without memory are left out: empty and meta tensors, shards (DTensor)
+        parameters: Pairs (name, parameter). Those without memory are left out: empty and meta tensors, shards
             and other tensors that wrap tensors (quantized weights).
     """
     groups: dict[tuple[torch.device, int], dict[str, T]] = {}

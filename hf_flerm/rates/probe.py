@@ -41,7 +41,7 @@ from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_
 from .per_example.sites import Site, owners
 from .per_example.tangents import jvp, replaced_parameters
 from .per_example.verification import VerifiedSites
-from .tensors import MeasuredTensor, OverlappingMemory, as_real, elementwise_products
+from .tensors import OverlappingMemory, TensorAliases, as_real, elementwise_products
 
 # Most forward passes on one batch. The first may meet a module whose output layout is not verified yet (an expert that
 # gets other tokens). The second measures with that layout. A third is needed if verification has moved a site to an
@@ -199,7 +199,7 @@ class RateProbe:
 
     def _add_batch(
         self,
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
         generator: torch.Generator,
@@ -220,7 +220,7 @@ class RateProbe:
     def _check_round_off(
         self,
         measurement: Measurement,
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
     ) -> None:
@@ -260,7 +260,7 @@ class RateProbe:
 
     def _probe(
         self,
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
         generator: torch.Generator,
@@ -312,7 +312,7 @@ class RateProbe:
         self,
         stack: ExitStack,
         names: Sequence[str],
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
     ) -> tuple[Gates, OutputValues, LinearHead | None]:
@@ -342,7 +342,7 @@ class RateProbe:
 
     def _differentiate(
         self,
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
         samples: Samples,
@@ -379,7 +379,7 @@ class RateProbe:
             if self.output.metric == "euclidean":
                 self._head_name = find_linear_head(self.model, lambda: self.output(self.model, batch).values)
 
-    def _linear_head(self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor]) -> LinearHead | None:
+    def _linear_head(self, tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor]) -> LinearHead | None:
         """Return the last linear layer if it can be skipped; computed once per measurement.
 
         None if there is none, a tensor of it is not measured by gates, or skipping saves no work.
@@ -402,7 +402,7 @@ class RateProbe:
             self._head = LinearHead(module, {a: (name, updates[name]) for a, name in measured.items()})
         return self._head
 
-    def _weight_gradient_estimator(self, tensor: MeasuredTensor) -> str:
+    def _weight_gradient_estimator(self, tensor: TensorAliases) -> str:
         """Return the estimator of a tensor that is measured by its weight gradient."""
         if self.estimator == "per_example":
             return FALLBACK_ESTIMATOR
@@ -412,7 +412,7 @@ class RateProbe:
         return self.estimator if holders == [self._head_name] else FALLBACK_ESTIMATOR
 
 
-def _shared_updates(tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor]) -> dict[str, str]:
+def _shared_updates(tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor]) -> dict[str, str]:
     """Find tensors that share memory and have the same update, as after an optimizer step, which changes the memory.
 
     Returns:

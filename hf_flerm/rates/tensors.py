@@ -87,7 +87,7 @@ class MemoryMap:
 
 
 @dataclass(frozen=True)
-class MeasuredTensor:
+class TensorAliases:
     """A parameter and the others that share its memory.
 
     Attributes:
@@ -118,7 +118,7 @@ class MeasuredTensor:
 
         Args:
             module: The module.
-            attribute: Name below it of one of `parameters`. While the module runs, another object may be there: FSDP2
+            attribute: Name below it of one of `parameters`. While the module runs, another object may be there: an engine
                 gathers parameters, `torch.func.functional_call` replaces them. It is treated like `parameter`.
         """
         path, _, name = attribute.rpartition(".")
@@ -153,9 +153,9 @@ class OverlappingMemory:
                     self._maps.setdefault(one, {})[other] = to_other
                     self._maps.setdefault(other, {})[one] = to_other.reverse()
 
-    def tensor(self, parameter: nn.Parameter) -> MeasuredTensor:
+    def tensor(self, parameter: nn.Parameter) -> TensorAliases:
         """Return a parameter together with those that share its memory."""
-        return MeasuredTensor(parameter, self._maps.get(parameter, {}))
+        return TensorAliases(parameter, self._maps.get(parameter, {}))
 
 
 def _overlapping(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[Named, Named]]:

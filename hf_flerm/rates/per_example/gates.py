@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...engines.engine import Engine
-from ..tensors import MeasuredTensor
+from ..tensors import TensorAliases
 from .readers import Reader, Readers, Saved
 from .sites import Site
 from .tangents import ModuleTangents, is_differentiable
@@ -106,7 +106,7 @@ class Gates(AbstractContextManager["Gates"]):
     def __init__(
         self,
         model: nn.Module,
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         sites: Mapping[str, Sequence[Site]],
         updates: Mapping[str, Tensor],
         num_examples: int,
@@ -301,7 +301,7 @@ class _Gradients:
         names: `{parameter: names of the tensors that its gradient contributes to}`; several if they share memory.
     """
 
-    def __init__(self, tensors: Mapping[str, MeasuredTensor], reductions: Mapping[str, Reduce]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorAliases], reductions: Mapping[str, Reduce]) -> None:
         self._tensors = tensors
         self._reductions = reductions
         self.names: dict[nn.Parameter, list[str]] = {}

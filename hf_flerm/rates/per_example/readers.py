@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors import MeasuredTensor, as_real
+from ..tensors import TensorAliases, as_real
 from .layers import BIAS, LayerTangent, layer_tangent
 from .tangents import ModuleTangents, is_differentiable
 
@@ -93,7 +93,7 @@ class Readers:
     """
 
     def __init__(
-        self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor], tangents: ModuleTangents
+        self, tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor], tangents: ModuleTangents
     ) -> None:
         self.keep_tangents = False
         self._tensors = tensors

@@ -29,7 +29,7 @@ from ...engines.engine import Engine
 from ...model.isolation import trainable
 from ..model_call import Batch
 from ..outputs import MeasuredOutput, OutputValues, num_examples
-from ..tensors import MeasuredTensor, as_real, elementwise_products
+from ..tensors import TensorAliases, as_real, elementwise_products
 from .gates import Gates, ModuleCalls, call_layouts, unchanged
 from .sites import Site, outermost, owners
 from .tangents import ModuleTangents
@@ -104,7 +104,7 @@ class VerifiedSites:
     def gates(
         self,
         names: Iterable[str],
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
         skip: str | None = None,
@@ -130,7 +130,7 @@ class VerifiedSites:
             engine=self._engine,
         )
 
-    def find(self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor], batch: Batch) -> None:
+    def find(self, tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor], batch: Batch) -> None:
         """Propose sites for the tensors that have none, and verify those that are not verified yet.
 
         Args:
@@ -171,7 +171,7 @@ class VerifiedSites:
     def verify(
         self,
         pending: list[str],
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         updates: Mapping[str, Tensor],
         batch: Batch,
     ) -> None:
