@@ -118,8 +118,8 @@ class TensorAliases:
 
         Args:
             module: The module.
-            attribute: Name below it of one of `parameters`. While the module runs, another object may be there: an engine
-                gathers parameters, `torch.func.functional_call` replaces them. It is treated like `parameter`.
+            attribute: Name below it of one of `parameters`. While the module runs, another object may be there: an
+                engine gathers parameters, `torch.func.functional_call` replaces them. It is treated like `parameter`.
         """
         path, _, name = attribute.rpartition(".")
         # By `get`: ZeRO-3 gathers a parameter whose slot is looked up by index or attribute in a forward pass.
