@@ -16,7 +16,7 @@ The model is left exactly as it was: weights, gradients, modes, hooks and random
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -178,9 +178,7 @@ class RateProbe:
         unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters, self.engine)
         device = self.engine.device(next(iter(parameters.values())))
         samples = Samples(unit_updates, _same_moves(tensors, unit_updates))
-        if self._head is not None and not self._head.is_current():
-            self._head = None
-        with undisturbed(self.model, device), self.engine.released_after():
+        with undisturbed(self.model, device), self.engine.released_after(), self._kept_head():
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             first: Batch | None = None
@@ -209,6 +207,20 @@ class RateProbe:
             return measurement
         samples.set_to_zero(round_off)
         return samples.measurement()
+
+    @contextmanager
+    def _kept_head(self) -> Iterator[None]:
+        """Keep the head of an earlier measurement if it is still right; keep none whose draw depends on an update.
+
+        That of a trained head has (2d)^2 numbers, which training needs the memory for.
+        """
+        if self._head is not None and not self._head.is_current():
+            self._head = None
+        try:
+            yield
+        finally:
+            if self._head is not None and self._head.names:
+                self._head = None
 
     def _verify_suspects(
         self,
