@@ -1,4 +1,7 @@
-"""Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one."""
+"""Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one.
+
+The definition of a rate is in `rates/reference.py`; what happens at one optimizer step is in `training/run.py`.
+"""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""Allowed values of every option, once: for the type checker, parsers, the command line and error messages.
+"""The allowed values of every option, for the type checker, the parsers, the command line and the error messages.
 
-Nothing is imported here, so that the command line can show its help without loading torch. A table that dispatches on
-one of these has exactly its values as keys; a test compares them.
+Nothing is imported here, so that the command line can show its help without loading torch. Some modules have a table
+with an entry for each value (`METRICS`, `OUTPUTS`, ...); a test checks that its keys are these values.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def check_choice(name: str, value: object, allowed: Iterable[str], also: str = "
     """Raise ValueError unless `value` is one of the allowed values.
 
     Args:
-        name: The option, for the message.
-        value: What was given.
-        allowed: The allowed values: those of a Literal above, or the keys of a table.
-        also: What else is allowed, for the message, for instance " or None".
+        name: Name of the option, for the message.
+        value: The given value.
+        allowed: The allowed values: the values of a Literal above, or the keys of a table.
+        also: Text that the message adds after the allowed values, such as " or None".
     """
     allowed = tuple(allowed)
     if not isinstance(value, str) or value not in allowed:

@@ -1,4 +1,4 @@
-"""`FLeRMConfig`: every choice of a run, checked when it is made."""
+"""`FLeRMConfig`: all options of a run, checked when the object is created."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Config = TypeVar("Config", bound=type)
 
 
 def _documented(cls: Config) -> Config:
-    """Class decorator: write an `Args:` section from the help texts of the fields, before `Raises:`."""
+    """Class decorator: insert an `Args:` section, made from the help texts of the fields, before `Raises:`."""
     entries = [
         fill(f"{entry.name}: {help_of(entry)}", 112, initial_indent=" " * 8, subsequent_indent=" " * 12)
         for entry in fields(cls)
@@ -63,7 +63,9 @@ def help_of(entry: Field[Any]) -> str:
 @_documented
 @dataclass
 class Research:
-    """Options of the method itself: baselines to compare with, and how probes are drawn.
+    """Options of the measuring method: the estimator, how scales are averaged, and how probes are drawn.
+
+    Most users keep the defaults.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -71,37 +73,39 @@ class Research:
 
     estimator: str = field(
         default="per_example",
-        metadata={"help": "How probes become a rate; see `measure_rates`. 'kronecker' is the estimator of the paper."},
+        metadata={"help": "How rates are estimated from probes; see `measure_rates`. 'kronecker' is the paper's."},
     )
     depth: str = field(
         default="equal",
         metadata={
-            "help": "How the rate of a base block is given to the m blocks that it becomes on a deeper target; see "
-            "`map_profile`."
+            "help": "How the rate of a base block is split over the m blocks that correspond to it in a deeper "
+            "target; see `map_profile`."
         },
     )
     pool: str = field(
         default="kind",
         metadata={
-            "help": "What the logarithms of scales are averaged over: all tensors of one 'kind' (the same name but "
-            "for the index of its block), or not at all ('unit')."
+            "help": "What the logarithms of scales are averaged over: all units of one 'kind' (their names differ "
+            "only in block indices), or nothing ('unit'). A unit is what `granularity` gives one scale: a tensor, "
+            "a module, a block or the whole model."
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "How the logarithms of scales are averaged over measurements. None: weighted by their errors. A "
-            "number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the value of the "
-            "paper, 0 the latest measurement."
+            "help": "How the logarithms of scales are averaged over measurements. None: each is weighted by "
+            "its standard error. A number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the "
+            "value of the paper, 0 the latest measurement."
         },
     )
     probes: int | str | None = field(
         default=None,
         metadata={
-            "help": "Probe batches of one measurement. None: as many as it takes for half as many draws of omega as "
-            "an optimizer step sees examples on one device, at most 8; a measurement then costs about a "
-            "third of a training step. 'auto': until the relative standard error of every rate is at most "
-            "`target_error`, at most `max_probes`."
+            "help": "Number of probe batches in one measurement. Each batch has `probes_per_batch` draws of the "
+            "random output weights omega. None: enough batches for n pairs of an example and a draw, where n is half "
+            "the examples of an optimizer step on one device, at most 8; a measurement then costs about a third of a "
+            "training step. 'auto': more batches until the relative standard error of every rate is at most "
+            "`target_error`, but no more than `max_probes`."
         },
     )
     target_error: float = field(
@@ -110,19 +114,23 @@ class Research:
     )
     max_probes: int = field(
         default=64,
-        metadata={"help": "Most probe batches of one measurement with probes='auto'."},
+        metadata={
+            "help": "Largest number of probe batches in one measurement with probes='auto'. Each batch has "
+            "`probes_per_batch` draws of omega."
+        },
     )
     probes_per_batch: int = field(
         default=2,
         metadata={
-            "help": "Draws of omega that share one forward pass of a probe batch: cheaper than more batches, over "
-            "fewer examples."
+            "help": "Number of draws of omega that share the forward pass of a probe batch. More draws cost less "
+            "than more batches, but they use fewer examples."
         },
     )
     probe_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Examples in a probe batch. None: as many of the wanted examples as fit into one training batch."
+            "help": "Examples in a probe batch. None: n / `probes_per_batch`, with n as for `probes`, but no more "
+            "than a training batch of one process has."
         },
     )
 
@@ -142,7 +150,7 @@ _MOVED = tuple(entry.name for entry in fields(Research))
 
 
 def _with_old_keywords(cls: Config) -> Config:
-    """Class decorator: take the fields of `Research` as keywords of the config, too, with a FutureWarning.
+    """Class decorator: also accept the fields of `Research` as keywords of the config, with a FutureWarning.
 
     They were fields of the config in version 0.1. To be removed in version 0.3.
     """
@@ -164,7 +172,8 @@ def _with_old_keywords(cls: Config) -> Config:
 def _warn_of_old(names: Iterable[str]) -> None:
     given = ", ".join(f"{name}=..." for name in names)
     warnings.warn(
-        f"FLeRMConfig({given}) moves to FLeRMConfig(research=Research({given})); version 0.3 will take it only there.",
+        f"FLeRMConfig({given}) is deprecated: write FLeRMConfig(research=Research({given})). Version 0.3 will accept "
+        "only that.",
         FutureWarning,
         stacklevel=3,
     )
@@ -174,17 +183,17 @@ def _warn_of_old(names: Iterable[str]) -> None:
 @_documented
 @dataclass
 class FLeRMConfig:
-    """What to measure, when, and what to do with it. The defaults are what most people should use.
+    """Options of a run: what to measure, at which steps, and how to use the rates. The defaults suit most runs.
 
     Raises:
-        ValueError: If a value is not allowed, or the mode and the profile do not fit.
+        ValueError: If a value is not allowed, or `mode` and `profile` contradict each other.
     """
 
     mode: str = field(
         default="record",
         metadata={
-            "help": "'record' measures and changes nothing. 'match' also sets one learning rate per tensor, so that "
-            "every tensor moves the outputs as far as it did in the run of `profile`."
+            "help": "'record' measures and changes nothing. 'match' also scales the learning rate of each tensor, so "
+            "that its update changes the outputs as much as it did in the base run (`profile`)."
         },
     )
     profile: RateProfile | str | os.PathLike[str] | None = field(
@@ -197,17 +206,16 @@ class FLeRMConfig:
     granularity: str = field(
         default="tensor",
         metadata={
-            "help": "What is matched and has a scale of its own: each 'tensor', each 'module' (the joint rate of "
-            "all that is trained of it; for another adapter or full fine-tuning), each 'block', or "
-            "everything together ('global')."
+            "help": "What gets its own scale: each 'tensor'; each 'module' (by the joint rate of its trained "
+            "tensors; for a target with another adapter or with full fine-tuning); each 'block'; or the whole model "
+            "('global')."
         },
     )
     unmatched: str = field(
         default="error",
         metadata={
-            "help": "What happens to tensors that the profile has no rate for: 'error' refuses them, 'global' gives "
-            "them the scale of everything together, 'nominal' leaves their learning rate as it is, "
-            "'freeze' does not train them."
+            "help": "What happens to tensors without a rate in the profile: 'error' raises, 'global' uses the scale "
+            "of the whole model, 'nominal' keeps their learning rate, 'freeze' sets it to 0."
         },
     )
     metric: str = field(
@@ -216,7 +224,9 @@ class FLeRMConfig:
     )
     output: str | OutputFunction | None = field(
         default=None,
-        metadata={"help": 'What "the function" is; see `measure_rates`. A callable is not written to JSON.'},
+        metadata={
+            "help": "Which output of the model is measured; see `measure_rates`. A callable cannot be written to JSON."
+        },
     )
     positions: str | None = field(
         default=None,
@@ -227,27 +237,33 @@ class FLeRMConfig:
     )
     measure_every: int = field(
         default=100,
-        metadata={"help": "Optimizer steps between measurements after the first 64 steps."},
+        metadata={
+            "help": "Besides the first steps, measure at the multiples of this number of optimizer steps; see "
+            "`measure_steps`."
+        },
     )
     measure_steps: Sequence[int] | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps to measure at (0 is the first update). None: 0, 1, 2, 4, 8, 12, 16, 24, 32, "
-            "48, 64 and then every `measure_every`."
+            "help": "Optimizer steps at which to measure; 0 is the first update. None: 0, 1, 2, 4, 8, 12, 16, 24, "
+            "32, 48, 64 and all multiples of `measure_every`."
         },
     )
     max_scale: float = field(
         default=100000.0,
-        metadata={"help": "Largest scale, and the inverse of the smallest. A scale that reaches it is reported."},
+        metadata={"help": "Largest scale, and the inverse of the smallest. FLeRM warns once when scales reach it."},
     )
     max_change: float = field(
         default=4.0,
-        metadata={"help": "Largest factor by which a scale changes from one measurement to the next."},
+        metadata={
+            "help": "Largest factor by which a scale changes from one measurement to the next. The first change of the "
+            "scale of a single tensor is not limited."
+        },
     )
     snapshot_device: str | None = field(
         default=None,
         metadata={
-            "help": "Device of the copy of the weights from before a measured update, for instance 'cpu' where a "
+            "help": "Device of the copy of the weights from before a measured update, for instance 'cpu' if a "
             "second copy of the trainable weights does not fit. None: the device of the weights."
         },
     )
@@ -257,11 +273,13 @@ class FLeRMConfig:
     )
     log_by: str = field(
         default="kind",
-        metadata={"help": "What the logs have entries of: each 'kind' of tensor (geometric means) or each 'tensor'."},
+        metadata={
+            "help": "What the logs hold: a geometric mean for each 'kind' of tensor, or a value for each 'tensor'."
+        },
     )
     research: Research = field(
         default_factory=Research,
-        metadata={"help": "Options of the method itself: `Research(estimator=..., depth=..., probes=...)`."},
+        metadata={"help": "Options of the measuring method, for instance `Research(estimator=..., probes=...)`."},
     )
 
     def __post_init__(self) -> None:
@@ -307,7 +325,7 @@ class FLeRMConfig:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def to_json_string(self) -> str:
-        """Return all fields as sorted JSON.
+        """Return all fields as JSON with sorted keys.
 
         Raises:
             ValueError: If `profile` is an object and not a path or repository, or `output` is a callable.
@@ -340,10 +358,11 @@ class FLeRMConfig:
 
 
 def check_config(config: object) -> FLeRMConfig:
-    """Return `config`; raise ValueError unless it is an `FLeRMConfig`."""
+    """Return `config`, or raise ValueError if it is not an `FLeRMConfig`."""
     if not isinstance(config, FLeRMConfig):
         raise ValueError(
-            f"{config!r:.100} is no FLeRMConfig: pass FLeRMConfig(...), or the config of FLeRMArguments (flerm.config)."
+            f"{config!r:.100} is not an FLeRMConfig: pass FLeRMConfig(...), or the config of FLeRMArguments "
+            "(flerm.config)."
         )
     return config
 

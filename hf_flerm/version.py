@@ -1,4 +1,4 @@
-"""The installed version of the package; `pyproject.toml` sets it."""
+"""The version of the installed package; it is set in `pyproject.toml`."""
 
 from importlib.metadata import version
 

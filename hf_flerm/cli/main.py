@@ -11,13 +11,14 @@ import typer
 import hf_flerm
 
 from ..choices import Granularity
-from .profiles import AsJson, adapted, commands, explained, show
+from .profiles import AsJson, commands, errors_as_usage, print_result, with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-# A folder with pickled weights alone is refused: its model must not be taken for one that starts from scratch.
+# Pickled weights count as weights: `from_pretrained` then refuses a folder without other ones, where `plan` would
+# otherwise initialize a new model.
 _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")
 
 app = typer.Typer(no_args_is_help=True)
@@ -36,9 +37,9 @@ def _commands(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Function-space learning rates: inspect and share the profiles of runs, and plan other runs with them.
+    """Function-space learning rates: inspect and share profiles, and plan learning rates from them.
 
-    Exit codes: 0 done, 1 `diff` found a difference, 2 something is wrong with the input.
+    Exit codes: 0 success; 1 `diff` found a difference; 2 wrong input.
     """
 
 
@@ -55,12 +56,13 @@ def plan(
     optim: Annotated[str, typer.Option(help="Optimizer, as in TrainingArguments.")] = "adamw_torch",
     batch_size: Annotated[int, typer.Option(min=1, help="Training examples per step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens per example, if the data is text.")] = 512,
-    max_steps: Annotated[int, typer.Option(min=1, help="Length of the planned training, for its schedule.")] = 1000,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Warm-up of the planned training.")] = 0,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of the planned training, for its schedule.")] = 1000,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Warm-up steps of the planned training.")] = 0,
     scheduler: Annotated[str, typer.Option(help="Learning-rate schedule, as in TrainingArguments.")] = "linear",
-    steps: Annotated[int, typer.Option(min=1, help="Steps for which a copy of the model is trained.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps on a copy of the model.")] = 32,
     granularity: Annotated[
-        Granularity | None, typer.Option(help="What gets a multiplier of its own. Default: tensor, if names agree.")
+        Granularity | None,
+        typer.Option(help="What gets its own multiplier. Default: tensor if names match, else module."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of initialization and training.")] = 42,
     as_json: AsJson = False,
@@ -72,14 +74,13 @@ def plan(
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments, set_seed
 
-    set_seed(seed)  # also of weights that are initialized here
-    with explained(), tempfile.TemporaryDirectory() as scratch:
+    set_seed(seed)  # weights may be initialized here
+    with errors_as_usage(), tempfile.TemporaryDirectory() as scratch:
         base = hf_flerm.RateProfile.from_pretrained(profile)
         if base.about.learning_rate is None:
             raise ValueError(
-                f"{profile} does not tell the learning rate of its run, from which plan starts: its metadata lack it "
-                "(those of an average have it if all its runs had the same). Call hf_flerm.plan with arguments that "
-                "have it."
+                f"{profile} does not contain the learning rate of its run, which plan needs. (An average contains it "
+                "only if all its runs had the same.) Call hf_flerm.plan with the learning rate in its args."
             )
         args = TrainingArguments(
             output_dir=scratch,
@@ -92,7 +93,7 @@ def plan(
         )
         target = _model(model)
         if adapter is not None:
-            target = adapted(target, adapter)
+            target = with_adapter(target, adapter)
         examples, collator = _examples(data, model, length)
         with tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:
             found = hf_flerm.plan(
@@ -105,7 +106,7 @@ def plan(
                 data_collator=collator,
                 callbacks=[_progress(bar)],
             )
-    show(found.to_dict(), [str(found)], as_json)
+    print_result(found.to_dict(), [str(found)], as_json)
 
 
 def _progress(bar: Any) -> TrainerCallback:
@@ -131,7 +132,7 @@ def _model(source: str) -> Any:
 
 
 def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
-    """Training examples and their collator; a data set with `input_ids` is used as it is."""
+    """Return training examples and their collator. A data set with `input_ids` is used unchanged."""
     from datasets import Dataset, load_dataset, load_from_disk
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling, default_data_collator
 
@@ -141,7 +142,7 @@ def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
     else:
         examples = load_from_disk(path) if path.is_dir() else load_dataset(source, split="train")
     if not isinstance(examples, Dataset):
-        raise typer.BadParameter(f"{source} holds several data sets: {', '.join(examples)}. Give one of them.")
+        raise typer.BadParameter(f"{source} contains several data sets: {', '.join(examples)}. Pass one of them.")
     if "input_ids" in examples.column_names:
         return examples, default_data_collator
     if "text" not in examples.column_names:

@@ -1,6 +1,6 @@
 """The commands of `hf-flerm` that work on profiles.
 
-What needs torch is imported inside the commands, so that `--help` and shell completion answer at once.
+Modules that need torch are imported inside the commands, to keep `--help` and shell completion fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from hf_flerm import RateProfile
 
-DIFFERENT = 1  # exit code of `diff`; 2 is what click uses for wrong input
+DIFFERENT = 1  # exit code of `diff`; click uses 2 for wrong input
 HERE, PICTURE, PAGE = Path(), Path("rate_profile.png"), Path("rate_profile.html")
 
 Source = Annotated[
@@ -38,42 +38,42 @@ commands = typer.Typer()
 
 @commands.command()
 def inspect(profile: Source, as_json: AsJson = False) -> None:
-    """Show where a profile comes from and its rates by kind of tensor.
+    """Show the origin of a profile and its rates by kind of tensor.
 
     Rates are geometric means over the tensors of a kind, in output units per unit learning rate.
     """
-    from ..show.summary import described, rates_by_kind
+    from ..show.summary import describe, rates_by_kind
 
-    with explained():
+    with errors_as_usage():
         found = hf_flerm.RateProfile.from_pretrained(profile)
     kinds = {
         kind: {"tensors": len(rates.names), "rates": [_finite(rate) for rate in rates.mean.tolist()]}
         for kind, rates in rates_by_kind(found).items()
     }
     content = {
-        "about": described(found),
+        "about": describe(found),
         "commit": found.commit_hash,
         "steps": found.steps.tolist(),
         "kinds": kinds,
         "scales": {unit: _finite(scale) for unit, scale in found.about.matched_scales.items()},
     }
-    about = described(found) | ({"commit": found.commit_hash} if found.commit_hash else {})
+    about = describe(found) | ({"commit": found.commit_hash} if found.commit_hash else {})
     lines = [f"{what:14} {_text(text)}" for what, text in about.items()]
     lines += ["", f"{'first rate':>11} {'last rate':>11}  tensors  kind"]
     for kind, rates in rates_by_kind(found).items():
         ends = rates.mean[[0, -1]].tolist() if len(rates.mean) else [0.0, 0.0]
         first, last = (f"{_finite(rate) or 0:.3g}" for rate in ends)
         lines.append(f"{first:>11} {last:>11}  {len(rates.names):7}  {_text(kind)}")
-    show(content, lines, as_json)
+    print_result(content, lines, as_json)
 
 
 @commands.command()
 def validate(profile: Source, as_json: AsJson = False) -> None:
-    """Check that a file is a whole and valid profile; exit code 2 if it is not."""
-    with explained():
+    """Check that a file is a complete, valid profile; exit code 2 if it is not."""
+    with errors_as_usage():
         found = hf_flerm.RateProfile.from_pretrained(profile)
     content = {"valid": True, "tensors": len(found.names), "steps": len(found.steps), "commit": found.commit_hash}
-    show(content, [f"valid: {len(found.names)} tensors, {len(found.steps)} steps"], as_json)
+    print_result(content, [f"valid: {len(found.names)} tensors, {len(found.steps)} steps"], as_json)
 
 
 @commands.command()
@@ -81,18 +81,18 @@ def diff(
     first: Source,
     second: Source,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Largest relative difference of rates and joint rates that counts as alike.")
+        float, typer.Option(min=0, help="Largest relative difference of rates and joint rates that counts as equal.")
     ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Compare the rates of two profiles.
 
-    Exit code 0: alike; 1: different; 2: one cannot be read.
+    Exit code 0: equal; 1: different; 2: a profile cannot be read.
     """
-    with explained():
+    with errors_as_usage():
         one, other = hf_flerm.RateProfile.from_pretrained(first), hf_flerm.RateProfile.from_pretrained(second)
     content = _compared(one, other, tolerance)
-    show(content, _difference(content), as_json)
+    print_result(content, _difference(content), as_json)
     raise typer.Exit(DIFFERENT if content["differs"] else 0)
 
 
@@ -137,7 +137,7 @@ def _difference(content: dict[str, Any]) -> list[str]:
         f"second / first, at the first and last step: {_ratio(ratios[0])}, {_ratio(ratios[-1])}  {_text(kind)}"
         for kind, ratios in (content["kinds"].items() if content["differs"] else ())
     ]
-    return [*lines, "different" if content["differs"] else "alike"]
+    return [*lines, "different" if content["differs"] else "equal"]
 
 
 @commands.command()
@@ -147,11 +147,11 @@ def average(
     as_json: AsJson = False,
 ) -> None:
     """Write the geometric mean of profiles of the same model and steps, for instance over seeds."""
-    with explained():
+    with errors_as_usage():
         if len(profiles) < 2:
             raise hf_flerm.RateProfileError("an average needs two or more profiles; got one.")
         file = hf_flerm.RateProfile.average(profiles).save_pretrained(output)
-    show({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
+    print_result({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
 
 @commands.command("map")
@@ -163,12 +163,12 @@ def map_(
     adapter: Annotated[
         str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
     ] = None,
-    granularity: Annotated[Granularity, typer.Option(help="What gets a scale of its own.")] = "tensor",
+    granularity: Annotated[Granularity, typer.Option(help="What gets its own scale.")] = "tensor",
     depth: Annotated[
-        Depth, typer.Option(help="How the rate of a base block is split over the target's blocks that it becomes.")
+        Depth, typer.Option(help="How the rate of a base block is split over the corresponding target blocks.")
     ] = "equal",
     unmatched: Annotated[
-        Unmatched, typer.Option(help="What happens to tensors for which the profile has no rate.")
+        Unmatched, typer.Option(help="What happens to tensors without a rate in the profile.")
     ] = "error",
     as_json: AsJson = False,
 ) -> None:
@@ -176,13 +176,13 @@ def map_(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with explained():
+    with errors_as_usage():
         base = hf_flerm.RateProfile.from_pretrained(profile)
         with torch.device("meta"):
             target: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
             target.tie_weights()  # transformers 5.0 does not tie weights on the meta device
             if adapter is not None:
-                target = adapted(target, adapter)
+                target = with_adapter(target, adapter)
         found = hf_flerm.map_profile(base, target, granularity=granularity, depth=depth, unmatched=unmatched)
     content = {
         "units": {
@@ -192,39 +192,39 @@ def map_(
         "unmatched": list(found.unmatched),
         "unused": list(found.unused),
     }
-    show(content, [_text(line) for line in str(found).splitlines()], as_json)
+    print_result(content, [_text(line) for line in str(found).splitlines()], as_json)
 
 
 @commands.command()
 def plot(
     profile: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File of the picture: .png, .svg or .pdf.")] = PICTURE,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .svg or .pdf.")] = PICTURE,
     what: Annotated[
         Picture, typer.Option(help="Rates by kind of tensor, by layer, or the multipliers of a matched run.")
     ] = "rates",
     as_json: AsJson = False,
 ) -> None:
-    """Draw a picture of a profile."""
+    """Draw a figure of a profile."""
     from ..show.plotting import PICTURES
 
-    with explained():
+    with errors_as_usage():
         figure = PICTURES[what](hf_flerm.RateProfile.from_pretrained(profile))
         figure.savefig(output, dpi=150)
-    show({"file": str(output)}, [str(output)], as_json)
+    print_result({"file": str(output)}, [str(output)], as_json)
 
 
 @commands.command("report")
 def report_(
     profile: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File of the page: .html.")] = PAGE,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .html.")] = PAGE,
     as_json: AsJson = False,
 ) -> None:
-    """Write an HTML page with zoomable pictures of a profile; it works offline."""
+    """Write an HTML page with zoomable figures of a profile; it works offline."""
     from ..show.report import report
 
-    with explained():
+    with errors_as_usage():
         output.write_text(report(hf_flerm.RateProfile.from_pretrained(profile)), encoding="utf-8")
-    show({"file": str(output)}, [str(output)], as_json)
+    print_result({"file": str(output)}, [str(output)], as_json)
 
 
 @commands.command()
@@ -234,7 +234,7 @@ def push(
     subfolder: Annotated[str | None, typer.Option(help="Folder inside the repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; created if it does not exist.")] = None,
     private: Annotated[
-        bool | None, typer.Option(help="Whether a new repository is private; by default as its owner has set.")
+        bool | None, typer.Option(help="Whether a new repository is private. Default: the setting of its owner.")
     ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     message: Annotated[str, typer.Option(help="Commit message.")] = "Upload rate profile",
@@ -244,7 +244,7 @@ def push(
 
     Uses the token of `hf auth login` or of HF_TOKEN.
     """
-    with explained():
+    with errors_as_usage():
         commit = hf_flerm.RateProfile.from_pretrained(profile).push_to_hub(
             repo,
             subfolder=subfolder,
@@ -254,7 +254,7 @@ def push(
             commit_message=message,
         )
     address = commit.pr_url or commit.commit_url
-    show({"url": address, "commit": commit.oid}, [str(address)], as_json)
+    print_result({"url": address, "commit": commit.oid}, [str(address)], as_json)
 
 
 @commands.command()
@@ -264,13 +264,13 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Download a profile from the Hub into a folder."""
-    with explained():
+    with errors_as_usage():
         found = hf_flerm.RateProfile.from_pretrained(profile)
         file = found.save_pretrained(output)
-    show({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
+    print_result({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
 
 
-def adapted(model: Any, source: str) -> nn.Module:
+def with_adapter(model: Any, source: str) -> nn.Module:
     """Add a trainable adapter, with the config in folder or repository `source`, to a model."""
     from peft import PeftConfig, get_peft_model
 
@@ -281,15 +281,15 @@ def adapted(model: Any, source: str) -> nn.Module:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn errors about the input into a message and exit code 2."""
+def errors_as_usage() -> Iterator[None]:
+    """Context manager: report ValueError, ImportError and OSError as wrong usage, with exit code 2."""
     try:
         yield
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(_text(error)) from error
 
 
-def show(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
+def print_result(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
     """Print the result of a command, as JSON or as lines."""
     typer.echo(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) if as_json else "\n".join(lines))
 
@@ -308,5 +308,5 @@ def _finite(value: float) -> float | None:
 
 
 def _text(value: object) -> str:
-    """A text from a file without characters that control a terminal."""
+    """Replace unprintable characters, which could control the terminal."""
     return "".join(character if character.isprintable() else " " for character in str(value))

@@ -1,4 +1,4 @@
-"""One measurement as far as this process gets with it."""
+"""One measurement on this process, which may fail without stopping the other processes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ Result = TypeVar("Result")
 
 
 class Attempt:
-    """Runs the parts of a measurement; an exception in one must not keep this process out of the collective calls.
+    """Runs the parts of a measurement in order. If one raises, it skips the others.
 
-    The other processes would wait in them forever. So the exception is kept, the remaining parts are left out, and the
-    sum over processes (`rates/process_sum.py`) reports it on all of them.
+    This process then still joins the collective calls, in which the other processes would wait for it forever. The
+    exception is kept in `failure`, and the sum over processes (`rates/process_sum.py`) raises it on every process.
 
     Attributes:
-        failure: The exception of the part that failed; None so far.
+        failure: The exception of the part that failed; None if no part has failed.
 
     Args:
-        agree: Maps flags to flags that are the same on all processes that must run the model in step.
+        agree: Combines flags over the processes that run the model together: a flag is set if any of them has set it.
     """
 
     def __init__(self, agree: Callable[[Sequence[bool]], list[bool]]) -> None:
@@ -29,10 +29,11 @@ class Attempt:
         """Run the next part of the measurement.
 
         Args:
-            part: Runs it.
+            part: The function to call.
 
         Returns:
-            Its result; None if it failed or is left out, here or on a process that must run the model in step.
+            The result of the part. None if it failed or was skipped, on this process or on one that runs the model
+            together with it.
         """
         result = None
         if self.failure is None:
@@ -44,6 +45,6 @@ class Attempt:
         return None if failed else result
 
     def any_process(self, flag: bool) -> bool:
-        """Return whether a flag is set on any process that must run the model in step."""
+        """Return whether a flag is set on any of the processes that run the model together."""
         (found,) = self._agree([flag])
         return found

@@ -1,4 +1,4 @@
-"""What the package asks of a training engine, and the answers where every process has the whole model."""
+"""The interface of a training engine, with the answers for an engine whose processes each hold the whole model."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-_REMEDY = "Train with DDP, or with FSDP2 where the model does not fit (fsdp_version: 2), or measure in one process."
+_REMEDY = "Use DDP, FSDP2 (fsdp_version: 2) if the model does not fit on one device, or a single process."
+# Distributed types of Accelerate without an engine here. A type that is neither here nor handled by an engine in
+# `_ENGINES` is taken to be plain, so without `fsdp2.py` and `zero.py` their types would have to be added.
 _REFUSED = {
-    DistributedType.MEGATRON_LM: "Megatron-LM has a model of its own",
-    DistributedType.XLA: "XLA does not run hooks as they are set",
+    DistributedType.MEGATRON_LM: "Megatron-LM replaces the model with its own",
+    DistributedType.XLA: "XLA does not run hooks when modules are called",
 }
 
 
 def accelerate_state() -> Mapping[str, Any]:
-    """Return what Accelerate was told of this training, without initializing `AcceleratorState` if it was told nothing.
+    """Return the state of Accelerate for this training, without initializing `AcceleratorState` if there is none.
 
     Returns:
-        `{attribute of AcceleratorState: value}`; empty before an `Accelerator` is made.
+        `{attribute of AcceleratorState: value}`; empty before an `Accelerator` is created.
     """
     state: Mapping[str, Any] = AcceleratorState._shared_state
     return state
 
 
 class Engine:
-    """The plain engine: every process has the whole model, alone or replicated by DDP.
+    """The plain engine: every process holds the whole model, as the only process or as one of DDP's replicas.
 
-    Each method names what other engines change. Where an engine is `sharded`, running the model gathers weights, which
-    is a collective call: all processes must make the same forward and backward passes in the same order.
+    Each method is a point in which other engines differ. In a `sharded` engine, a forward or backward pass gathers
+    weights, which is a collective call: all processes must make the same passes in the same order.
 
     Attributes:
         model: The model.
         sharded: Whether a process holds only a part of each weight.
-        forward_mode: Whether modules can be differentiated by forward-mode autodiff (`torch.func.jvp`).
+        forward_mode: Whether forward-mode differentiation (`torch.func.jvp`) works on the engine's modules.
 
     Args:
         model: The model as its own class, not wrapped.
@@ -51,67 +53,69 @@ class Engine:
 
     @classmethod
     def runs(cls, model: nn.Module) -> bool:
-        """Tell whether this engine holds the weights of a model."""
+        """Return whether this engine holds the weights of a model."""
         return True
 
-    # --- what is refused ---
+    # --- checks ---
 
     def check(self, estimator: str) -> None:
-        """Raise unless the updates of this training can be measured.
+        """Check that updates can be measured with this engine.
 
         Args:
-            estimator: As for `measure_rates`.
+            estimator: The estimator of the rates, as for `measure_rates`.
 
         Raises:
-            ValueError: With the reason, and what to use instead.
+            ValueError: If the engine is not supported, or the estimator needs whole weights and they are sharded.
         """
         state = accelerate_state()
         kind, parallelism = state.get("distributed_type"), state.get("parallelism_config")
         reason = _REFUSED.get(kind) if isinstance(kind, DistributedType) else None
         if kind == DistributedType.FSDP and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) != 2:
-            reason = "FSDP1 flattens the weights of a layer into one"
-        sizes = {"tp": getattr(self.model, "tp_size", 1) or 1}  # Transformers shards a model by itself as well
+            reason = "FSDP1 flattens all weights of a layer into a single tensor"
+        sizes = {"tp": getattr(self.model, "tp_size", 1) or 1}  # Transformers can shard a model without Accelerate
         for axis in ("tp", "cp", "sp"):
             if getattr(parallelism, f"{axis}_enabled", False) or sizes.get(axis, 1) > 1:
-                reason = f"{axis}_size > 1: processes that share their examples are not told from those that do not"
+                reason = f"{axis}_size > 1: FLeRM cannot tell which processes share examples"
         if reason:
-            raise ValueError(f"function-space learning rates cannot be followed here: {reason}. {_REMEDY}")
+            raise ValueError(f"function-space learning rates cannot be measured here: {reason}. {_REMEDY}")
         if estimator == "exact" and self.sharded:
             raise ValueError("estimator 'exact' needs whole weights, and these are sharded. Use 'per_example'.")
 
     def check_loop(self, wrapped: nn.Module) -> None:
-        """Raise unless a custom training loop steps where it calls `optimizer.step()`, on all processes together.
+        """Check that the updates of a custom training loop happen in `optimizer.step()`, on all processes together.
 
         Args:
-            wrapped: The model as the loop calls it, wrapped or not.
+            wrapped: The model that the loop calls, with its wrappers.
 
         Raises:
-            ValueError: With the reason, and what to use instead.
+            ValueError: If the update is not made in `optimizer.step()`, or processes may have different numbers of
+                batches.
         """
         if getattr(getattr(wrapped, "_join_config", None), "enable", False):
             raise ValueError(
                 "processes that have run out of batches take no part in measurements: train without "
-                "join_uneven_inputs (or torch's Join), and let Accelerate give all as many batches (even_batches=True)."
+                "join_uneven_inputs (or torch's Join), and let Accelerate give every process the same number of "
+                "batches (even_batches=True)."
             )
 
     # --- a weight, a module ---
 
     def shape(self, parameter: Tensor) -> torch.Size:
-        """Return the shape that a parameter has when it is whole."""
+        """Return the shape of the whole parameter."""
         return parameter.shape
 
     def device(self, parameter: Tensor) -> torch.device:
-        """Return the device on which a parameter is used; shards may be offloaded to another one."""
+        """Return the device on which the model uses a parameter; its shard may be offloaded to another one."""
         return parameter.device
 
     def own_type(self, module: nn.Module) -> type[nn.Module]:
-        """Return the class that a module was made of; an engine may have replaced it by a subclass."""
+        """Return the original class of a module; an engine may change `module.__class__` to its own subclass."""
         return type(module)
 
     # --- around forward and backward passes ---
 
     def release(self) -> None:
-        """Free all gathered weights, so that the model has its sharded parameters again."""
+        """Free all gathered weights: every parameter is a shard again."""
 
     @contextmanager
     def released_after(self) -> Iterator[None]:
@@ -122,7 +126,7 @@ class Engine:
             self.release()
 
     def gathered(self, modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-        """Context manager: gather the weights of some modules, so that they can be called apart from the model.
+        """Context manager: gather the weights of some modules, so that they can be called on their own.
 
         Args:
             modules: Modules of the model.
@@ -130,77 +134,77 @@ class Engine:
         return nullcontext()
 
     def gathered_leaves(self) -> AbstractContextManager[Mapping[nn.Parameter, nn.Parameter]]:
-        """Context manager: note which gathered parameter stands in for which sharded one in forward passes.
+        """Context manager: record which gathered parameter replaces which sharded parameter in a forward pass.
 
-        Autograd sees only the gathered ones.
+        The gathered parameter is the leaf of autograd's graph, not the sharded one.
 
         Yields:
-            `{sharded parameter: gathered parameter}`, filled during forward passes. A parameter that is not in it is
+            `{sharded parameter: gathered parameter}`, filled during forward passes. A parameter without an entry is
             itself the leaf.
         """
         return nullcontext({})
 
     def repeatable_backward(self) -> AbstractContextManager[None]:
-        """Context manager: a backward pass in the block is not the last one through its graph."""
+        """Context manager: after a backward pass in the block, the same graph can go through another one."""
         return nullcontext()
 
     # --- processes, optimizer ---
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Decide together where processes must run the model in step: a flag is set if any process has set it.
+        """Combine flags over the processes that run the model together: a flag is set if any of them has set it.
+
+        `MasterWeights.agree` does the same for processes that gather updates together.
 
         Args:
-            flags: As many on every process.
+            flags: The same number of flags on every process.
 
         Returns:
-            The same flags where every process has the whole model and measures independently.
+            The combined flags. They are unchanged here, as every process holds the whole model and measures on its own.
         """
         return list(flags)
 
     def prepare_optimizer(self, optimizer: Any) -> None:
-        """Change an optimizer so that it can step every tensor at a learning rate of its own, before it is wrapped.
+        """Change the param groups of an optimizer so that each tensor can have its own learning rate.
 
-        Nothing is to be done where `StepScales` can split param groups for the time of a step.
+        Called before the engine wraps the optimizer. Most engines change nothing: `StepScales` splits the groups during
+        each step.
 
         Args:
-            optimizer: As a trainer has made it.
+            optimizer: The torch optimizer.
         """
 
     def master_weights(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
         """Find the weights that an optimizer steps.
 
         Args:
-            optimizer: As Accelerate has prepared it.
-            parameters: `{canonical name: parameter}` of all that is trained.
-
-        Returns:
-            The master weights.
+            optimizer: The optimizer after `Accelerator.prepare`.
+            parameters: `{canonical name: parameter}` of all trained parameters.
 
         Raises:
-            ValueError: If the engine steps in a way that cannot be followed.
+            ValueError: If the weights that the optimizer steps cannot be found.
         """
         return MasterWeights(parameters)
 
 
 class MasterWeights:
-    """The weights that an optimizer steps: here the model's own parameters.
+    """The weights that an optimizer steps.
 
-    Elsewhere a process steps its shard of each parameter, or a float32 copy of a part of it from which the model's
-    weights are then rounded. Everything is keyed by canonical name.
+    In the plain engine they are the model's parameters. In other engines a process steps its shard of each parameter,
+    or a float32 copy of a part of it, which the engine then rounds into the model's dtype. All names are canonical.
 
     Attributes:
-        parameters: `{canonical name: parameter of the model}` of all that is trained.
+        parameters: `{canonical name: parameter of the model}` of all trained parameters.
         in_optimizer: `{canonical name: tensor in the optimizer's param groups}`. Several names may share a tensor.
-        is_seen_by_hooks: Whether the update is all that happens between the pre- and post-hooks of `optimizer.step`.
-        gathers_together: Whether `gather` is a collective call though processes run the model independently: then all
-            updates must be gathered before the first probe.
+        hooks_enclose_update: Whether the hooks around `optimizer.step` enclose exactly the update.
+        gather_is_collective: Whether `gather` is a collective call although each process runs the model on its own. If
+            so, all updates must be gathered before the first probe.
 
     Args:
         parameters: `{canonical name: parameter}`.
     """
 
-    is_seen_by_hooks = True
-    gathers_together = False
+    hooks_enclose_update = True
+    gather_is_collective = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = parameters
@@ -213,15 +217,15 @@ class MasterWeights:
         return self.parameters[name].shape
 
     def local(self, name: str) -> Tensor:
-        """Return the part that this process steps, without a graph; writing into it changes the weights."""
+        """Return the part that this process steps, detached; writing into it changes the weights."""
         return self.parameters[name].data
 
     def gather(self, name: str, part: Tensor) -> Tensor:
-        """Put the parts of a tensor on all processes together.
+        """Combine the parts of a tensor from all processes into the whole tensor.
 
         Args:
-            name: Of which tensor.
-            part: Shaped like `local(name)`: the weights there, or their change.
+            name: Canonical name of the tensor.
+            part: The part on this process, of weights or of their change; shaped like `local(name)`.
 
         Returns:
             The whole tensor.
@@ -229,11 +233,11 @@ class MasterWeights:
         return part
 
     def exchange(self, name: str, part: Tensor) -> Tensor:
-        """Give `local(name)` other values.
+        """Replace the values of `local(name)`.
 
         Args:
-            name: Of which tensor.
-            part: The values. The caller must not use this tensor afterwards: the parameter may have taken it over.
+            name: Canonical name of the tensor.
+            part: The new values. The parameter may take over this tensor, so the caller must not use it afterwards.
 
         Returns:
             The previous values, on the device of `part`.
@@ -241,21 +245,24 @@ class MasterWeights:
         parameter = self.parameters[name]
         if part.device != parameter.device:
             return exchange_by_copy(parameter.data, part)
-        previous, parameter.data = parameter.data, part  # by reference: no copy, no memory, and no bit can change
+        previous, parameter.data = parameter.data, part  # swap the storage: no copy, and no bit changes
         return previous
 
     def writing(self) -> AbstractContextManager[None]:
-        """Context manager: what is written into `local` tensors in the block becomes the model's weights at its end."""
+        """Context manager: at the end, copy what the block wrote into `local` tensors into the model's weights."""
         return nullcontext()
 
     # --- the optimizer's step ---
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Decide together where processes gather updates together: a flag is set if any process has set it."""
+        """Combine flags over the processes that gather updates together: a flag is set if any of them has set it.
+
+        They are unchanged here, as `gather` needs no other process; `Engine.agree` is for running the model.
+        """
         return list(flags)
 
     def stepped(self) -> dict[str, Tensor]:
-        """Return the tensors in the optimizer that its latest step updated: those with a gradient.
+        """Return the tensors of the optimizer that have a gradient, so that its latest step updated them.
 
         Returns:
             `{canonical name: tensor in the optimizer's param groups}`.
@@ -263,14 +270,14 @@ class MasterWeights:
         return {name: tensor for name, tensor in self.in_optimizer.items() if tensor.grad is not None}
 
     def in_param_groups(self) -> AbstractContextManager[None]:
-        """Context manager: the optimizer's param groups hold the tensors of `in_optimizer` during the block."""
+        """Context manager: inside the block the optimizer's param groups hold the tensors of `in_optimizer`."""
         return nullcontext()
 
     def check_own_learning_rates(self) -> None:
-        """Raise unless every tensor can be stepped at a learning rate of its own.
+        """Check that every tensor can have its own learning rate.
 
         Raises:
-            ValueError: With the tensors that cannot, and what to use instead.
+            ValueError: If some tensors cannot.
         """
 
 
@@ -278,7 +285,7 @@ def exchange_by_copy(own: Tensor, part: Tensor) -> Tensor:
     """Write values into a tensor.
 
     Args:
-        own: Where to write.
+        own: The tensor to overwrite.
         part: The values, on any device.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Collective calls over all processes of a training. With one process they return what they are given."""
+"""Collective calls over all processes of a training. With one process each returns its argument."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from torch import Tensor
 
 
 def any_process(flags: Sequence[bool]) -> list[bool]:
-    """Tell which flags are set on any process; a collective call.
+    """Return which flags are set on any process; a collective call.
 
     Args:
-        flags: As many on every process.
-
-    Returns:
-        The same on every process.
+        flags: The same number of flags on every process.
     """
     if PartialState().num_processes == 1 or not flags:
         return list(flags)
@@ -29,7 +26,7 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
     """Sum a tensor over all processes; a collective call.
 
     Args:
-        numbers: Of the same shape on every process, on the CPU.
+        numbers: Tensor on the CPU, of the same shape on every process.
 
     Returns:
         The sum, on the CPU; the same bits on every process.
@@ -41,7 +38,7 @@ def sum_over_processes(numbers: Tensor) -> Tensor:
 def broadcast_bytes(content: bytes) -> bytes:
     """Return the content that the first process has; a collective call."""
     state = PartialState()
-    # The byte that is added and taken off: `torch.frombuffer` refuses an empty buffer.
+    # One byte is added and removed again, because `torch.frombuffer` refuses an empty buffer.
     numbers = torch.frombuffer(bytearray(content + b"."), dtype=torch.uint8).to(state.device)
     size = int(broadcast(torch.tensor([len(numbers)], device=state.device)))
     received: Tensor = broadcast(numbers if state.is_main_process else numbers.new_zeros(size))
@@ -49,6 +46,6 @@ def broadcast_bytes(content: bytes) -> bytes:
 
 
 def are_several() -> bool:
-    """Tell whether this process was launched as one of several, also before they are connected."""
+    """Return whether a launcher started several processes; it works before they are connected."""
     count: int = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     return count > 1

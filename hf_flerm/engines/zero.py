@@ -1,9 +1,10 @@
 """DeepSpeed with whole weights: ZeRO-1 and ZeRO-2 step flat float32 partitions, and stage 0 the model's parameters.
 
-The model's weights are copies of the partitions, rounded to the model's dtype. A partition holds one param group of the
-optimizer, one tensor after the other; the part of a tensor in the partition of a process is called a fragment.
+A partition concatenates the tensors of one param group; each process has a part of it. The model's weights are copies
+of the partitions, rounded to the model's dtype. DeepSpeed calls the part of a tensor in the partition of one process a
+fragment.
 
-DeepSpeed is never imported: Accelerate's state and the attributes that DeepSpeed sets on parameters tell enough.
+DeepSpeed is never imported: Accelerate's state and the attributes that DeepSpeed sets on parameters suffice.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from .engine import Engine, MasterWeights, accelerate_state, exchange_by_copy
 from .processes import any_process
 from .zero_groups import group_per_tensor
 
-_OFFLOADED = "weights or states lie on another device than the model's. Take the block out, or set its device to none"
-_IN_GROUPS = "a group of processes has all weights beside its own partitions, which was never tried. Take it out"
+_OFFLOADED = "weights or optimizer states are offloaded to another device. Remove the block, or set its device to none"
+_IN_GROUPS = "weights are also replicated within a group of processes, which is not tested. Remove it"
 _REFUSED_BLOCKS: Mapping[str, str] = MappingProxyType(
     {
-        "optimizer": "DeepSpeed makes an optimizer of its own. Take the block out: the Trainer makes one from its "
+        "optimizer": "DeepSpeed creates its own optimizer. Remove the block: the Trainer creates one from its "
         "arguments",
-        "scheduler": "DeepSpeed moves the learning rate before a step is over. Take the block out: the Trainer makes a "
-        "scheduler from its arguments",
+        "scheduler": "DeepSpeed changes the learning rate before the step ends. Remove the block: the Trainer creates "
+        "a scheduler from its arguments",
         "zero_optimization.offload_optimizer": _OFFLOADED,
         "zero_optimization.offload_param": _OFFLOADED,
-        "zero_optimization.zenflow": "weights are stepped later than the step. Take the block out",
+        "zero_optimization.zenflow": "ZenFlow updates weights after the step has returned. Remove the block",
         "zero_optimization.zero_hpz_partition_size": _IN_GROUPS,
         "zero_optimization.mics_shard_size": _IN_GROUPS,
-        "tensor_parallel": "processes share their examples, and are not told from those that do not. Take it out",
+        "tensor_parallel": "FLeRM cannot tell which processes share examples. Remove it",
     }
 )
-# The attributes of DeepSpeed's optimizers for each of its modes: the model's parameters by param group, and this
-# process's partition of each group.
+# For each mode of DeepSpeed: the attribute of its optimizer with the model's parameters by param group, and the
+# attribute with this process's partition of each group.
 _PARTITIONS = {
     "bit16_groups": "single_partition_of_fp32_groups",
     "bf16_groups": "fp32_groups_flat_partition",
@@ -51,15 +52,15 @@ _PARTITIONS = {
 
 
 class DeepSpeed(Engine):
-    """Any stage but ZeRO-3: every process has the whole model and runs it independently."""
+    """DeepSpeed stages 0 to 2: every process holds the whole model and runs it on its own."""
 
     @classmethod
     def runs(cls, model: nn.Module) -> bool:
-        """Tell whether Accelerate trains with DeepSpeed."""
+        """Return whether Accelerate trains with DeepSpeed."""
         return bool(accelerate_state().get("distributed_type") == DistributedType.DEEPSPEED)
 
     def check(self, estimator: str) -> None:
-        """Raise if the config has a block that makes steps impossible to follow."""
+        """Raise ValueError if the config of DeepSpeed has a block with which updates cannot be measured."""
         super().check(estimator)
         if not DeepSpeed.runs(self.model):
             return  # DeepSpeed without Accelerate: there is no config to look at
@@ -69,22 +70,20 @@ class DeepSpeed(Engine):
                 block = block.get(key) or {}
             if _is_on(block):
                 raise ValueError(
-                    "function-space learning rates cannot be followed here: the config of DeepSpeed has "
+                    "function-space learning rates cannot be measured here: the config of DeepSpeed has "
                     f"{path!r}, so {reason}."
                 )
 
     def check_loop(self, wrapped: nn.Module) -> None:
-        """Raise: DeepSpeed's step is in the backward pass."""
+        """Raise ValueError: DeepSpeed steps in the backward pass."""
         raise ValueError("DeepSpeed steps in accelerator.backward(), not in optimizer.step(): use FLeRMTrainer.")
 
     def prepare_optimizer(self, optimizer: Any) -> None:
-        """Give every tensor a param group, and so a partition; schedulers and checkpoints see these groups."""
-        while hasattr(optimizer, "accelerator_state") or not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = optimizer.optimizer
+        """Give every tensor its own param group and so its own partition; schedulers and checkpoints see the groups."""
         group_per_tensor(optimizer)
 
     def master_weights(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
-        """Find the partitions. Without ZeRO, in float32, there are none: the optimizer is a plain one of torch."""
+        """Find the partitions; in float32 without ZeRO there are none, and the optimizer is a plain torch optimizer."""
         while hasattr(optimizer, "accelerator_state"):  # Accelerate's wrapper, which is a torch.optim.Optimizer as well
             optimizer = optimizer.optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -96,25 +95,23 @@ class DeepSpeed(Engine):
 
 
 class _AllStepped(MasterWeights):
-    """DeepSpeed makes a gradient of 0 where there is none, so that every tensor is stepped."""
+    """The parameters themselves. DeepSpeed steps every tensor: it fills a missing gradient with zeros."""
 
-    is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
-
-    is_seen_by_hooks = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
+    hooks_enclose_update = False  # DeepSpeed steps one group after the other, and casts the weights afterwards
 
     def stepped(self) -> dict[str, Tensor]:
         return dict(self.in_optimizer)
 
 
 class Partitions(_AllStepped):
-    """Flat float32 partitions of param groups, of which each process steps its own.
+    """The flat float32 partitions of ZeRO; each process steps its own.
 
     Args:
-        optimizer: DeepSpeed's, which wraps the one that steps.
+        optimizer: DeepSpeed's optimizer, which wraps the torch optimizer.
         parameters: `{canonical name: parameter}`.
 
     Raises:
-        ValueError: If a parameter is in no partition, or a partition does not hold the weights where they are expected.
+        ValueError: If a parameter is in no partition, or its partition does not hold its weights.
     """
 
     def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -136,32 +133,32 @@ class Partitions(_AllStepped):
         self.in_optimizer = {name: partitions[id(parameter)] for name, parameter in parameters.items()}
 
     def exchange(self, name: str, part: Tensor) -> Tensor:
-        """Exchange by copy: DeepSpeed has the partition by reference in several places."""
+        """Exchange by copy: DeepSpeed holds references to the partition in several places."""
         return exchange_by_copy(self.local(name), part)
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Decide together: updates are put together in collective calls."""
+        """Combine flags: `gather` is a collective call."""
         return any_process(flags)
 
     def check_own_learning_rates(self) -> None:
-        """Raise if tensors share a partition: it is one tensor of the optimizer."""
+        """Raise ValueError if tensors share a partition, because the optimizer steps a partition as one tensor."""
         counts = Counter(map(id, self.in_optimizer.values()))
         together = [name for name, partition in self.in_optimizer.items() if counts[id(partition)] > 1]
         if together:
             raise ValueError(
-                f"ZeRO steps {preview(together)} at one learning rate: they share a param group. FLeRMTrainer gives "
-                "every tensor a group of its own before DeepSpeed sees them, with an optimizer of torch: match with it."
+                f"ZeRO steps {preview(together)} with one learning rate because they share a param group. Use "
+                "FLeRMTrainer with a torch optimizer: it gives every tensor its own group before DeepSpeed starts."
             )
 
 
 class _Fragments(Partitions):
-    """ZeRO-1 and ZeRO-2: of each tensor a process steps one fragment, which may be empty."""
+    """ZeRO-1 and ZeRO-2: each process steps one fragment of each tensor; the fragment may be empty."""
 
-    gathers_together = True
+    gather_is_collective = True
 
     def __init__(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(optimizer, parameters)
-        # With round_robin_gradients DeepSpeed reorders a partition without telling where the fragments are.
+        # With round_robin_gradients DeepSpeed reorders a partition, and its attributes do not say where fragments are.
         misplaced = [name for name in parameters if not self._is_copied(name)]
         (found,) = any_process([bool(misplaced)])
         if found:
@@ -178,7 +175,7 @@ class _Fragments(Partitions):
         return fragment
 
     def gather(self, name: str, part: Tensor) -> Tensor:
-        # Every number of a tensor is in the fragment of one process alone: a sum puts them together.
+        # Each element of a tensor is in the fragment of exactly one process, so a sum over processes gives the whole.
         parameter: Any = self.parameters[name]
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if self._mapping(name) is not None:
@@ -190,11 +187,11 @@ class _Fragments(Partitions):
     def writing(self) -> Iterator[None]:
         try:
             yield
-        finally:  # also after a failure: it is a collective call, and the other processes make it
+        finally:  # also after an exception: it is a collective call, in which the other processes wait
             self._optimizer.update_lp_params()
 
     def _mapping(self, name: str) -> Any:
-        """Where the fragment on this process lies in the tensor and in the partition; None if there is none here."""
+        """Location of this process's fragment in the tensor and in the partition; None if it has none."""
         return getattr(self.parameters[name], "_hp_mapping", None)
 
     def _place(self, name: str) -> slice:
@@ -203,7 +200,7 @@ class _Fragments(Partitions):
         return slice(address.start, address.start + address.numel)
 
     def _is_copied(self, name: str) -> bool:
-        """Whether the model's weights are the fragment's numbers, rounded."""
+        """Whether the model's weights equal the rounded fragment."""
         if self._mapping(name) is None:
             return True
         weights = self.parameters[name].detach().flatten()[self._place(name)]
@@ -211,7 +208,7 @@ class _Fragments(Partitions):
 
 
 def _is_on(block: Any) -> bool:
-    """Whether an entry of the config turns something on: a size above 1, or a block that does not say no."""
+    """Whether a config entry enables a feature: a size above 1, or a block that does not disable itself."""
     if isinstance(block, int):
         return block > 1
     return bool(block) and block.get("device") != "none" and block.get("autotp_size") not in (0, 1)

@@ -1,4 +1,4 @@
-"""ZeRO-3: DeepSpeed partitions every weight, and gathers those of a module for as long as the module runs.
+"""ZeRO-3: DeepSpeed partitions every weight, and gathers the weights of a module while the module runs.
 
 A partitioned parameter stays the same object: only its data come and go. Its attributes (`ds_*`, `_z3_optimizer`) lead
 to everything else, so that DeepSpeed is never imported.
@@ -17,45 +17,45 @@ from .engine import MasterWeights
 from .processes import any_process
 from .zero import DeepSpeed, Partitions
 
-# Attributes of modules in which DeepSpeed counts the backward passes that are still to come.
+# Attributes of modules in which DeepSpeed counts the backward passes that it still expects.
 _BACKWARD_COUNTS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 class ZeRO3(DeepSpeed):
-    """Weights in partitions, gathered module by module."""
+    """ZeRO-3: each process holds a part of every weight; weights are gathered module by module."""
 
     sharded = True
-    forward_mode = False  # functorch crashes in DeepSpeed's hooks
+    forward_mode = False  # `torch.func` transforms crash in DeepSpeed's hooks
 
     @classmethod
     def runs(cls, model: nn.Module) -> bool:
-        """Tell whether any weight is partitioned."""
+        """Return whether any weight is partitioned."""
         return any(map(_is_partitioned, model.parameters()))
 
     def shape(self, parameter: Any) -> torch.Size:
-        """Return the shape that DeepSpeed has noted: between uses the data are empty."""
+        """Return the shape that DeepSpeed recorded; `.data` is empty while a parameter is partitioned."""
         shape: torch.Size = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape
         return shape
 
     def release(self) -> None:
-        """Partition all weights again, and have DeepSpeed forget the order in which modules ran.
+        """Partition all weights again and reset DeepSpeed's trace, the order in which it saw modules run.
 
-        DeepSpeed records this order (its trace) to gather weights ahead, and would take a probe's order for the
-        training's.
+        DeepSpeed prefetches weights in the order of the trace. A probe runs modules in another order than training, so
+        its trace must not remain.
         """
-        offload = self._offload()
+        offload = self._parameter_offload()
         coordinator = offload.get_param_coordinator()
-        if not coordinator.is_invalid_trace():  # to invalidate it twice is an error
+        if not coordinator.is_invalid_trace():  # invalidating it twice raises
             coordinator._invalidate_trace()
         offload.release_backward_leftovers()
         offload.empty_partition_cache()
 
     @contextmanager
     def gathered(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Gather the weights of some modules, and call the modules without DeepSpeed's hooks.
+        """Gather the weights of some modules and remove DeepSpeed's hooks from them during the block.
 
-        The hooks would partition the weights again after each call, and note the call in the trace.
+        The hooks would partition the weights again after each call, and add the call to the trace.
         """
         parts = dict.fromkeys(part for module in modules for part in module.modules())
         parameters = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
@@ -67,12 +67,13 @@ class ZeRO3(DeepSpeed):
         with ExitStack() as stack:
             if missing:
                 missing[0].all_gather(param_list=missing)
-                stack.callback(missing[0].partition, param_list=missing)
-            # DeepSpeed may have put an autograd function of its own there, which cannot be differentiated twice.
+                stack.callback(missing[0].partition, param_list=missing)  # only what was gathered here
+            # DeepSpeed may have replaced `F.linear` with its own autograd function, which cannot be differentiated
+            # twice. Its replacement is restored after the block.
             stack.callback(setattr, nn.functional, "linear", nn.functional.linear)
             nn.functional.linear = torch._C._nn.linear
             for state in map(vars, parts):
-                for kind in _HOOKS:
+                for kind in _HOOKS:  # restored with DeepSpeed's hooks after the block
                     stack.callback(state.__setitem__, kind, state[kind])
                     others = {key: hook for key, hook in state[kind].items() if not _is_of_deepspeed(hook)}
                     state[kind] = type(state[kind])(others)
@@ -80,7 +81,7 @@ class ZeRO3(DeepSpeed):
 
     @contextmanager
     def repeatable_backward(self) -> Iterator[None]:
-        """Put DeepSpeed's counts of backward passes back, so that the next pass finds those of the first."""
+        """Restore DeepSpeed's counts of backward passes, so that another pass starts with the same values."""
         modules = [vars(module) for module in self.model.modules()]
         counts = [{key: state[key] for key in _BACKWARD_COUNTS if key in state} for state in modules]
         try:
@@ -90,20 +91,20 @@ class ZeRO3(DeepSpeed):
                 state.update(own)
 
     def agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Decide together: a process that runs the model alone would wait for the others forever."""
+        """Combine flags: a process that ran the model alone would wait forever for the others to gather."""
         return any_process(flags)
 
     def _partitions(self, optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> MasterWeights:
         return _Partitioned(optimizer, parameters)
 
-    def _offload(self) -> Any:
-        """What gathers and partitions the weights of the model."""
+    def _parameter_offload(self) -> Any:
+        """The DeepSpeed object that gathers and partitions the weights of the model."""
         partitioned: Iterator[Any] = (p for p in self.model.parameters() if _is_partitioned(p))
         return next(partitioned)._z3_optimizer.parameter_offload
 
 
 class _Partitioned(Partitions):
-    """Of each tensor every process steps an equal part of its flattened numbers, the last one padded."""
+    """ZeRO-3: each process steps an equal part of each flattened tensor; the last part is padded."""
 
     def shape(self, name: str) -> torch.Size:
         parameter: Any = self.parameters[name]
@@ -123,8 +124,8 @@ class _Partitioned(Partitions):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Copy the partitions into the model's, as DeepSpeed does at the end of its own step."""
-        self._optimizer.checkpoint_event_prologue()  # frees gathered weights, which would be used again as they are
+        """Copy the float32 partitions into the model's weights, as DeepSpeed does at the end of a step."""
+        self._optimizer.checkpoint_event_prologue()  # frees gathered weights, which would otherwise be used unchanged
         try:
             yield
         finally:
@@ -134,7 +135,7 @@ class _Partitioned(Partitions):
 
     @contextmanager
     def in_param_groups(self) -> Iterator[None]:
-        """DeepSpeed empties the param groups outside of its steps."""
+        """Fill the param groups during the block: DeepSpeed empties them between steps."""
         self._optimizer._set_fp32_optimizer_param_groups()
         try:
             yield

@@ -1,1 +1,1 @@
-"""A model from outside: canonical parameter names, and states of it that are set for a block and put back."""
+"""Helpers for models: canonical parameter names, and context managers that change a model and restore it."""

@@ -1,11 +1,12 @@
-"""Context managers that change a model for a block and leave no trace of it, also if the block raises.
+"""Context managers that change a model for a block and restore it afterwards, also if the block raises.
 
-State is put back by reference or from a copy, never by arithmetic. Nothing here knows of engines: a caller that runs a
-model with sharded weights frees what was gathered (`Engine.released_after`) inside of `undisturbed`.
+State is restored by reference or from a copy, never by arithmetic. Engines are not used here: with sharded weights, the
+caller enters `Engine.released_after` inside `undisturbed`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
@@ -26,14 +27,17 @@ from .names import preview
 
 logger = logging.get_logger(__name__)
 
-# Attributes that modules have during a probe. Autograd leaves an embedding's padding row out of its gradient and may
-# divide by frequencies, though outputs do not; bitsandbytes repacks 4-bit weights in place for a product that has no
-# gradient.
+# (class, attribute, value during a probe). With `padding_idx` or `scale_grad_by_freq`, the gradient of an embedding is
+# not the derivative of its output. On a CPU, bitsandbytes repacks 4-bit weights in place if no gradient is needed.
 _PROBED_WITH: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.Embedding, "padding_idx", None),
     (nn.Embedding, "scale_grad_by_freq", False),
     (nn.Module, "support_avx512bf16_for_cpu", False),
 )
+
+# Attributes of every module: parameters, buffers, parts and hooks are put back by other means, or not changed at all.
+_REGISTRIES = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set)
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # How far `own_generators` looks: the Trainer wraps a collator, which may hold another, which has a generator.
@@ -45,7 +49,7 @@ _SHORT = 16  # entries of a list or dict of settings; longer ones are data
 
 @contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Put the random states of Python, NumPy, torch's CPU generator and a device's back after a block."""
+    """Restore the random states of Python, NumPy, torch's CPU generator and a device after a block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if device.type in ("cpu", "meta") else [device]
     try:
@@ -142,17 +146,17 @@ def _set_random_state(generator: Any, state: Any) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a block in eval mode, uncompiled and with no parameter trainable, and leave no trace of it.
+    """Run a block with the model in eval mode, uncompiled and without trainable parameters, and restore everything.
 
-    Modes, `requires_grad` flags, random states, buffers, numbers and strings in modules, and the parameters themselves
-    are put back.
+    Restored are modes, `requires_grad` flags, random states, buffers, other attributes of modules, and the parameters.
 
     Args:
         model: The model.
-        device: The device whose random state is put back, beside those of Python, NumPy and torch's CPU generator.
+        device: The device whose random state is restored, besides those of Python, NumPy and torch's CPU generator.
     """
     modes = {module: module.training for module in model.modules()}
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Of all parameters: a forward pass that switches adapters makes others trainable.
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(kept_random_state(device))
         stack.enter_context(_kept_parameters(model))
@@ -166,19 +170,22 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             stack.enter_context(_kept_state(module))
         try:
             model.eval()
-            for parameter in frozen:
+            for parameter in flags:
                 parameter.requires_grad_(False)
             with torch.enable_grad():
                 yield
         finally:
             for module, training in modes.items():
                 vars(module)["training"] = training
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 def _computes_with(module: nn.Module, attribute: str) -> bool:
-    """Whether a subclass of an embedding reads an attribute in a forward of its own: learned positions begin there."""
+    """Whether a subclass of `nn.Embedding` overrides `forward` and reads an attribute there.
+
+    Learned position embeddings read `padding_idx` as the offset of the first position.
+    """
     forward = inspect.unwrap(type(module).forward)
     has_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward
     return has_own and attribute in forward.__code__.co_names
@@ -186,13 +193,14 @@ def _computes_with(module: nn.Module, attribute: str) -> bool:
 
 @contextmanager
 def _kept_parameters(model: nn.Module) -> Iterator[None]:
-    """Put a parameter back where another object is in its place after the block, and warn.
+    """Restore the parameters of a module if other objects took their place during the block, and warn.
 
-    This is a last defense: a module is differentiated with other tensors in place of its parameters, and a fault there
-    would leave a model that can no longer be trained. Buffers are put back without a warning (`_kept_state`), since
-    modules replace these themselves in forward passes.
+    This is a safety net: modules are differentiated with other tensors in place of their parameters, and a fault there
+    would leave a model that cannot be trained. Buffers are restored without a warning (`_kept_state`), because forward
+    passes replace these, too.
     """
-    kept = [(path, module, dict(module._parameters)) for path, module in model.named_modules()]
+    # By `items` and `get`: an engine may have put a dict there that gathers a parameter when it is looked up by index.
+    kept = [(path, module, dict(module._parameters.items())) for path, module in model.named_modules()]
     try:
         yield
     finally:
@@ -200,44 +208,60 @@ def _kept_parameters(model: nn.Module) -> Iterator[None]:
         for path, module, parameters in kept:
             now = module._parameters
             wrong = [name for name, own in parameters.items() if name not in now or now[name] is not own]
+            # PEFT's DoRA puts a new Parameter over the same memory into a quantized layer whenever it runs.
+            own_doing = [name for name in wrong if _is_same_weight(now.get(name), parameters[name])]
             for name in wrong:
-                vars(module).pop(name, None)  # a plain attribute would hide the parameter
+                vars(module).pop(name, None)  # a plain attribute would shadow the parameter
             if wrong:
                 added = {name: value for name, value in now.items() if name not in parameters}
-                now.clear()  # and filled again, so that the order of `named_parameters` stays
+                now.clear()  # and filled again, which keeps the order of `named_parameters`
                 now.update(parameters | added)
-            replaced += [f"{path}.{name}" if path else name for name in wrong]
+            replaced += [f"{path}.{name}" if path else name for name in wrong if name not in own_doing]
         if replaced:
             logger.warning_once(
-                f"measuring left other objects in place of the parameters {preview(replaced)} of "
-                f"{type(model).__name__}. They were put back and training is not affected, but the rates may be wrong. "
+                f"measuring replaced the parameters {preview(replaced)} of {type(model).__name__} with other objects. "
+                "They were restored and training is not affected, but the rates may be wrong. "
                 "Please report this, with the model's class and its adapter."
             )
 
 
+def _is_same_weight(now: nn.Parameter | None, before: nn.Parameter | None) -> bool:
+    both = isinstance(now, nn.Parameter) and isinstance(before, nn.Parameter)
+    return both and now.data_ptr() == before.data_ptr()  # type: ignore[union-attr]
+
+
 @contextmanager
 def _kept_state(module: nn.Module) -> Iterator[None]:
-    """Put back a module's buffers, and its numbers and strings: rotary embeddings note the longest input seen there."""
-    buffers = {
-        name: (value, None if value is None else (value._version, value.clone()))
-        for name, value in module._buffers.items()
-    }
-    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    """Restore what a forward pass may change in a module: its buffers and its other attributes.
+
+    Rotary embeddings store the length of the longest input, recurrent models the state of the last batch, PEFT the
+    active adapter. Attributes that the block adds stay: Transformers records there which hooks it has added.
+    """
+    attributes = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+    contents = [value for value in attributes.values() if type(value) in _CONTAINERS]
+    copies = [copy.copy(value) for value in contents]
+    plain = {name: value for name, value in attributes.items() if type(value) is Tensor}
+    tensors = [value for value in (*module._buffers.values(), *plain.values()) if value is not None]
+    clones = [(value, value._version, value.detach().clone()) for value in tensors]
+    buffers = dict(module._buffers)
     try:
         yield
     finally:
-        for name, (value, kept) in buffers.items():
-            module._buffers[name] = value
-            if value is not None and kept is not None and value._version != kept[0]:
-                value.copy_(kept[1])
-        vars(module).update(numbers)
+        module._buffers.update(buffers)
+        vars(module).update(attributes)
+        for value, version, clone in clones:
+            if value._version != version:
+                value.detach().copy_(clone)
+        for value, kept in zip(contents, copies, strict=True):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(kept)
 
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Checkpoint activations in eval mode where training does: Transformers checkpoints in training mode alone.
+    """Checkpoint activations in eval mode if training does: Transformers checkpoints only in training mode.
 
-    The checkpoints are non-reentrant, whichever kind training uses: reentrant ones do not allow `autograd.grad`.
+    The checkpoints are always non-reentrant, because reentrant ones do not support `torch.autograd.grad`.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -268,7 +292,7 @@ def _checkpoint(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def trainable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let parameters that do not require a gradient require one during a block."""
+    """Set `requires_grad` of frozen parameters during a block."""
     parameters = list(parameters)
     try:
         for parameter in parameters:

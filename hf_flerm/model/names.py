@@ -1,13 +1,12 @@
 """Canonical parameter names, and the kinds of tensors.
 
-Everything in the package is keyed by canonical name: the name in `named_parameters()` without the components that a
-wrapper (`module`, `_orig_mod`, `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`) or PEFT (the name of the adapter)
-has added. Tensors of one kind have the same place in each of the repeated blocks of a model: `h.*.attn.weight`.
+The package uses canonical names: the name in `named_parameters()` without the components that a wrapper (`module`,
+`_orig_mod`, `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`) or PEFT (the name of the adapter) added. Adapters of
+PEFT need no entry in a table. Tensors of one kind have the same name except for block indices: `h.*.attn.weight`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,7 +88,7 @@ def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"{name!r} may be any of {found}. Give the full name.")
         if canonical[found[0]] in resolved:
             raise ValueError(
-                f"{name!r} refers to the parameter {canonical[found[0]]!r}, which another name refers to as well. "
+                f"{name!r} refers to the parameter {canonical[found[0]]!r}, to which another name refers as well. "
                 "Leave one of them out."
             )
         resolved[canonical[found[0]]] = found[0]
@@ -102,11 +101,11 @@ def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is in its model; all are canonical names.
+    """The place of a tensor in its model; all names are canonical.
 
     Attributes:
-        module: Name of the module that owns the tensor; for tensors of an adapter, of the layer that is adapted.
-        block: Name of the repeated block around the tensor; `module` where there is none.
+        module: Name of the module that owns the tensor; for a tensor of an adapter, of the adapted layer.
+        block: Name of the outermost repeated block that contains the tensor; `module` if there is none.
         kind: Name of the tensor, with the index of every repeated block replaced by `*`.
         module_kind: `module`, with the same replacements.
         block_kind: `block`, with the same replacements.
@@ -153,37 +152,19 @@ def tensor_kinds(model: nn.Module) -> dict[str, str]:
 
 
 def without_prefix(name: str) -> str:
-    """Remove the prefix of a PEFT model from a canonical name or a kind: the name in the model that PEFT wraps."""
+    """Remove PEFT's prefix `base_model.model.` from a canonical name or a kind."""
     return name.removeprefix(_PEFT_PREFIX)
 
 
-def means_by_kind(prefix: str, values: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, float]:
-    """Average values over the tensors of each kind, by the geometric mean.
-
-    Args:
-        prefix: First part of the names of the log entries.
-        values: `{canonical name: value}`; values that are not positive are left out.
-        kinds: `{canonical name: kind}`.
-
-    Returns:
-        `{prefix/kind: mean}`.
-    """
-    groups: dict[str, list[float]] = {}
-    for name, value in values.items():
-        if value > 0:
-            groups.setdefault(kinds[name], []).append(math.log(value))
-    return {f"{prefix}/{kind}": math.exp(sum(logs) / len(logs)) for kind, logs in groups.items()}
-
-
 def preview(names: Iterable[str], limit: int = 5) -> str:
-    """Return a bracketed list of the first `limit` names, and of how many more there are, for a message."""
+    """Format names for a message: the first `limit` of them, sorted, and the number of the others."""
     names = sorted(names)
     more = f", … {len(names) - limit} more" if len(names) > limit else ""
     return f"[{', '.join(names[:limit])}{more}]"
 
 
 class _Component(NamedTuple):
-    """A component of a canonical name, whether it is the index of a repeated block, and the path of its module."""
+    """A component of a canonical name; whether it is the index of a repeated block; and the path of its module."""
 
     text: str
     is_block: bool
@@ -201,11 +182,11 @@ def _components(model: nn.Module) -> dict[str, list[_Component]]:
         for i, part in enumerate(parts):
             container = modules.get(".".join(parts[:i]))
             path = ".".join(parts[: i + 1])
-            if part in _WRAPPER_COMPONENTS:  # the component before it now means the module inside the wrapper
+            if part in _WRAPPER_COMPONENTS:  # the previous component now refers to the module inside the wrapper
                 kept[-1:] = [last._replace(path=path) for last in kept[-1:]]
             elif not (part in adapters and isinstance(container, (nn.ModuleDict, nn.ParameterDict))):
                 kept.append(_Component(part, part.isdigit() and _holds_blocks(container), path))
-        while len(kept) > 1 and kept[0].text == "module":  # DDP's; a module of the model may have this name further in
+        while len(kept) > 1 and kept[0].text == "module":  # DDP's; deeper in, a module may really have this name
             kept = kept[1:]
         components[name] = kept
     return components
@@ -217,7 +198,7 @@ def _adapter_names(modules: Iterable[nn.Module]) -> set[str]:
 
 
 def _holds_blocks(module: nn.Module | None) -> bool:
-    """Whether numbers in this container count repeated blocks, and not the layers of a small network (a projector)."""
+    """Whether the indices of a container are those of repeated blocks, not of layers in a small network (projector)."""
     if isinstance(module, nn.ModuleList):
         return True
     if not isinstance(module, nn.Sequential):

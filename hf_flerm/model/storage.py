@@ -9,13 +9,15 @@ from torch import Tensor
 
 
 def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Find the parameters whose numbers are those of another one, transposed or not.
+    """Find the parameters that share all of their memory with another one (views, also transposed).
+
+    `rates/tensors.py` handles parameters that share only a part of their memory.
 
     Args:
         parameters: `{canonical name: parameter}`. Shards (DTensor) and meta tensors are taken to share nothing.
 
     Returns:
-        `{canonical name: the first name with the same memory}` of all but the first.
+        `{canonical name: first name with the same memory}` of each name but the first.
 
     Raises:
         ValueError: If the memory of two parameters overlaps only in part.
@@ -32,7 +34,7 @@ def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _shared(views: Mapping[str, Tensor]) -> dict[str, str]:
-    """The same for views of one storage: notes for every number of it the view that it was first seen in."""
+    """Same as `shared_memory` for views of one storage; records for each element the first view that has it."""
     first, names = {}, list(views)
     view = views[names[0]]
     numbers = torch.arange(view.untyped_storage().nbytes() // view.element_size())
@@ -47,7 +49,7 @@ def _shared(views: Mapping[str, Tensor]) -> dict[str, str]:
         else:
             others = [names[other] for other in earlier if other >= 0]
             raise ValueError(
-                f"the parameters {name} and {', '.join(others)} share a part of their memory, so a learning rate of "
-                "one would scale a part of the other. Make them separate tensors, or one parameter."
+                f"the parameters {name} and {', '.join(others)} share a part of their memory, so scaling the "
+                "learning rate of one would scale a part of the other. Make them separate tensors, or one parameter."
             )
     return first

@@ -1,1 +1,1 @@
-"""One optimizer step: the update it made, the scales it is made with, and what is known of optimizer classes."""
+"""Optimizer steps: their updates, the scales of their learning rates, and the properties of optimizer classes."""

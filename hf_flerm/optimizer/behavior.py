@@ -1,8 +1,9 @@
-"""What is known of optimizer classes: whether updates are linear in the learning rate, and where weight decay enters.
+"""Properties of optimizer classes: whether the update is linear in the learning rate, and how weight decay is applied.
 
 To add an optimizer, put a line into `TABLE`: `("package", "Class"): Behavior(...)`, and a case into
-`tests/optimizer/test_behavior.py`, which compares every line with what the optimizer does. A class that is not in the
-table counts as its nearest base class that is, and else as linear with weight decay inside the update.
+`tests/optimizer/test_behavior.py`, which compares every line with the actual step of the optimizer. A class that is not
+in the table has the entry of its nearest base class; without one, its update is taken to be linear, with weight decay
+in the gradient.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def _one(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
 
 
 def _rms_of_the_weights(optimizer: Optimizer, group: Group, parameter: Tensor) -> float:
-    """Adafactor with `scale_parameter`: its learning rate, and with it its decay, is relative to the weights."""
+    """Adafactor with `scale_parameter` multiplies its learning rate, and so its weight decay, by the weights' RMS."""
     if not group["scale_parameter"]:
         return 1.0
     return max(float(group["eps"][1]), float(optimizer.state[parameter]["RMS"]))
 
 
 def _per_initial_rate(optimizer: Any, group: Group, parameter: Tensor) -> float:
-    """lion-pytorch's `decoupled_weight_decay`: the decay is meant for its initial learning rate."""
+    """lion-pytorch's `decoupled_weight_decay` divides weight decay by the initial learning rate."""
     return 1.0 / float(optimizer._init_lr) if optimizer.decoupled_wd else 1.0
 
 
@@ -59,47 +60,47 @@ def _each_alone(group: Group) -> Sequence[int]:
 
 
 def _lora_fa_pairs(group: Group) -> Sequence[int]:
-    """LoRA-FA takes the tensors with "lora" in their names as pairs, in order, and steps the second of each: B."""
-    steps_with = list(_each_alone(group))
+    """LoRA-FA pairs the tensors with "lora" in their names, in order, and steps only the second of a pair (B)."""
+    scale_index = list(_each_alone(group))
     lora = [index for index, name in enumerate(group["names"]) if "lora" in name]
     for a, b in zip(lora[::2], lora[1::2], strict=False):
-        steps_with[a] = b
-    return steps_with
+        scale_index[a] = b
+    return scale_index
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """How the step of an optimizer class depends on the options of a param group.
+    """Properties of an optimizer class; some depend on the options of a param group.
 
     Attributes:
-        decay_is_apart: Whether weight decay is decoupled: it takes `lr * weight_decay * weights` beside the update
-            (AdamW), instead of going through the gradient into the optimizer's state (SGD, Adam).
+        decay_is_decoupled: Whether weight decay subtracts `lr * weight_decay * weights` in addition to the update
+            (AdamW). Otherwise it is added to the gradient and enters the optimizer's state (SGD, Adam).
         decay_factor: A further factor on decoupled weight decay.
         nonlinear: Why the update is not linear in the learning rate; empty if it is.
-        nonlinear_if: Tells the groups in which it is not.
-        has_unit: Whether update / learning rate can be measured although the update is not linear.
-        single_rate: Why tensors cannot have learning rates of their own; empty if they can.
-        steps_with: Of each tensor of a group, the position of the tensor whose scale it takes. Tensors of one position
-            stay together, in order, when a group is split.
-        instead: What to use to match.
+        nonlinear_if: Whether `nonlinear` applies to a param group.
+        is_recordable: Whether update / learning rate has a meaning although the update is not linear.
+        why_single_rate: Why tensors cannot have different learning rates; empty if they can.
+        scale_index: For each tensor of a param group, the index of the tensor whose scale it has. Tensors with the same
+            index stay together, in order, when a group is split.
+        alternative: What to train with instead.
     """
 
-    decay_is_apart: Callable[[Group], bool] = _never
+    decay_is_decoupled: Callable[[Group], bool] = _never
     decay_factor: Callable[[Optimizer, Group, Tensor], float] = _one
     nonlinear: str = ""
     nonlinear_if: Callable[[Group], bool] = _always
-    has_unit: bool = True
-    single_rate: str = ""
-    steps_with: Callable[[Group], Sequence[int]] = _each_alone
-    instead: str = "AdamW, Lion, Muon or SGD"
+    is_recordable: bool = True
+    why_single_rate: str = ""
+    scale_index: Callable[[Group], Sequence[int]] = _each_alone
+    alternative: str = "AdamW, Lion, Muon or SGD"
 
 
-_COUPLED = Behavior()
-_APART = Behavior(decay_is_apart=_always)
-_OPTION = Behavior(decay_is_apart=_if_decoupled)
+_COUPLED_DECAY = Behavior()
+_DECOUPLED_DECAY = Behavior(decay_is_decoupled=_always)
+_OPTIONALLY_DECOUPLED = Behavior(decay_is_decoupled=_if_decoupled)
 _SCHEDULE_FREE = Behavior(
-    nonlinear="every step also moves the weights by part of the way that earlier steps' learning rates have made, and "
-    "its average weighs steps by the learning rates of all tensors of a group"
+    nonlinear="each step also moves the weights toward an average that depends on earlier learning rates, and the "
+    "average weighs steps by the learning rates of all tensors of a group"
 )
 
 _ANY = ""  # package
@@ -107,64 +108,66 @@ _ANY = ""  # package
 # By package and class; `Paged...`, `...8bit` and `...32bit` are the same optimizer.
 TABLE: dict[tuple[str, str], Behavior] = {
     ("torch", "ASGD"): Behavior(
-        nonlinear="a step is made at the learning rate of the step before, divided by a power of it", has_unit=False
+        nonlinear="a step uses the learning rate of the previous step, divided by a power of it", is_recordable=False
     ),
-    ("torch", "Adadelta"): _COUPLED,
+    ("torch", "Adadelta"): _COUPLED_DECAY,
     ("torch", "Adafactor"): Behavior(
-        decay_is_apart=_always,
+        decay_is_decoupled=_always,
         nonlinear="its learning rate is only an upper bound of 1 / sqrt(step)",
-        instead="transformers' Adafactor with relative_step=False",
+        alternative="transformers' Adafactor with relative_step=False",
     ),
-    ("torch", "Adagrad"): _COUPLED,
-    ("torch", "Adam"): _OPTION,
-    ("torch", "AdamW"): _APART,
-    ("torch", "Adamax"): _COUPLED,
-    ("torch", "LBFGS"): Behavior(nonlinear="one step is several that depend on each other", has_unit=False),
-    ("torch", "Muon"): _APART,
-    ("torch", "NAdam"): _OPTION,
-    ("torch", "RAdam"): _OPTION,
-    ("torch", "RMSprop"): _COUPLED,
+    ("torch", "Adagrad"): _COUPLED_DECAY,
+    ("torch", "Adam"): _OPTIONALLY_DECOUPLED,
+    ("torch", "AdamW"): _DECOUPLED_DECAY,
+    ("torch", "Adamax"): _COUPLED_DECAY,
+    ("torch", "LBFGS"): Behavior(nonlinear="one step makes several dependent updates", is_recordable=False),
+    ("torch", "Muon"): _DECOUPLED_DECAY,
+    ("torch", "NAdam"): _OPTIONALLY_DECOUPLED,
+    ("torch", "RAdam"): _OPTIONALLY_DECOUPLED,
+    ("torch", "RMSprop"): _COUPLED_DECAY,
     ("torch", "Rprop"): Behavior(
-        nonlinear="it takes the learning rate for its first step only and then adapts its own", has_unit=False
+        nonlinear="it uses the learning rate only in its first step and then adapts the step sizes itself",
+        is_recordable=False,
     ),
-    ("torch", "SGD"): _COUPLED,
-    ("torch", "SparseAdam"): _COUPLED,
+    ("torch", "SGD"): _COUPLED_DECAY,
+    ("torch", "SparseAdam"): _COUPLED_DECAY,
     ("torch", "ZeroRedundancyOptimizer"): Behavior(
-        single_rate="every process steps a part of the tensors, with the groups of all", instead="FSDP2 or DeepSpeed"
+        why_single_rate="each process steps only some of the tensors but has the param groups of all",
+        alternative="FSDP2 or DeepSpeed",
     ),
     ("transformers", "Adafactor"): Behavior(
-        decay_is_apart=_always,
+        decay_is_decoupled=_always,
         decay_factor=_rms_of_the_weights,
-        nonlinear="with beta1 its average holds updates that earlier steps' learning rates are in already",
+        nonlinear="with beta1 its average holds updates that were scaled by earlier learning rates",
         nonlinear_if=_if_first_moment,
-        instead="it with beta1=None",
+        alternative="Adafactor with beta1=None",
     ),
-    ("bitsandbytes", "AdEMAMix"): _APART,
-    ("bitsandbytes", "Adagrad"): _COUPLED,
-    ("bitsandbytes", "Adam"): _APART,  # unlike torch's
-    ("bitsandbytes", "AdamW"): _APART,
-    ("bitsandbytes", "LAMB"): _APART,
-    ("bitsandbytes", "LARS"): _COUPLED,
-    ("bitsandbytes", "Lion"): _APART,
-    ("bitsandbytes", "PytorchLARS"): _COUPLED,
-    ("bitsandbytes", "RMSprop"): _COUPLED,
-    ("bitsandbytes", "SGD"): _COUPLED,
-    ("lion_pytorch", "Lion"): Behavior(decay_is_apart=_always, decay_factor=_per_initial_rate),
-    ("peft", "LoraFAOptimizer"): Behavior(decay_is_apart=_always, steps_with=_lora_fa_pairs),
-    ("prodigyopt", "Prodigy"): Behavior(single_rate="it sets one step size for all of them, and refuses several"),
+    ("bitsandbytes", "AdEMAMix"): _DECOUPLED_DECAY,
+    ("bitsandbytes", "Adagrad"): _COUPLED_DECAY,
+    ("bitsandbytes", "Adam"): _DECOUPLED_DECAY,  # unlike torch's
+    ("bitsandbytes", "AdamW"): _DECOUPLED_DECAY,
+    ("bitsandbytes", "LAMB"): _DECOUPLED_DECAY,
+    ("bitsandbytes", "LARS"): _COUPLED_DECAY,
+    ("bitsandbytes", "Lion"): _DECOUPLED_DECAY,
+    ("bitsandbytes", "PytorchLARS"): _COUPLED_DECAY,
+    ("bitsandbytes", "RMSprop"): _COUPLED_DECAY,
+    ("bitsandbytes", "SGD"): _COUPLED_DECAY,
+    ("lion_pytorch", "Lion"): Behavior(decay_is_decoupled=_always, decay_factor=_per_initial_rate),
+    ("peft", "LoraFAOptimizer"): Behavior(decay_is_decoupled=_always, scale_index=_lora_fa_pairs),
+    ("prodigyopt", "Prodigy"): Behavior(why_single_rate="it uses one step size for all tensors"),
     ("schedulefree", "AdamWScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "RAdamScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "SGDScheduleFree"): _SCHEDULE_FREE,
     (_ANY, "Lookahead"): Behavior(
-        nonlinear="every few steps it also takes back a part of the way that the steps before have made",
-        instead="the optimizer that it wraps",
+        nonlinear="every few steps it moves the weights back toward an earlier point",
+        alternative="the optimizer that it wraps",
     ),
 }
 
 
 def behavior(optimizer: Optimizer) -> Behavior:
-    """Look up the class of an optimizer, or its nearest base class that is known."""
-    cls: Any = type(optimizer)  # which is hashable, whatever mypy makes of it
+    """Return the entry of an optimizer's class, or of its nearest base class in the table."""
+    cls: Any = type(optimizer)  # hashable, although mypy types it otherwise
     return _of_class(cls)
 
 
@@ -174,51 +177,54 @@ def is_known(optimizer: Optimizer) -> bool:
 
 
 def check_optimizer(optimizer: Optimizer, mode: str) -> None:
-    """Refuse an optimizer whose update is not linear in the learning rate; one that is not known is let through.
+    """Refuse an optimizer whose update is not linear in the learning rate; an unknown class is accepted.
 
     Args:
         optimizer: The optimizer whose `step` is called.
-        mode: `record`, which takes every optimizer whose update has a unit, or `match`.
+        mode: "record" accepts every optimizer whose update / learning rate has a meaning; "match" needs an update that
+            is linear in the learning rate, and different learning rates for different tensors.
 
     Raises:
-        ValueError: With its name, the reason and what to use instead.
+        ValueError: If the optimizer does not work in this mode.
     """
     for each in dict.fromkeys((optimizer, *stepping_optimizers(optimizer))):
-        known, name = behavior(each), type(each).__name__
-        if known.nonlinear and any(map(known.nonlinear_if, each.param_groups)):
-            reason = f"the update of {name} is not linear in its learning rate: {known.nonlinear}."
-            if not known.has_unit:
-                raise ValueError(f"{reason} It has no rate per unit learning rate. Train with {known.instead}.")
+        traits, name = behavior(each), type(each).__name__
+        if traits.nonlinear and any(map(traits.nonlinear_if, each.param_groups)):
+            reason = f"the update of {name} is not linear in its learning rate: {traits.nonlinear}."
+            if not traits.is_recordable:
+                raise ValueError(
+                    f"{reason} A rate per unit learning rate is not defined for it. Train with {traits.alternative}."
+                )
             if mode == "match":
                 raise ValueError(
-                    f"{reason} Learning rates for single tensors would not scale their updates. Match with "
-                    f"{known.instead}; this one can be recorded."
+                    f"{reason} A tensor's own learning rate would not scale its update. Match with "
+                    f"{traits.alternative}; {name} can be recorded."
                 )
-        if known.single_rate and mode == "match":
+        if traits.why_single_rate and mode == "match":
             raise ValueError(
-                f"{name} cannot step tensors at learning rates of their own: {known.single_rate}. Match with "
-                f"{known.instead}; this one can be recorded."
+                f"{name} cannot use a different learning rate for each tensor: {traits.why_single_rate}. Match with "
+                f"{traits.alternative}; {name} can be recorded."
             )
 
 
 def weight_decays(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the fraction of the weights that decoupled weight decay takes in a step, per unit learning rate.
+    """Return the fraction of the weights that decoupled weight decay removes in a step, per unit learning rate.
 
     Args:
         optimizer: The optimizer whose `step` was called.
-        parameters: `{canonical name: tensor in its param groups}` of what it has stepped; without a gradient nothing
-            decays.
+        parameters: `{canonical name: tensor in its param groups}` of the stepped tensors; a tensor without a gradient
+            does not decay.
 
     Returns:
-        `{canonical name: fraction}`; 0 where weight decay is part of the update, or the class is not known.
+        `{canonical name: fraction}`; 0 if weight decay is part of the update, or the class is not in the table.
     """
     groups = groups_by_tensor(optimizer)
     decays = dict.fromkeys(parameters, 0.0)
     for name, parameter in parameters.items():
         stepping, group = groups[id(parameter)]
-        known = behavior(stepping)
-        if group.get("weight_decay") and known.decay_is_apart(group):
-            decays[name] = float(group["weight_decay"]) * known.decay_factor(stepping, group, parameter)
+        traits = behavior(stepping)
+        if group.get("weight_decay") and traits.decay_is_decoupled(group):
+            decays[name] = float(group["weight_decay"]) * traits.decay_factor(stepping, group, parameter)
     return decays
 
 
@@ -248,7 +254,7 @@ def decayed_fractions(optimizer: Optimizer, parameters: Mapping[str, Tensor]) ->
 
 
 def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, Any]:
-    """Return the options that keep decoupled weight decay as it is when a group's learning rate is multiplied.
+    """Return the options that keep decoupled weight decay unchanged when the learning rate of a group is scaled.
 
     Args:
         optimizer: The optimizer of the group.
@@ -256,16 +262,16 @@ def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, An
         scale: The factor on its learning rate.
 
     Returns:
-        Options to be changed; none if weight decay does not depend on the learning rate alone.
+        The options to change and their values; empty if nothing has to change.
     """
-    if scale in (0.0, 1.0) or not group.get("weight_decay") or not behavior(optimizer).decay_is_apart(group):
+    if scale in (0.0, 1.0) or not group.get("weight_decay") or not behavior(optimizer).decay_is_decoupled(group):
         return {}
     return {"weight_decay": group["weight_decay"] / scale}
 
 
 @cache
 def _of_class(cls: type[Optimizer]) -> Behavior:
-    return next((TABLE[key] for base in cls.__mro__ for key in _keys(base) if key in TABLE), _COUPLED)
+    return next((TABLE[key] for base in cls.__mro__ for key in _keys(base) if key in TABLE), _COUPLED_DECAY)
 
 
 def _keys(cls: type) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Param groups of an optimizer that somebody else made: which optimizer steps a tensor, and at which learning rate."""
+"""Find the param group of a tensor, the optimizer that steps it, and its learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..model.names import preview
 
 Group = dict[str, Any]
-_WITHOUT_OPTIMIZERS = ("param_groups", "state", "defaults")
+_SKIPPED_ATTRIBUTES = ("param_groups", "state", "defaults")  # in which no inner optimizer is looked for
 
 
 def raw_optimizer(optimizer: Any) -> Optimizer:
@@ -26,7 +26,7 @@ def raw_optimizer(optimizer: Any) -> Optimizer:
     while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "accelerator_state"):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
-            raise ValueError(f"{type(optimizer).__name__} is not a torch optimizer; FLeRM cannot follow its steps.")
+            raise ValueError(f"{type(optimizer).__name__} is not a torch optimizer; FLeRM cannot measure its steps.")
         optimizer = inner
     return optimizer
 
@@ -34,14 +34,14 @@ def raw_optimizer(optimizer: Any) -> Optimizer:
 def stepping_optimizers(optimizer: Optimizer) -> dict[Optimizer, set[int]]:
     """Find the optimizers that step tensors themselves.
 
-    An optimizer may hand its step on to others that it has as attributes, or in lists or dicts there: a pair of Muon
-    and AdamW behind one face, Lookahead, SAM. A tensor is stepped by the innermost optimizer that holds it.
+    An optimizer may delegate its step to inner optimizers, which it has as attributes, or in lists or dicts there: a
+    wrapper around Muon and AdamW, Lookahead, SAM. A tensor is stepped by the innermost optimizer that holds it.
 
     Args:
         optimizer: The optimizer whose `step` is called.
 
     Returns:
-        `{optimizer: ids of the tensors in its param groups that none inside it holds}`, without those that have none.
+        `{optimizer: ids of the tensors that it steps itself}`; optimizers that step none are left out.
     """
     return _stepping(optimizer, {id(optimizer)})
 
@@ -62,7 +62,7 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
 
     Args:
         optimizer: The optimizer whose `step` is called.
-        parameters: `{canonical name: tensor in its param groups}` of all that is trained.
+        parameters: `{canonical name: tensor in its param groups}` of all trained parameters.
 
     Returns:
         `{canonical name: learning rate}`.
@@ -75,13 +75,15 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     if missing:
         raise ValueError(
             f"{type(optimizer).__name__} does not hold the trainable parameters {preview(missing)}. FLeRM needs an "
-            "optimizer over the model's own parameters (layer-wise and fused-backward optimizers have none)."
+            "optimizer whose param groups hold the model's parameters; those of layer-wise and fused-backward optimizers "
+            "do not. Freeze tensors that are not to be trained (requires_grad_(False)). A Trainer keeps the optimizer of "
+            "its first train(): make a new Trainer after you have activated another adapter."
         )
     without = [name for name, parameter in parameters.items() if groups[id(parameter)].get("lr") is None]
     if without:
         raise ValueError(
-            f"{type(optimizer).__name__} has no learning rate for {preview(without)}: it sets its own steps. "
-            "Give it one (for Adafactor: relative_step=False and lr)."
+            f"{type(optimizer).__name__} has no learning rate for {preview(without)}: it chooses its step sizes "
+            "itself. Set a learning rate (for Adafactor: relative_step=False and lr)."
         )
     return {name: float(groups[id(parameter)]["lr"]) for name, parameter in parameters.items()}
 
@@ -91,18 +93,18 @@ def _stepping(optimizer: Any, seen: set[int]) -> dict[Optimizer, set[int]]:
     for inner in _inside(vars(optimizer), seen):
         found |= _stepping(inner, seen)
     if isinstance(optimizer, Optimizer):
-        handed_on = set().union(*found.values())
-        own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]} - handed_on
+        delegated = set().union(*found.values())
+        own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]} - delegated
         if own:
             found[optimizer] = own
     return found
 
 
 def _inside(value: Any, seen: set[int]) -> Iterator[Any]:
-    """The optimizers in attributes, lists, tuples and dicts; each once, so that one may refer to its owner."""
+    """The optimizers in attributes, lists, tuples and dicts, each once: an inner one may refer to its owner."""
     contents: Iterable[Any] = ()
     if isinstance(value, dict):
-        contents = (entry for key, entry in value.items() if not (isinstance(key, str) and key in _WITHOUT_OPTIMIZERS))
+        contents = (entry for key, entry in value.items() if not (isinstance(key, str) and key in _SKIPPED_ATTRIBUTES))
     elif isinstance(value, (list, tuple)):
         contents = value
     elif not (hasattr(value, "param_groups") and hasattr(value, "__dict__")):

@@ -1,7 +1,7 @@
-"""One optimizer step, seen from before it: W_before, and the unit update U = (W_after - W_before) / learning rate.
+"""A copy of the weights before an optimizer step, and the unit update of the step.
 
-A step has two parts: decoupled weight decay, which takes `decay * W_before`, and the update, which is the rest. Only
-the update is measured, and only the update is scaled:
+A step has two parts: decoupled weight decay, which removes `decay * W_before`, and the update, which is the rest. Only
+the update is measured and scaled; U is the unit update:
 
     W_after = (1 - decay) * W_before + learning rate * U
 """
@@ -21,15 +21,15 @@ NO_DECAY: Mapping[str, float] = MappingProxyType({})
 
 
 class UnitUpdates(Mapping[str, Tensor]):
-    """Unit updates by canonical name, in the dtype and on the device of their parameters.
+    """Mapping from canonical name to unit update, in the dtype and on the device of the parameter.
 
-    Each is fetched when it is looked up, so that no two need to be in memory.
+    A lookup fetches one update, so that they need not all be in memory at once.
 
     Args:
         updates: Unit updates by any name.
         keys: `{canonical name: name in updates}`.
         parameters: `{canonical name: parameter}`.
-        engine: Tells on which device a parameter is used.
+        engine: The engine of the model, which knows the devices of the parameters.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class UnitUpdates(Mapping[str, Tensor]):
 
 
 class Snapshot:
-    """W_before of an optimizer step: a copy of all that the optimizer steps on this process.
+    """W_before of an optimizer step: a copy, made before the step, of the weights that this process steps.
 
-    Weights before and after the step are exchanged, never computed from each other, so that no bit changes.
+    The weights before and after the step are exchanged and never computed from each other, so that no bit changes.
 
     Args:
         weights: The weights that the optimizer steps.
-        device: Where the copy lies; None: with the weights.
+        device: Device of the copy; None: the device of the weights.
     """
 
     def __init__(self, weights: MasterWeights, device: str | None = None) -> None:
@@ -73,7 +73,7 @@ class Snapshot:
             self._kept[name] = part.to(device or part.device, copy=True)
 
     def moved(self) -> bool:
-        """Tell whether any weight that this process steps has changed since."""
+        """Return whether any weight that this process steps has changed since."""
         for name, kept in self._kept.items():
             part = self._weights.local(name)
             if not torch.equal(kept.to(part.device), part):
@@ -84,14 +84,14 @@ class Snapshot:
     def put_back(
         self, learning_rates: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY
     ) -> Iterator[Mapping[str, Tensor]]:
-        """Give the model W_before for a block, and W_after at its end.
+        """Context manager: the model has W_before inside the block, and W_after again when the block ends.
 
         Args:
             learning_rates: `{canonical name: learning rate that the step used}`.
-            decays: `{canonical name: fraction of the weights that decayed in it}`; 0 for a tensor that is not there.
+            decays: `{canonical name: fraction of the weights that decayed in the step}`; 0 for a missing name.
 
         Yields:
-            The unit updates, each computed when it is looked up; 0 at a learning rate of 0.
+            `{canonical name: unit update}`, each computed when it is looked up; 0 if the learning rate is 0.
 
         Raises:
             RuntimeError: If another process could not exchange its weights.
@@ -99,23 +99,25 @@ class Snapshot:
         exchanged: list[str] = []
         try:
             failure = self._exchange_all(exchanged)
-            # The others must not begin to probe: they would wait for this process in their next collective call.
+            # If one process failed, no other may start to probe: it would wait for this one in a collective call.
             (failed,) = self._weights.agree([failure is not None])
             if failed:
                 raise failure or RuntimeError("another process could not put the weights from before the step back.")
-            updates: Mapping[str, Tensor] = _Updates(self._weights, self._kept, learning_rates, decays)
-            yield dict(updates) if self._weights.gathers_together else updates
+            updates: Mapping[str, Tensor] = _LazyUnitUpdates(self._weights, self._kept, learning_rates, decays)
+            yield dict(updates) if self._weights.gather_is_collective else updates
         finally:
             with self._weights.writing():
                 for name in exchanged:
                     self._exchange(name)
 
     def rescale(self, ratios: Mapping[str, float], decays: Mapping[str, float] = NO_DECAY) -> None:
-        """Redo the step with other learning rates, for an optimizer that is linear in them; weights decay as before.
+        """Redo the step with other learning rates; weight decay is not scaled.
+
+        The update of the optimizer must be linear in the learning rate.
 
         Args:
-            ratios: `{canonical name: new learning rate / old one}`.
-            decays: `{canonical name: fraction of the weights that decayed in it}`; 0 for a tensor that is not there.
+            ratios: `{canonical name: new learning rate / old learning rate}`.
+            decays: `{canonical name: fraction of the weights that decayed in the step}`; 0 for a missing name.
         """
         with torch.no_grad(), self._weights.writing():
             for name, ratio in ratios.items():
@@ -125,7 +127,7 @@ class Snapshot:
                     end.copy_(start + (end - start) * ratio)
 
     def _exchange_all(self, exchanged: list[str]) -> Exception | None:
-        """Exchange all weights, noting which were; return what stopped it."""
+        """Exchange all weights, adding the names to `exchanged`; return the exception if it failed."""
         with self._weights.writing():
             try:
                 for name in self._kept:
@@ -139,14 +141,14 @@ class Snapshot:
         self._kept[name] = self._weights.exchange(name, self._kept[name])
 
 
-class _Updates(Mapping[str, Tensor]):
+class _LazyUnitUpdates(Mapping[str, Tensor]):
     """U = (W_after - (1 - decay) * W_before) / learning rate, while the model has W_before.
 
     Args:
-        weights: The weights that the optimizer steps, from before the step.
-        after: What they were after it, on this process.
-        learning_rates: As for `Snapshot.put_back`.
-        decays: As for `Snapshot.put_back`.
+        weights: The weights that the optimizer steps; now W_before.
+        after: `{canonical name: W_after}`, the part on this process.
+        learning_rates: `{canonical name: learning rate}`.
+        decays: `{canonical name: decayed fraction}`; 0 for a missing name.
     """
 
     def __init__(
@@ -177,10 +179,10 @@ class _Updates(Mapping[str, Tensor]):
 
 
 def decayed(before: Tensor, decay: float) -> Tensor:
-    """Return the weights after decay alone, rounded as an optimizer rounds them that decays before it updates.
+    """Return the weights after decay only, rounded as by an optimizer that applies decay before the update.
 
     Args:
         before: The weights before a step.
-        decay: The fraction of them that decays in it.
+        decay: The fraction of them that decays in the step.
     """
     return before * (1.0 - decay) if decay else before

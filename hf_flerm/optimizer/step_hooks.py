@@ -12,31 +12,27 @@ from torch.utils.hooks import RemovableHandle
 
 
 def runs_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer runs step hooks: a subclass that does not call `Optimizer.__init__` has none."""
+    """Return whether an optimizer runs step hooks; False for a subclass that does not call `Optimizer.__init__`."""
     return bool(getattr(type(optimizer).step, "hooked", False)) and hasattr(optimizer, "_optimizer_step_post_hooks")
 
 
-class FollowedSteps:
+class StepHooks:
     """Calls two functions around every step of an optimizer, until it is removed.
 
-    Torch wraps `step` of every class that was ever instantiated, so hooks run once more where the step of a subclass
-    calls that of its base class. Here only the outermost call counts.
-
-    Attributes:
-        begin: Called with the optimizer before a step. It is not followed by `end` if the step raises.
-        end: Called with the optimizer after a step.
+    PyTorch wraps `step` of every optimizer class, so hooks run twice if `step` of a subclass calls `step` of its base
+    class. These hooks act only on the outermost call.
 
     Args:
         optimizer: An optimizer that runs step hooks.
-        begin: See above.
-        end: See above.
+        begin: Called with the optimizer before a step. If the step raises, `end` is not called.
+        end: Called with the optimizer after a step.
     """
 
     def __init__(
         self, optimizer: Optimizer, begin: Callable[[Optimizer], None], end: Callable[[Optimizer], None]
     ) -> None:
-        self.begin = begin
-        self.end = end
+        self._begin = begin
+        self._end = end
         self._outermost: FrameType | None = None  # the call of `step` that is running, or one that has raised
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
@@ -53,12 +49,12 @@ class FollowedSteps:
         caller = sys._getframe(1)
         if not any(frame is self._outermost for frame in _callers(caller)):
             self._outermost = caller
-            self.begin(optimizer)
+            self._begin(optimizer)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         if sys._getframe(1) is self._outermost:
             self._outermost = None
-            self.end(optimizer)
+            self._end(optimizer)
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -1,4 +1,4 @@
-"""`StepWatch`: sees an optimizer step from just before to just after it, and says what it did to the weights."""
+"""`StepWatch`: copies the weights before an optimizer step, and returns the update that the step made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..engines.engine import Engine
 from .behavior import decayed_fractions
 from .param_groups import learning_rates, raw_optimizer
 from .step import Snapshot
-from .step_hooks import FollowedSteps, runs_step_hooks
+from .step_hooks import StepHooks, runs_step_hooks
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class StepUpdate:
     """The update that one optimizer step made.
 
     Attributes:
-        attempt: The measurement of this update, as far as this process gets with it.
-        snapshot: The weights from before the step; None if `attempt` failed to keep them.
+        attempt: The measurement of this update on this process.
+        snapshot: The copy of the weights before the step; None if copying failed.
         nominal_rate: The largest learning rate in the param groups.
         learning_rates: `{canonical name: learning rate of the step}`, scales included.
-        decays: `{canonical name: fraction of the weights that decoupled weight decay took}`.
+        decays: `{canonical name: fraction of the weights that decoupled weight decay removed}`.
     """
 
     attempt: Attempt
@@ -44,11 +44,11 @@ class StepUpdate:
         return self.attempt.any_process(bool(self.attempt.run(self.snapshot.moved)))
 
     def unit_updates(self) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Context manager: put the weights from before the step back; yields updates per unit learning rate."""
+        """Context manager: yield the unit updates; in the block the model has the weights from before the step."""
         return self._kept.put_back(self.learning_rates, self.decays)
 
     def rescale(self, ratios: Mapping[str, float]) -> None:
-        """Redo the step with `{canonical name: new learning rate / the one it used}`; weight decay stays as it was."""
+        """Redo the step with `{canonical name: new learning rate / old learning rate}`; weight decay is not scaled."""
         self._kept.rescale(ratios, self.decays)
 
     @property
@@ -59,24 +59,25 @@ class StepUpdate:
 
 
 class StepWatch:
-    """Keeps the weights from before the steps that are to be measured, and calls back when the optimizer has stepped.
+    """Copies the weights before each step that will be measured, and calls a function after the step.
 
-    An update is what happens between the step hooks of the optimizer, so that what others do to the weights before and
-    after `optimizer.step` (merged adapters, pruning, averages) is not taken for it. Where hooks do not tell (DeepSpeed,
-    optimizers that do not run them), it is what happens between `begin` and `end`.
+    An update is the change of the weights between the pre- and post-step hooks of the optimizer. Changes made around
+    the step (merged adapters, pruning, averages) do not count. For DeepSpeed, and for optimizers that do not run step
+    hooks, it is the change between `begin` and `end`.
 
     Attributes:
-        optimizer: The optimizer, not wrapped.
-        in_optimizer: `{canonical name: tensor in its param groups}` of all that is trained.
+        optimizer: The optimizer, unwrapped.
+        in_optimizer: `{canonical name: tensor in its param groups}` of all trained parameters.
 
     Args:
         engine: The engine of the model.
         optimizer: The optimizer, bare or wrapped by Accelerate.
-        parameters: `{canonical name: parameter}` of all that is trained.
-        device: Where the weights from before a step are kept; None: beside the weights.
+        parameters: `{canonical name: parameter}` of all trained parameters.
+        device: Device of the copy; None: the device of the weights.
 
     Raises:
-        ValueError: If the optimizer cannot be followed, or is followed by another watch.
+        ValueError: If the optimizer does not hold the parameters or has no learning rate for some, or another
+            `StepWatch` uses it.
     """
 
     def __init__(
@@ -92,49 +93,49 @@ class StepWatch:
         self._wants_update = False
         self._pending: tuple[Attempt, Snapshot | None] | None = None
         self._on_update: Callable[[], None] = lambda: None
-        self._followed: FollowedSteps | None = None
+        self._hooks: StepHooks | None = None
 
     def check_own_learning_rates(self) -> None:
-        """Raise ValueError unless every tensor can be stepped at a learning rate of its own."""
+        """Raise ValueError unless every tensor can have its own learning rate."""
         self._weights.check_own_learning_rates()
 
     def start(self, on_update: Callable[[], None]) -> None:
         """Watch from the next step on.
 
-        To be called after hooks that change learning rates for the time of a step are in place: hooks run in order.
+        Register hooks that change learning rates during a step before this call: hooks run in order of registration.
 
         Args:
-            on_update: Called when the optimizer has made an update that `begin` asked for.
+            on_update: Called after a step for which `begin` was called with `wants_update`.
         """
         self._on_update = on_update
-        if self._weights.is_seen_by_hooks and runs_step_hooks(self.optimizer):
-            self._followed = FollowedSteps(self.optimizer, lambda _: self._keep_weights(), lambda _: self._call_back())
+        if self._weights.hooks_enclose_update and runs_step_hooks(self.optimizer):
+            self._hooks = StepHooks(self.optimizer, lambda _: self._keep_weights(), lambda _: self._call_back())
 
     def begin(self, wants_update: bool) -> None:
         """Announce an optimizer step.
 
         Args:
-            wants_update: Whether its update is wanted.
+            wants_update: Whether to copy the weights, and to call `on_update` after the step.
         """
-        self._pending = None  # a step that was cut short may have left one
+        self._pending = None  # an interrupted step may have left one
         self._wants_update = wants_update
-        if self._followed is None:
+        if self._hooks is None:
             self._keep_weights()
 
     def end(self) -> None:
         """Announce that the optimizer has stepped, or has skipped its step."""
-        if self._followed is None:
+        if self._hooks is None:
             self._call_back()
         self._wants_update = False
 
-    def update(self, scales: Mapping[str, float]) -> StepUpdate:
-        """Return the update that was just made; to be called once, from `on_update`.
+    def take_update(self, scales: Mapping[str, float]) -> StepUpdate:
+        """Return the latest update; call it once, from `on_update`.
 
         Args:
             scales: `{canonical name: factor on the nominal learning rate}` that the step was made with.
         """
         if self._pending is None:
-            raise RuntimeError("there is no update: call this from on_update")
+            raise RuntimeError("there is no update to return; call this only once, from on_update")
         (attempt, snapshot), self._pending = self._pending, None
         with self._weights.in_param_groups():
             nominal = learning_rates(self.optimizer, self.in_optimizer)
@@ -143,11 +144,11 @@ class StepWatch:
         return StepUpdate(attempt, snapshot, max(nominal.values()), used, decays)
 
     def close(self) -> None:
-        """Release the optimizer and the weights that are kept."""
+        """Remove the hooks and free the copied weights."""
         self._pending = None
         self._wants_update = False
-        if self._followed is not None:
-            self._followed.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
 
     def _keep_weights(self) -> None:
         if self._wants_update and self._pending is None:
@@ -162,12 +163,11 @@ class StepWatch:
 
 
 def _check_unwatched(optimizer: Optimizer) -> None:
-    """Raise ValueError if another watch follows this optimizer: scales would be applied twice."""
+    """Raise ValueError if FLeRM already has hooks in this optimizer: scales would be applied twice."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    followed = (getattr(hook, "__self__", None) for hook in hooks)
-    if any(isinstance(each, FollowedSteps) for each in followed):
+    if any(isinstance(getattr(hook, "__self__", None), StepHooks) for hook in hooks):
         raise ValueError(
-            "this training has two FLeRMCallbacks: scales would be applied twice. Leave one: FLeRMTrainer and "
-            "FLeRMMixin bring their own, made of flerm=FLeRMConfig(...). In a loop of your own, close() the FLeRMRun "
-            "that has ended."
+            "two FLeRMCallbacks or FLeRMRuns use this optimizer: scales would be applied twice. Keep one: FLeRMTrainer "
+            "and FLeRMMixin create their own from flerm=FLeRMConfig(...). In a custom loop, close() the FLeRMRun that "
+            "has ended."
         )

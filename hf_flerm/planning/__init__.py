@@ -1,1 +1,1 @@
-"""`plan`: the learning rate that a model wants, from a few training steps on a copy."""
+"""`plan`: the learning rate that a model needs, from a few training steps on a copy."""

@@ -27,15 +27,15 @@ from ..transfer.rules import RULES, Change, Rule, change_between
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 _DENSE_UNTIL = 8  # steps that are all measured
-_STANDARD_ERRORS = 2.0  # a factor within so many standard errors of 1 counts as 1
-# A factor within so much of 1 counts as 1, too: by so much rates differ from what sweeps find, however well they are
-# measured (examples/results/studies.md).
+_STANDARD_ERRORS = 2.0  # a factor within this many standard errors of 1 counts as 1
+# A factor between 1 / 1.8 and 1.8 also counts as 1: even exact rates differ by so much from the optimum that sweeps
+# find (examples/results/studies.md).
 _METHOD_ERROR = 1.8
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A factor on a learning rate. `str()` of it is the factor and its 68 % range, one standard error to both sides.
+    """A factor on a learning rate. `str()` gives the factor and its 68 % range (one standard error on each side).
 
     Attributes:
         value: The factor.
@@ -47,7 +47,7 @@ class Multiplier:
 
     @property
     def is_one(self) -> bool:
-        """Whether it cannot be told from 1: within two standard errors, or within the error of the method (1.8)."""
+        """Whether it does not differ significantly from 1: by two standard errors and by the method's error (1.8)."""
         return abs(math.log(self.value)) <= max(_STANDARD_ERRORS * self.error, math.log(_METHOD_ERROR))
 
     @property
@@ -62,16 +62,16 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which learning rate to train a target with, as `plan` found it. `str()` of it is the advice in words.
+    """The result of `plan`: the learning rate for a target. `str()` gives the advice as text.
 
     Attributes:
         base_learning_rate: The learning rate of the base.
-        overall: Factor on it if all tensors have one learning rate.
-        multipliers: `{kind: factor}` if each kind of tensor has a learning rate of its own.
+        overall: Factor on it if all tensors have the same learning rate.
+        multipliers: `{kind: factor}` on it if each kind of tensor has its own learning rate.
         change: How the target differs from the base.
-        mapped: Which rates of the base correspond to which tensors.
+        mapped: Which rates of the base correspond to which tensors of the target.
         steps: Training steps of the copy.
-        evidence: What was measured of the one factor for all tensors.
+        evidence: The measurements behind `overall`.
     """
 
     base_learning_rate: float
@@ -84,19 +84,19 @@ class Plan:
 
     @property
     def learning_rate(self) -> float:
-        """One learning rate for all tensors: the base's, times the overall factor unless that cannot be told from 1."""
+        """One learning rate for all tensors: the base's, times the overall factor if that differs from 1."""
         return self.base_learning_rate * (1.0 if self.overall.is_one else self.overall.value)
 
     @property
     def keeps(self) -> bool:
-        """Whether the base's learning rate can be kept: no factor, overall or of a kind, can be told from 1."""
+        """Whether the base's learning rate can be used unchanged: no factor differs significantly from 1."""
         return self.overall.is_one and all(multiplier.is_one for multiplier in self.multipliers.values())
 
     @property
     def regimes(self) -> dict[str, tuple[float, float]]:
-        """How the learning rate depends on the size that changed; empty unless exactly one did.
+        """`{size: (exponent, its standard error)}`: the learning rate is proportional to size^exponent.
 
-        `{size: (exponent, its standard error)}` with learning rate ~ size^exponent, from the overall factor.
+        It is estimated from the overall factor, and empty unless exactly one of width, depth and rank changed.
         """
         ratios = self.change.ratios
         if len(ratios) != 1:
@@ -108,12 +108,12 @@ class Plan:
 
     @property
     def rules(self) -> list[tuple[Rule, float]]:
-        """The published rules that are about this change, each with the learning rate that it gives."""
+        """The published rules for this change, each with the learning rate that it predicts."""
         applicable = [rule for rule in RULES if rule.applies(self.change)]
         return [(rule, self.base_learning_rate * rule.factor(self.change)) for rule in applicable]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it. Errors of multipliers are standard errors of their logarithms."""
+        """Return the plan as values that JSON can hold; `error` is the standard error of a multiplier's logarithm."""
         return {
             "base_learning_rate": self.base_learning_rate,
             "learning_rate": self.learning_rate,
@@ -131,7 +131,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [self._advice(), *self._dependence()]
-        lines += ["", "Factors if each kind of tensor has a learning rate of its own:"]
+        lines += ["", "Factors if each kind of tensor has its own learning rate:"]
         lines += [f"  {kind}: {multiplier}" for kind, multiplier in sorted(self.multipliers.items())]
         lines += ["", "What published rules say:"] if self.rules else []
         lines += [f"  {rate:.3g} by {rule.text} ({rule.source})" for rule, rate in self.rules]
@@ -146,12 +146,12 @@ class Plan:
         kept = f"Keep {base} (measured factor {self.overall.value:.3g}, {self.overall.range})."
         if self.keeps:
             return kept
-        return f"{kept} Some kinds of tensor would need another learning rate; mode='match' gives each its own."
+        return f"{kept} Some kinds of tensor need a different learning rate; mode='match' gives each tensor its own."
 
     def _dependence(self) -> Iterator[str]:
         for size, (exponent, error) in self.regimes.items():
             if not self.overall.is_one:
-                yield f"The learning rate goes as {size}^{exponent:.2f} here (standard error {error:.2f})."
+                yield f"The learning rate is proportional to {size}^{exponent:.2f} here (standard error {error:.2f})."
                 continue
             is_scaled = size == "rank" and math.isclose(self.change.scaling * self.change.rank, 1.0)
             reason = ", because alpha/r scales the update" if is_scaled else ""
@@ -174,23 +174,23 @@ def plan(
 ) -> Plan:
     """Estimate the learning rate that a model needs, before it is trained.
 
-    A copy of the model trains for a few steps at the base's learning rate, with one scale for all tensors that follows
-    the measurements. The factors for each kind of tensor are estimated from the same measurements. Later steps count
-    more, because a wide or strongly initialized network is more sensitive at its start than later. The model, all
-    random number generators and the disk are left as they are.
+    A copy of the model trains for a few steps at the base's learning rate, times one scale for all tensors, which is
+    updated from the measurements. The factors for each kind of tensor are estimated from the same measurements. Later
+    steps have more weight, because wide or strongly initialized networks are more sensitive at the start. The model,
+    all random number generators and the disk are unchanged.
 
     Args:
         model: The target, as it will be trained.
-        args: The arguments that it will be trained with. Their learning rate is used only if the profile holds none.
-        train_dataset: The data set that it will be trained on.
+        args: The training arguments of the target. Their learning rate is used only if the profile has none.
+        train_dataset: The training set of the target.
         profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
         steps: Training steps of the copy; fewer if its training is shorter.
-        granularity: As for `map_profile`. None: "tensor" if base and target have tensors of the same names, else
-            "module".
-        optimizer: Function that makes the optimizer for a model, if `args.optim` does not name it.
-        data_collator: As for `Trainer`.
-        probe_dataset: As for `FLeRMTrainer`.
-        config: What is measured and how. None: the defaults, with output, positions and metric of the profile.
+        granularity: What gets its own factor; see `map_profile`. None: "tensor" if base and target have tensors of the
+            same names, else "module".
+        optimizer: Function that creates the optimizer of a model, if `args.optim` does not name it.
+        data_collator: Collate function of the training.
+        probe_dataset: Examples to probe with. None: examples of the training set.
+        config: Options of the measurement. None: the defaults, with output, positions and metric of the profile.
         callbacks: Callbacks for the training of the copy.
 
     Raises:
@@ -200,7 +200,10 @@ def plan(
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
     if PartialState().num_processes > 1:
-        raise ValueError(f"plan runs in one process, this is one of {PartialState().num_processes}: call it alone.")
+        raise ValueError(
+            f"plan must run in a single process, and there are {PartialState().num_processes}: start it without a "
+            "launcher."
+        )
     base = RateProfile.from_pretrained(profile)
     mapped = _mapped(base, model, granularity)
     everything = map_profile(base, model, granularity="global")
@@ -233,8 +236,8 @@ def plan(
     overall = _weighted_by_step(evidence).mean_log_scales(everything, "kind").get("")
     if overall is None:
         raise ValueError(
-            f"nothing could be measured in {steps} steps: the learning rate is 0 (warm-up), or a good part of the "
-            "tensors cannot move the outputs yet (LoRA's A in the first step). Give more steps."
+            f"nothing could be measured in {steps} steps: the learning rate is 0 (warm-up), or many tensors do not "
+            "affect the outputs yet (LoRA's A while B is 0). Give more steps."
         )
     by_kind = _weighted_by_step(collector.by_kind).mean_log_scales(mapped, "kind")
     return Plan(
@@ -249,13 +252,13 @@ def plan(
 
 
 def _weighted_by_step(evidence: Evidence) -> Evidence:
-    """The evidence with weights (step + 1) x learning rate in place of the learning rate."""
+    """Return the evidence with its weights (the learning rates) multiplied by step + 1."""
     weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
     return replace(evidence, weights=tuple(weights))
 
 
 class _Collector(TrainerCallback):
-    """Collects evidence for a scale of every kind from a run with one scale for all; stops the run after `steps`."""
+    """Collects evidence for each kind of tensor from a run with one scale for all; stops the run after `steps`."""
 
     def __init__(self, mapped: ProfileMap, steps: int) -> None:
         self.mapped, self.steps = mapped, steps
@@ -263,7 +266,7 @@ class _Collector(TrainerCallback):
         self.source: FLeRMCallback | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # The callback of FLeRM has measured before: its evidence has one step more after a measured step.
+        # FLeRMCallback runs before this callback: after a measured step its evidence has one more step.
         if self.source is not None and self.source.last_measurement is not None:
             steps, weights = self.source.evidence.steps, self.source.evidence.weights
             if steps[-1:] != self.by_kind.steps[-1:]:
@@ -287,7 +290,7 @@ def _is_measured(step: int, steps: int) -> bool:
 
 
 def _without_output(args: TrainingArguments, folder: str, learning_rate: float) -> TrainingArguments:
-    """The arguments of a run that writes no file and reports nothing."""
+    """Return the arguments of a run that writes no files and reports nothing."""
     own = copy.copy(args)
     own.learning_rate = learning_rate
     for name, value in (

@@ -1,4 +1,4 @@
-"""One profile for all processes of a run, though each node may have its own disk."""
+"""Load the same profile on all processes of a run. Nodes may have separate disks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def base_profile(source: RateProfile | str | os.PathLike[str] | None) -> RatePro
 
 
 def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RateProfile | None:
-    """Read a profile and make it the same on all processes, though each node may have its own disk; a collective call.
+    """Read a profile and broadcast it from the first process to all others; a collective call.
 
     Args:
-        what: What the profile is, for messages.
+        what: Name of the profile in messages.
         read: Reads it on this process; returns None if there is none.
 
     Returns:
-        The profile of the first process, also on processes that could not read one; None if the first has none.
+        The profile of the first process, also on processes that could not read it; None if the first has none.
 
     Raises:
         RateProfileError: On every process, if the first cannot read the profile or another has one with other rates.
@@ -44,33 +44,33 @@ def common_profile(what: str, read: Callable[[], RateProfile | None]) -> RatePro
     state = PartialState()
     if state.num_processes == 1:
         return read()
-    own, content, failure = None, b"", None
+    local, content, failure = None, b"", None
     try:
-        own = read()
-        content = own.to_bytes() if own is not None else b""
+        local = read()
+        content = local.to_bytes() if local is not None else b""
     except Exception as error:  # raised below, on every process: none may wait for one that has failed
         failure = error
-    commit = (own is not None and own.commit_hash) or ""
-    content, told_commit, reason = (
+    commit = (local is not None and local.commit_hash) or ""
+    content, first_commit, reason = (
         broadcast_bytes(part) for part in (content, commit.encode(), str(failure or "").encode())
     )
     if reason:
         raise RateProfileError(f"{what} cannot be read on the first process: {reason.decode()}") from failure
     first = RateProfile(*parse_bytes(content, Path(PROFILE_NAME))) if content else None
-    (differs,) = any_process([own is not None and (first is None or _rates(own) != _rates(first))])
+    (differs,) = any_process([local is not None and (first is None or _rates(local) != _rates(first))])
     if differs:
         raise RateProfileError(
-            f"{what} is not the same on all {state.num_processes} processes: every node needs the same file, or the "
-            "first node alone has one."
+            f"{what} is not the same on all {state.num_processes} processes. Give the same file to every node, or "
+            "to the first node alone."
         )
     if first is not None:
-        first.commit_hash = told_commit.decode() or None
-        if own is None:
-            because = f": {failure}" if failure else "."
-            logger.warning(f"{what} is not on this node; the one of the first process is used{because}")
+        first.commit_hash = first_commit.decode() or None
+        if local is None:
+            reason_here = f": {failure}" if failure else "."
+            logger.warning(f"{what} is not on this node; using the profile of the first process{reason_here}")
     return first
 
 
 def _rates(profile: RateProfile) -> bytes:
-    """Bytes without the metadata: they may differ between nodes, for instance by a random data set fingerprint."""
+    """Return the bytes without metadata, which may differ between nodes (for example a random data set fingerprint)."""
     return RateProfile(profile.steps, profile.rates, None, profile.joint_rates).to_bytes()

@@ -1,4 +1,4 @@
-"""The file `rate_profile.safetensors`: write it whole or not at all, read it without trusting it.
+"""The file `rate_profile.safetensors`: written atomically, read as untrusted input.
 
 tensor `steps`                       int64 [S]: optimizer steps
 a tensor per canonical name          float64 [S]: rates
@@ -28,10 +28,10 @@ _VERSION = "schema_version"
 _JOINT_RATES = "joint_rates"
 RESERVED = {_VERSION, _JOINT_RATES}
 _LENGTH_BYTES = 8  # of the header's length, with which a safetensors file begins
-# What a file may hold. A file above a limit is refused before it is parsed; reading one just below takes about a second
-# and 200 MB of memory. Runs stay far below: LoRA on 80 layers (1,120 tensors), measured at 1,000 steps, makes 22 MB,
-# with a header of 13 MB, 1,100 objects, 4,000 lists and 650,000 values. Objects and lists are those of the safetensors
-# header (one and two per tensor) and of the metadata; values are counted by commas.
+# Limits on a file, checked before it is parsed. Reading a file at the limits takes about a second and 200 MB of memory.
+# A large run stays below them: LoRA on 80 layers (1,120 tensors), measured at 1,000 steps, makes 22 MB with a header of
+# 13 MB, 1,100 objects, 4,000 lists and 650,000 values. Objects and lists are counted in the safetensors header (one and
+# two per tensor) and in the metadata, values by commas.
 _LIMITS = {
     "bytes": 2**26,
     "bytes of header": 2**25,
@@ -47,11 +47,11 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class RateProfileError(ValueError):
-    """Something is wrong with a rate profile, its file or its repository."""
+    """A rate profile, its file or its repository is invalid or cannot be used."""
 
 
 def check_name(name: str) -> None:
-    """Raise RateProfileError unless `name` can be the name of a parameter in torch.
+    """Raise RateProfileError if `name` cannot be the name of a parameter in torch.
 
     Names from a file are printed and joined to paths: control characters and slashes must not pass.
     """
@@ -66,22 +66,22 @@ Content = tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, A
 
 
 def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str, Any], joint_rates: Groups) -> bytes:
-    """Return the bytes of a file; they are the same for the same content.
+    """Return the bytes of a file. Equal content gives equal bytes.
 
     Args:
         steps: Int64 [S].
         rates: `{canonical name: float64 [S]}`.
-        metadata: Anything that JSON can hold.
+        metadata: JSON-serializable.
         joint_rates: `{granularity: {path: float64 [S]}}`.
 
     Raises:
-        RateProfileError: If the content exceeds a limit of the file, so that it could not be read again.
+        RateProfileError: If the content exceeds a limit, so that the file could not be read again.
     """
     joint = {
         granularity: {path: row.tolist() for path, row in rows.items()} for granularity, rows in joint_rates.items()
     }
-    described = {_VERSION: SCHEMA_VERSION, **metadata, **({_JOINT_RATES: joint} if joint else {})}
-    text = json.dumps(described, sort_keys=True, allow_nan=False)
+    entries = {_VERSION: SCHEMA_VERSION, **metadata, **({_JOINT_RATES: joint} if joint else {})}
+    text = json.dumps(entries, sort_keys=True, allow_nan=False)
     try:
         content = save({STEPS: steps, **rates}, metadata={_METADATA_KEY: text})
     except SafetensorError as error:
@@ -92,7 +92,7 @@ def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str,
     for counted, number in found.items():
         if number > _LIMITS[counted]:
             raise RateProfileError(
-                f"the profile cannot be written: it has {number:,} {counted}, a file takes {_LIMITS[counted]:,}. "
+                f"the profile cannot be written: it has {number:,} {counted}, a file can hold {_LIMITS[counted]:,}. "
                 f"{_MEASURE_LESS}"
             )
     return content
@@ -101,8 +101,8 @@ def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str,
 def write_whole(folder: Path, content: bytes) -> Path:
     """Write the profile's file into a folder, which is created if it does not exist, and return its path.
 
-    The file is whole or absent, also if the process dies meanwhile: it is written under another name in the same folder
-    and renamed when it is on disk.
+    The write is atomic, even if the process dies: the file is written under another name in the same folder and renamed
+    when it is on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{PROFILE_NAME}.", delete=False) as file:
@@ -121,8 +121,7 @@ def write_whole(folder: Path, content: bytes) -> Path:
 def parse(path: Path) -> Content:
     """Read the file at `path`; see `parse_bytes`.
 
-    All bytes are read at once. If another process replaces or truncates the file meanwhile, the result is the old
-    profile or an error, not a mixture.
+    Reads all bytes at once, so a concurrent write gives the old profile or an error, never a mixture.
     """
     try:
         with path.open("rb") as file:
@@ -137,13 +136,13 @@ def parse_bytes(content: bytes, path: Path) -> Content:
 
     Args:
         content: The bytes.
-        path: Where they come from, for messages.
+        path: The file, for messages.
 
     Returns:
-        Steps, rates, metadata and joint rates, which `RateProfile` checks further.
+        Steps, rates, metadata and joint rates. `RateProfile` also checks their names and values.
 
     Raises:
-        RateProfileError: If these are not the bytes of a whole profile.
+        RateProfileError: If the bytes are not a complete, valid profile.
     """
     _check_limit(len(content), "bytes", path)
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
@@ -156,8 +155,8 @@ def parse_bytes(content: bytes, path: Path) -> Content:
         raise RateProfileError(f"{path} is not a whole safetensors file: {error}") from error
     _check_limit(len(entries), "tensors", path)
     header = _object(header_text, "header", path)
-    own = header.get("__metadata__", {})
-    text = own.get(_METADATA_KEY) if isinstance(own, dict) else None
+    strings = header.get("__metadata__", {})
+    text = strings.get(_METADATA_KEY) if isinstance(strings, dict) else None
     if not isinstance(text, str) or STEPS not in entries:
         raise RateProfileError(f"{path} is not a rate profile: it lacks the {_METADATA_KEY!r} metadata or {STEPS!r}.")
     metadata = _object(text, f"{_METADATA_KEY!r} metadata", path)
@@ -185,7 +184,7 @@ def parse_bytes(content: bytes, path: Path) -> Content:
 
 
 def _object(text: str, what: str, path: Path) -> dict[str, Any]:
-    """Parse a JSON object; a key that is there twice is refused, as readers differ in which of them counts."""
+    """Parse a JSON object. Duplicate keys are refused, because parsers differ in which one they keep."""
     _check_marks(text, path)
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
@@ -197,22 +196,22 @@ def _object(text: str, what: str, path: Path) -> dict[str, Any]:
 
 
 def _check_marks(text: str, path: Path) -> None:
-    """Raise RateProfileError if JSON would fill the memory, before it is parsed."""
+    """Raise RateProfileError if parsing the JSON could use too much memory."""
     for mark, counted in _MARKS.items():
         _check_limit(text.count(mark), counted, path)
 
 
 def _check_limit(found: int, counted: str, path: Path) -> None:
     if found > _LIMITS[counted]:
-        raise RateProfileError(f"{path} is no rate profile: it has more than {_LIMITS[counted]:,} {counted}.")
+        raise RateProfileError(f"{path} is not a rate profile: it has more than {_LIMITS[counted]:,} {counted}.")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("duplicate key")
     return found
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")

@@ -1,4 +1,4 @@
-"""Profiles on disk and on the Hub as bytes: find a file, upload files in one commit. Nothing here knows `RateProfile`.
+"""Find the file of a profile on disk or on the Hub, and upload files in one commit. This module handles bytes only.
 
 `huggingface_hub.ModelHubMixin` is not used: it writes a `config.json` and a card, which in a model's repository would
 replace the model's, and it reads a model's `config.json` as the arguments of the profile.
@@ -29,27 +29,30 @@ from .file import PROFILE_NAME, RateProfileError
 logger = logging.get_logger(__name__)
 
 _LOG_IN = "log in with `hf auth login`, or give a token"
-# The first class that fits decides. Subclasses come first: GatedRepoError is a RepositoryNotFoundError, and
+# The first matching class is used, so subclasses come first: GatedRepoError is a RepositoryNotFoundError, and
 # LocalEntryNotFoundError is an EntryNotFoundError.
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, f"the repository is gated. Ask for access on its page, then {_LOG_IN}"),
     (
         RepositoryNotFoundError,
-        f"there is no such repository, or it is private. Check its name, or {_LOG_IN}",
+        f"the repository does not exist or is private. Check its name, or {_LOG_IN}",
     ),
     (RevisionNotFoundError, "the repository has no such revision. Check the name of the branch, tag or commit"),
-    (LocalEntryNotFoundError, "it is not in the cache, and the Hub could not be asked"),
+    (LocalEntryNotFoundError, "the file is not in the cache, and the Hub could not be reached"),
     (EntryNotFoundError, "the repository has no such file. Was its run recorded with FLeRM?"),
 )
-_REFUSALS = {401: f"the Hub does not know who you are: {_LOG_IN}", 403: "the token may not do this: use another one"}
-_TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the same request may succeed
-_WAITS = (1, 2, 4)  # seconds before each further try
+_REFUSALS = {
+    401: f"you are not logged in, or the token is invalid: {_LOG_IN}",
+    403: "the token lacks the permission: use another one",
+}
+_TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which a retry may succeed
+_WAITS = (1, 2, 4)  # seconds before each retry
 
 Result = TypeVar("Result")
 
 
 def find(source: str, *, revision: str | None = None, subfolder: str | None = None, **download: Any) -> Path:
-    """Return the path of a profile's file; a file on the Hub is downloaded into the cache.
+    """Return the path of a profile's file. A file on the Hub is downloaded into the cache.
 
     Args:
         source: A folder, a file, or a repository on the Hub: its id, its id with a revision and subfolder
@@ -69,21 +72,25 @@ def find(source: str, *, revision: str | None = None, subfolder: str | None = No
         if not path.is_file():
             raise RateProfileError(
                 f"there is no {PROFILE_NAME} in {path.parent}. A recorded run writes it into its output folder and its "
-                "checkpoints. save_model of FLeRMTrainer and FLeRMMixin writes it as well; with FLeRMCallback alone, "
-                "call its save(folder)."
+                "checkpoints. FLeRMTrainer.save_model also writes it; with FLeRMCallback, call callback.save(folder)."
             )
         return path
-    with _explained(f"{source!r} is no folder, no file and no repository that holds {PROFILE_NAME}"):
-        repo_id, own_revision, own_subfolder = _address(source)
-        for what, given, own in (("revision", revision, own_revision), ("subfolder", subfolder, own_subfolder)):
-            if given and own and given != own:
-                raise ValueError(f"it names {what} {own!r}, and {what}={given!r} was given as well. Give one of them")
+    with _explained(f"{source!r} is not a folder, a file or a repository with {PROFILE_NAME}"):
+        repo_id, address_revision, address_subfolder = _address(source)
+        for what, given, in_address in (
+            ("revision", revision, address_revision),
+            ("subfolder", subfolder, address_subfolder),
+        ):
+            if given and in_address and given != in_address:
+                raise ValueError(
+                    f"the address contains {what} {in_address!r}, but {what}={given!r} was passed. Pass only one"
+                )
         return Path(
             hf_hub_download(
                 repo_id,
                 PROFILE_NAME,
-                subfolder=subfolder or own_subfolder,
-                revision=revision or own_revision,
+                subfolder=subfolder or address_subfolder,
+                revision=revision or address_revision,
                 **download,
             )
         )
@@ -100,12 +107,12 @@ def upload(
     create_pr: bool = False,
     **commit: Any,
 ) -> CommitInfo:
-    """Upload files in one commit: the repository then has all of them or none.
+    """Upload files in one commit: the repository gets all of them or none.
 
     Args:
         repo_id: The repository; created if it does not exist.
-        make_files: Called with the address under which others will find the files and the card that is there already
-            (None if there is none). Returns `{file name: content}`.
+        make_files: Called with the address under which others will find the files, and the existing card (None if
+            there is none). Returns `{file name: content}`.
         subfolder: Folder inside the repository for all of the files; its card is the README.md there.
         revision: Branch to commit to; created if it does not exist.
         private: Whether a new repository is private. None: the default of its owner.
@@ -138,14 +145,14 @@ def _address(source: str) -> tuple[str, str | None, str | None]:
         return source, None, None
     address = parse_hf_uri(source if is_address else f"hf://{source}")
     if address.type != "model":
-        raise ValueError(f"profiles are stored in model repositories, and this is a {address.type}")
+        raise ValueError(f"profiles are stored in model repositories, but this is a {address.type}")
     inside = PurePosixPath(address.path_in_repo)
     folder = inside.parent if inside.name == PROFILE_NAME else inside
     return address.id, address.revision, None if folder == PurePosixPath() else str(folder)
 
 
 def _written(repo_id: str, revision: str | None, subfolder: str | None) -> str:
-    """The address that `_address` splits into these parts."""
+    """Return the address of these parts; the inverse of `_address`."""
     if revision is None and subfolder is None:
         return repo_id
     return HfUri("model", repo_id, revision, subfolder or "").to_uri()
@@ -154,11 +161,11 @@ def _written(repo_id: str, revision: str | None, subfolder: str | None) -> str:
 def _card(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> ModelCard | None:
     """Download the card of a repository; None if it has none.
 
-    The cache is bypassed: a card that someone else has edited since must not be overwritten with the cached one.
+    The cache is bypassed, so that an edited card is not overwritten with an old one.
     """
     try:
         file = hf_hub_download(repo_id, path, revision=revision, token=token, force_download=True)
-    except LocalEntryNotFoundError:  # an EntryNotFoundError, but the Hub could not be asked
+    except LocalEntryNotFoundError:  # an EntryNotFoundError, but the Hub could not be reached
         raise
     except EntryNotFoundError:
         return None
@@ -168,9 +175,9 @@ def _card(repo_id: str, path: str, revision: str | None, token: str | bool | Non
 
 @contextmanager
 def _explained(failed: str) -> Iterator[None]:
-    """Raise RateProfileError with what failed, why and what to do.
+    """Context manager: turn any exception into a RateProfileError that says what failed, why and what to do.
 
-    Every exception is caught: which class is raised depends on the client's version and its HTTP library.
+    All exceptions are caught, because their classes vary with the version of the Hub client and its HTTP library.
     """
     try:
         yield
@@ -182,7 +189,7 @@ def _explained(failed: str) -> Iterator[None]:
 
 
 def _with_retries(call: Callable[[], Result]) -> Result:
-    """Call the Hub, again after a while if it answers that it is busy or broken."""
+    """Call the Hub, and retry after a delay on transient HTTP errors."""
     for wait in _WAITS:
         try:
             return call()

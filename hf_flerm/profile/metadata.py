@@ -1,7 +1,7 @@
-"""The metadata of a profile: the one place that knows their keys, and reads them with types.
+"""The metadata of a profile. Only this module reads their keys.
 
-Whoever made a file wrote its metadata, so everything here accepts any JSON: what is missing, or is not of the type that
-a run writes, is left out. What must not be accepted at all (`check_metadata`) is refused when a profile is made.
+Metadata come from a file and are untrusted. Any JSON is accepted: entries that are missing or have an unexpected type
+are ignored. When a profile is created, `check_metadata` refuses what must not be accepted at all.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import torch
 from ..model.names import preview
 from .file import RESERVED, RateProfileError
 
-SETTINGS = "flerm"  # what was measured and how, as `FLeRMConfig` has it
-MATCHING = "matching"  # of a matched run: its base, and what `Evidence.record` gives
+SETTINGS = "flerm"  # what was measured and how: options of `FLeRMConfig`
+MATCHING = "matching"  # of a matched run: its base and `Evidence.to_record()`
 AVERAGED_OVER = "averaged_over"
-UNITS = ("output", "positions", "metric")  # settings that say what the rates are rates of
-CALLABLE = "callable"  # recorded as the output where it was a function
-_OBJECTS = (SETTINGS, "kinds", MATCHING, "training_arguments")  # what must be a JSON object, if it is there
+# Settings that define what a rate measures. Profiles that differ in one of them cannot be compared.
+UNITS = ("output", "positions", "metric")
+CALLABLE = "callable"  # recorded as `output` if it was a function
+_OBJECTS = (SETTINGS, "kinds", MATCHING, "training_arguments")  # entries that must be JSON objects
 _LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise RateProfileError unless JSON can hold the metadata and their main entries have the right type."""
+    """Raise RateProfileError if the metadata are not JSON-serializable, or a main entry has the wrong type."""
     if taken := metadata.keys() & RESERVED:
-        raise RateProfileError(f"{preview(taken)} cannot be in the metadata: the file keeps its own there.")
+        raise RateProfileError(f"{preview(taken)} cannot be keys of the metadata: the file format uses them.")
     try:
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -55,7 +56,7 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """The factor on LoRA's output: alpha / r, or alpha / sqrt(r) for rsLoRA; 1 where either is unknown."""
+        """The factor on LoRA's output: alpha / r, or alpha / sqrt(r) for rsLoRA; 1 if either is unknown."""
         rank, alpha = _positive(self.config.get("r")), _positive(self.config.get("lora_alpha"))
         if rank is None or alpha is None:
             return 1.0
@@ -70,7 +71,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ProfileMetadata:
-    """Typed view of `RateProfile.metadata`; nothing is read before it is asked for, and nothing raises.
+    """Typed view of `RateProfile.metadata`. Properties are evaluated lazily and never raise.
 
     Args:
         raw: The metadata, as `hf_flerm.training.provenance` writes them.
@@ -80,12 +81,12 @@ class ProfileMetadata:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What was measured and how: estimator, probes, mode, the units of the rates."""
+        """What was measured and how: estimator, probes, mode, and the entries of `units`."""
         return self._object(SETTINGS)
 
     @property
     def training_arguments(self) -> Mapping[str, Any]:
-        """Those of `TrainingArguments` that determine the rates."""
+        """The `TrainingArguments` that determine the rates."""
         return self._object("training_arguments")
 
     @property
@@ -105,12 +106,12 @@ class ProfileMetadata:
 
     @property
     def units(self) -> dict[str, str]:
-        """What the rates are rates of: `{"output": ..., "positions": ..., "metric": ...}`, of those that are known."""
+        """What the rates measure, if known: `{"output": ..., "positions": ..., "metric": ...}`."""
         return {unit: str(value) for unit in UNITS if (value := self.settings.get(unit)) is not None}
 
     @property
     def config_units(self) -> dict[str, Any]:
-        """The units that `FLeRMConfig` can be given; an output that was a function is not in the file."""
+        """`units` without an output that was a function, for `FLeRMConfig(**config_units)`."""
         return {unit: value for unit, value in self.units.items() if value != CALLABLE}
 
     @property
@@ -136,7 +137,7 @@ class ProfileMetadata:
 
     @property
     def base_models(self) -> tuple[str, ...]:
-        """Names of the model that training started from: those in the adapters' configs, then the model's own."""
+        """Names of the pretrained model: from the adapters' configs first, then from the model's config."""
         names = [*(adapter.base_model for adapter in self.adapters), self.model_config.get("_name_or_path")]
         return tuple(name for name in names if isinstance(name, str) and name)
 
@@ -165,9 +166,9 @@ class ProfileMetadata:
 
     @property
     def sweep(self) -> dict[float, float]:
-        """`{learning rate: validation loss}` of the sweep that the run's learning rate comes from.
+        """`{learning rate: validation loss}` of the sweep in which the run's learning rate was chosen.
 
-        The loss is nan where the run diverged. Whoever sweeps may add it: `sweep`, a list of pairs.
+        The loss is nan if a run diverged. Users can add a sweep to the metadata: `sweep`, a list of [rate, loss] pairs.
         """
         pairs = self.raw.get("sweep")
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -177,13 +178,13 @@ class ProfileMetadata:
 
     @property
     def matching(self) -> Mapping[str, Any] | None:
-        """What a matched run measured of its scales (`Evidence.record`) and the profile that it was matched to."""
+        """Of a matched run: its `Evidence.to_record()` and the profile that it was matched to. None for other runs."""
         found = self.raw.get(MATCHING)
         return found if isinstance(found, Mapping) else None
 
     @property
     def matched_scales(self) -> dict[str, float]:
-        """`{unit: scale}` that a matched run ended with; empty if the run only recorded."""
+        """`{unit: scale}` at the end of a matched run; empty if the run only recorded."""
         found = (self.matching or {}).get("scales")
         numbers = {unit: _number(log) for unit, log in found.items()} if isinstance(found, Mapping) else {}
         logs = {unit: log for unit, log in numbers.items() if log is not None}
@@ -191,11 +192,11 @@ class ProfileMetadata:
 
     @property
     def matched_quotients(self) -> dict[str, tuple[float, float]]:
-        """What the measurements of a matched run say of each unit alone.
+        """The mean quotient base rate / target rate of each unit of a matched run, without pooling or shrinkage.
 
         Returns:
-            `{unit: (geometric mean of base rate / own rate, standard error of its logarithm)}` of the units that could
-            be compared; the error is that over the measurements, 0 if there is only one.
+            `{unit: (geometric mean over the measurements, standard error of its logarithm)}` of the units that have a
+            quotient. The error is 0 if there is only one measurement.
         """
         columns = (self.matching or {}).get("logs")
         found = {}
@@ -213,7 +214,7 @@ class ProfileMetadata:
 
 
 def _number(value: object) -> float | None:
-    """A finite number; JSON has whole numbers of any length, and Python counts True as one."""
+    """Return a finite number as float, else None: JSON has integers of any length, and Python's True is an int."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

@@ -36,16 +36,16 @@ class RateProfile:
     Args:
         steps: Optimizer steps at which the rates were measured (0 = the first update), strictly increasing, int64 [S].
         rates: `{canonical parameter name: float64 [S]}` in output units per unit learning rate, finite and >= 0.
-        metadata: How the rates were measured, anything that JSON can hold; `about` reads them.
+        metadata: How the rates were measured, JSON-serializable; `about` is a typed view.
         joint_rates: `{granularity: {path: float64 [S]}}`: the joint rates of all trained tensors of a module, a block
             or the model.
 
     Attributes:
-        commit_hash: The commit of the repository that the profile was read from; None for a profile from anywhere else.
-            It is not in the file, whose bytes are the same wherever it is stored.
+        commit_hash: The commit of the repository that the profile was read from; None for other profiles. It is not
+            stored in the file, whose bytes do not depend on where it is stored.
 
     Raises:
-        RateProfileError: If an argument is not of this form.
+        RateProfileError: If an argument is malformed.
     """
 
     def __init__(
@@ -134,6 +134,8 @@ class RateProfile:
         """
         if not len(self.steps):
             raise RateProfileError("the profile holds no step: its run ended before the first measurement.")
+        # right: index of the first recorded step >= `step`, else of the last one. left: right - 1 strictly between two
+        # recorded steps, else right.
         right = int(torch.searchsorted(self.steps, step).clamp(max=len(self.steps) - 1))
         left = right if self.steps[right] <= step or right == 0 else right - 1
         span = float(self.steps[right] - self.steps[left])
@@ -180,10 +182,11 @@ class RateProfile:
 
         Returns:
             A profile with the metadata that all share, also inside nested objects. A rate is 0 where any profile has 0.
-            The scales of matched runs are left out: they belong to one run.
+            The scales of matched runs are dropped, because they belong to single runs.
 
         Raises:
-            RateProfileError: If there is no profile, one cannot be loaded, or names, steps or units differ.
+            RateProfileError: If there is no profile, one cannot be loaded, or names, steps, output, positions or metric
+                differ.
         """
         if not profiles:
             raise RateProfileError("there is no profile to average.")
@@ -196,7 +199,7 @@ class RateProfile:
         for unit in UNITS:
             found = {p.about.units[unit] for p in loaded if unit in p.about.units}
             if len(found) > 1:
-                raise RateProfileError(f"the units of the rates differ: {unit} is one of {', '.join(sorted(found))}.")
+                raise RateProfileError(f"the profiles cannot be averaged: {unit} is one of {', '.join(sorted(found))}.")
         shared = _common([{key: value for key, value in p.metadata.items() if key != MATCHING} for p in loaded])
         joint = {
             granularity: _geometric_mean([p.joint_rates[granularity] for p in loaded])
@@ -207,11 +210,11 @@ class RateProfile:
         return RateProfile(first.steps, rates, {**shared, AVERAGED_OVER: len(loaded)}, joint)
 
     def to_bytes(self) -> bytes:
-        """Return the bytes of `rate_profile.safetensors`; they are the same for the same profile."""
+        """Return the bytes of `rate_profile.safetensors`. Equal profiles give equal bytes."""
         return serialize(self.steps, self.rates, self.metadata, self.joint_rates)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `rate_profile.safetensors`; the file is whole or absent, also if the process dies meanwhile.
+        """Write `rate_profile.safetensors`. The write is atomic, even if the process dies.
 
         Args:
             directory: Created if it does not exist.
@@ -236,7 +239,7 @@ class RateProfile:
         """Load a profile.
 
         Args:
-            source: A profile (returned as it is), a folder, a file, or a repository on the Hub: its id, its id with a
+            source: A profile (returned unchanged), a folder, a file, or a repository on the Hub: its id, its id with a
                 revision and subfolder (`org/repo@revision/subfolder`), an `hf://` address or one of the website.
             revision: Branch, tag or commit of the repository.
             subfolder: Folder inside the folder or repository.
@@ -252,7 +255,7 @@ class RateProfile:
             return source
         if not isinstance(source, (str, os.PathLike)):
             raise RateProfileError(
-                f"{source!r:.100} is no profile: it must be a RateProfile, a folder, a file or a repository."
+                f"{source!r:.100} is not a profile: it must be a RateProfile, a folder, a file or a repository."
             )
         path = hub.find(
             os.fspath(source),
@@ -285,12 +288,12 @@ class RateProfile:
     ) -> CommitInfo:
         """Upload `rate_profile.safetensors`, its picture and a section of the model card, in one commit.
 
-        Everything else in the repository stays as it is, including the rest of its card. Pushing the same profile again
+        Everything else in the repository is unchanged, including the rest of its card. Pushing the same profile again
         changes nothing. The picture is left out if matplotlib is not installed (`pip install 'hf_flerm[plot]'`).
 
         Args:
             repo_id: The repository; created if it does not exist.
-            subfolder: Folder inside the repository for all of this; its card is the README.md there.
+            subfolder: Folder inside the repository for all of these files; its card is the README.md there.
             revision: Branch to commit to; created if it does not exist.
             private: Whether a new repository is private. None: the default of its owner.
             token: Hub token. None: the token of the logged-in user.
@@ -302,8 +305,8 @@ class RateProfile:
             The commit, with `commit_url`, `oid` and `pr_url`.
 
         Raises:
-            RateProfileError: If the Hub refuses the commit or cannot be reached. The repository then has all of the
-                files or none.
+            RateProfileError: If the Hub refuses the commit or cannot be reached. The repository then has either all
+                of the files or none.
         """
         return hub.upload(
             repo_id,
@@ -325,12 +328,12 @@ class RateProfile:
 def shared_files(profile: RateProfile, address: str, card: ModelCard | None = None) -> dict[str, bytes]:
     """Return the files of a folder or repository that shares a profile: the profile, its card and its picture.
 
-    `hf_flerm.show.card`, which stands above this module, makes them; it is loaded when a profile is shared, not before.
+    Loads `hf_flerm.show.card` on demand, because that module depends on this one.
 
     Args:
         profile: The profile.
-        address: What others pass to `from_pretrained`: the id of the repository.
-        card: The card that is there already; only the section of the profile in it changes.
+        address: Repository id with which others load the profile.
+        card: The existing card. Only the profile's section in it is changed.
 
     Returns:
         `{file name: content}`.
@@ -340,11 +343,11 @@ def shared_files(profile: RateProfile, address: str, card: ModelCard | None = No
 
 
 def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: str, other_label: str) -> None:
-    """Raise RateProfileError, naming both set differences, unless two mappings have the same parameter names.
+    """Raise RateProfileError, naming both set differences, if two mappings differ in their parameter names.
 
     Args:
         base: `{canonical name: ...}`.
-        other: The same.
+        other: `{canonical name: ...}` to compare with `base`.
         base_label: What `base` is, for the message.
         other_label: What `other` is.
     """
@@ -367,7 +370,7 @@ def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
 
 
 def _common(objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries that are the same in all objects; entries that are objects themselves are compared inside."""
+    """Return the entries that are equal in all objects. Nested objects are compared recursively."""
     first, *others = objects
     common = {}
     for key, value in first.items():

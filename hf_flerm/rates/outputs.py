@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -277,8 +278,13 @@ def check_differentiable(model: nn.Module, out: OutputValues) -> None:
 def num_examples(batch: Batch) -> int:
     """Count the examples of a batch.
 
+    Not every entry has the examples along its first dimension: a batch for a vision-language model holds images, or
+    their patches, of which examples have several or none, and others hold flags (`return_loss`). The length that most
+    tensors have is taken, and of several the one that comes first.
+
     Args:
-        batch: Model inputs, examples along the first dimension.
+        batch: Model inputs, examples along the first dimension; inputs of several encoders may be mappings of their
+            own.
 
     Returns:
         N.
@@ -286,10 +292,20 @@ def num_examples(batch: Batch) -> int:
     Raises:
         ValueError: If there is no tensor or no example in it.
     """
-    count: int | None = find_batch_size(dict(batch)) if batch else None
+    lengths = Counter(len(tensor) for tensor in _tensors(batch) if tensor.ndim)
+    count = lengths.most_common(1)[0][0] if lengths else 0
     if not count:
         raise ValueError(f"a probe batch holds no examples: {sorted(batch)}. Pass dicts of tensors, examples first.")
     return count
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    """The tensors of a batch, in mappings too; what lists hold is about single examples."""
+    for value in batch.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value)
 
 
 class _Read(NamedTuple):

@@ -117,7 +117,8 @@ class MeasuredTensor:
                 object: FSDP2 gathers parameters, `torch.func.functional_call` replaces them. It counts as `parameter`.
         """
         path, _, name = attribute.rpartition(".")
-        named: Any = module.get_submodule(path)._parameters[name]
+        # By `get`: ZeRO-3 gathers a parameter whose slot is looked up by index or attribute in a forward pass.
+        named: Any = module.get_submodule(path)._parameters.get(name)
         below = set(module.parameters()) if self.views else set()
         return list(dict.fromkeys([named, *(p for p in self.parameters if p in below)]))
 

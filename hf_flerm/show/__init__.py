@@ -1,1 +1,1 @@
-"""A profile for people: summaries, pictures, an HTML report, a section of the model card."""
+"""A profile for people: summary, figures, HTML report, model-card section."""

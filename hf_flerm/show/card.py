@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..profile.file import PROFILE_NAME, RateProfileError
 from ..profile.rate_profile import RateProfile
-from .summary import described, rates_by_kind
+from .summary import describe, rates_by_kind
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +25,7 @@ TAGS = ("hf_flerm", "rate-profile", "function-space-learning-rates")
 _BEGIN, _END = "<!-- hf_flerm: rate profile -->", "<!-- hf_flerm: end -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _PAPER = "https://arxiv.org/abs/2502.17405"
-_LONGEST_TEXT = 200  # characters of a text from a file
+_LONGEST_TEXT = 200  # in characters, of a text from a file in the card
 
 
 def profile_files(profile: RateProfile, address: str, card: ModelCard | None = None) -> dict[str, bytes]:
@@ -33,8 +33,8 @@ def profile_files(profile: RateProfile, address: str, card: ModelCard | None = N
 
     Args:
         profile: The profile.
-        address: What others pass to `RateProfile.from_pretrained`: the id of the repository.
-        card: The card that is there already.
+        address: Repository id with which others load the profile.
+        card: The existing card. None: a new one.
 
     Returns:
         `{file name: content}` of the profile, the card and, if matplotlib is installed, the picture.
@@ -55,26 +55,26 @@ def profile_files(profile: RateProfile, address: str, card: ModelCard | None = N
 def updated_card(
     profile: RateProfile, address: str, card: ModelCard | None = None, *, with_picture: bool = False
 ) -> ModelCard:
-    """Write the section of a profile into a card; the rest of the card stays as it is.
+    """Write the section of a profile into a card; the rest of the card is unchanged.
 
     Args:
         profile: The profile.
-        address: What others pass to `RateProfile.from_pretrained`: the id of the repository.
-        card: The card that is there already. None: a new one.
-        with_picture: Whether the folder holds the picture.
+        address: Repository id with which others load the profile.
+        card: The existing card. None: a new one.
+        with_picture: Whether the folder has the picture.
 
     Returns:
-        The card. The section replaces that of an earlier profile, or stands at the end. For search on the Hub, tags are
-        added, and library and base model if the card names none.
+        The card. The section replaces the section of an earlier profile, else it is added at the end. For search on the
+        Hub, tags are added; library and base model, too, if the card names none.
 
     Raises:
         RateProfileError: If the section of an earlier profile in `card` has no end.
     """
     section = f"{_BEGIN}\n{_section(profile, address, with_picture)}\n{_END}"
     if card is None:
-        card = ModelCard(f"---\n{ModelCardData(library_name=LIBRARY).to_yaml()}\n---\n\n# {_plain(address)}\n")
+        card = ModelCard(f"---\n{ModelCardData(library_name=LIBRARY).to_yaml()}\n---\n\n# {_safe(address)}\n")
     if card.text.count(_BEGIN) != len(_SECTION.findall(card.text)):
-        raise RateProfileError(f"the card has a line {_BEGIN!r} without {_END!r} after it. Take that section out.")
+        raise RateProfileError(f"the card contains {_BEGIN!r} without a matching {_END!r}. Remove that section.")
     data: Any = card.data
     data.tags = [*(tags := _texts(data.tags)), *(tag for tag in TAGS if tag not in tags)]
     if getattr(data, "base_model", None) is None and (base := _base_model(profile)):
@@ -91,10 +91,10 @@ def updated_card(
 
 def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
     rate = profile.about.learning_rate
-    at_rate = "" if rate is None else f" at learning rate {_plain(rate)}"
-    facts = [f"| {what} | {_plain(text)} |" for what, text in described(profile).items()]
+    at_rate = "" if rate is None else f" at learning rate {_safe(rate)}"
+    facts = [f"| {what} | {_safe(text)} |" for what, text in describe(profile).items()]
     rows = [
-        f"| `{_plain(kind)}` | {len(rates.names)} | {_number(rates.mean[:1])} | {_number(rates.mean[-1:])} |"
+        f"| `{_safe(kind)}` | {len(rates.names)} | {_first_rate(rates.mean[:1])} | {_first_rate(rates.mean[-1:])} |"
         for kind, rates in rates_by_kind(profile).items()
     ]
     return "\n".join(
@@ -103,13 +103,13 @@ def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
             "",
             f"`{PROFILE_NAME}` holds the function-space learning rates of this model, trained{at_rate}: how much the "
             "update of each tensor changed the outputs of the model, per unit learning rate "
-            f"([Milsom, Anson, Aitchison, 2025]({_PAPER})). They were measured with `hf_flerm`. To train a bigger "
-            "model, or this one with another rank or initialization, at the same learning rate, match them:",
+            f"([Milsom, Anson, Aitchison, 2025]({_PAPER})). They were measured with `hf_flerm`. To train a larger "
+            "model, or this one with another rank or initialization, with the same learning rate, match them:",
             "",
             "```python",
             "from hf_flerm import FLeRMConfig, FLeRMTrainer",
             "",
-            f'flerm = FLeRMConfig(mode="match", profile="{_plain(address)}")',
+            f'flerm = FLeRMConfig(mode="match", profile="{_safe(address)}")',
             "FLeRMTrainer(model=model, args=args, train_dataset=data, flerm=flerm).train()",
             "```",
             "",
@@ -124,16 +124,16 @@ def _section(profile: RateProfile, address: str, with_picture: bool) -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            "Limits: a profile carries a learning rate over to another model, and does not find one: it must have been "
-            "tuned on this run. Rates are first-order changes, measured with this data and optimizer: match with data "
-            "and an optimizer of the same kind. The tables above show what the run has written; `hf-flerm validate` "
-            "checks only the form of the file.",
+            "Limits: a profile transfers a learning rate to another model. It does not find one: the learning rate of "
+            "this run must have been tuned. Rates are first-order changes, measured with this data and optimizer; "
+            "match with similar data and a similar optimizer. The tables above show the metadata of the file, which "
+            "are not verified: `hf-flerm validate` checks only the file format.",
         ]
     )
 
 
 def _picture(profile: RateProfile) -> bytes:
-    """The picture of the rates as a PNG of 256 colors, which is a quarter of the size."""
+    """Draw the rates and return a PNG with 256 colors, a quarter of the size of the full one."""
     from PIL import Image  # a dependency of matplotlib
 
     from .plotting import close, plot_profile
@@ -148,7 +148,7 @@ def _picture(profile: RateProfile) -> bytes:
 
 
 def _base_model(profile: RateProfile) -> str | None:
-    """The repository of the base model. Folders are left out: a card must not show paths of the training machine."""
+    """Return the repository of the base model. Local folders are left out, so that a card does not show local paths."""
     for name in profile.about.base_models:
         if not os.path.exists(name):
             try:
@@ -163,12 +163,13 @@ def _texts(tags: object) -> list[str]:
     return [tags] if isinstance(tags, str) else [str(tag) for tag in tags] if isinstance(tags, list) else []
 
 
-def _plain(text: object) -> str:
-    """A text from a file as one line without characters that mean something in Markdown, HTML or Python."""
-    shown = "".join(character if character.isprintable() else " " for character in str(text)[:_LONGEST_TEXT])
-    return re.sub(r"[|`<>\[\]\"\\]", "_", shown)
+def _safe(text: object) -> str:
+    """Make a text from a file safe for a card: one line, with the syntax of Markdown, HTML and Python replaced."""
+    line = "".join(character if character.isprintable() else " " for character in str(text)[:_LONGEST_TEXT])
+    return re.sub(r"[|`<>\[\]\"\\]", "_", line)
 
 
-def _number(values: object) -> str:
+def _first_rate(values: object) -> str:
+    """Format a row of at most one rate; "0" for an empty row and for nan (all tensors have rate 0)."""
     row = [value for value in values.tolist() if value == value]  # type: ignore[attr-defined]
     return f"{row[0]:.3g}" if row else "0"

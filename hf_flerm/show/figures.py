@@ -1,4 +1,4 @@
-"""The figures of a profile as plain numbers, without a drawing library.
+"""The data of the figures of a profile, independent of a plotting library.
 
 `plotting` draws them with matplotlib, `report` with plotly: both show the same numbers in the same order and style.
 
@@ -25,12 +25,12 @@ from .summary import rates_by_kind
 # The palette of Okabe and Ito, which color-blind readers can tell apart.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 GRAY = "#999999"
-VARIANTS = 4  # marks and dashes that each library has for lines of the same color
-STEP = "optimizer step + 1"  # so that a logarithmic axis has a place for step 0
+VARIANTS = 4  # number of marker and dash styles per color
+STEP = "optimizer step + 1"  # plus 1, so that a logarithmic axis can show step 0
 RATE = "rate (output units per unit learning rate)"
-OUTSIDE = "outside"  # the layer of units that are in no layer, such as embeddings
-EVERYTHING = "everything"  # the kind of the one unit of granularity "global", whose name is empty
-_LARGEST_LOG = 300.0  # of an error bar: math.exp overflows above 709, and the axis of a picture needs some room
+OUTSIDE = "outside"  # label of units outside all layers, such as embeddings
+EVERYTHING = "everything"  # label of the unit of granularity "global", whose name is ""
+_LARGEST_LOG = 300.0  # largest log error of an error bar; math.exp overflows above 709, and axes need room
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class MeasuredMultiplier:
-    """What the measurements of one layer alone say of its multiplier, with one standard error below and above."""
+    """The multiplier of one layer by its own measurements alone, with one standard error below and above."""
 
     layer: str
     multiplier: float
@@ -90,9 +90,9 @@ class MultiplierSeries:
 
     Attributes:
         kind: Kind of tensor, module or block.
-        layers: Where its units are, in the order of the layers.
+        layers: Layers of its units, in order.
         multipliers: The multipliers that the run used, one per layer.
-        measured: Of the layers for which base rate / own rate could be measured.
+        measured: Measured multipliers (base rate / target rate) of the layers that have one.
     """
 
     kind: str
@@ -164,13 +164,13 @@ def styles() -> Iterator[tuple[str, int]]:
             yield color, variant
 
 
-def shown(count: int, most: int) -> list[int]:
-    """Return the positions of the labels to show where at most `most` fit: all, or every second, third, and so on."""
+def tick_positions(count: int, most: int) -> list[int]:
+    """Return the positions of at most `most` of `count` labels: all, or every second, third, and so on."""
     return list(range(0, count, math.ceil(count / most) or 1))
 
 
 def _units_by_kind(units: Iterable[str]) -> dict[str, list[str]]:
-    """Group units by their names without the indices of blocks; the units of a kind are in the order of the blocks."""
+    """Group units by kind (`*` for every integer in the name); the units of a kind are in the order of the blocks."""
     groups: dict[str, list[str]] = {}
     for unit in units:
         kind = ".".join("*" if part.isdecimal() else part for part in unit.split("."))
@@ -179,7 +179,7 @@ def _units_by_kind(units: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _layer_of(unit: str) -> str:
-    """The indices of the blocks in which a unit is, joined by dots, outermost first; `OUTSIDE` if it is in none."""
+    """Return the block indices of a unit, joined by dots, outermost first; `OUTSIDE` if there are none."""
     return ".".join(_indices(unit)) or OUTSIDE
 
 
@@ -188,5 +188,5 @@ def _indices(unit: str) -> list[str]:
 
 
 def _numerical(indices: Iterable[str]) -> list[tuple[int, str]]:
-    """A sort key for whole numbers as text. Names come from files, and `int` refuses a text of 5,000 digits."""
+    """Sort key for decimal strings. Names come from files, and `int` refuses very long strings."""
     return [(len(index), index) for index in indices]

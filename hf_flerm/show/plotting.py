@@ -1,6 +1,6 @@
-"""Pictures of profiles and measurements (needs matplotlib: `pip install 'hf_flerm[plot]'`).
+"""Figures of profiles and measurements (needs matplotlib: `pip install 'hf_flerm[plot]'`).
 
-The numbers of the figures that `report` shows too come from `figures`.
+The data of figures that `report` also shows come from `figures`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
-from .figures import GRAY, RATE, STEP, layer_heat_map, layers_of, multiplier_series, rate_curves, shown, styles
+from .figures import GRAY, RATE, STEP, layer_heat_map, layers_of, multiplier_series, rate_curves, styles, tick_positions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MARKS, _DASHES = ("o", "s", "^", "D"), ("-", "--", ":", "-.")  # by variant of `styles`
-_SPREAD = 0.6  # of the room between two layers, for the error bars of all kinds beside each other
-_MOST_STEPS, _MOST_NAMES = 16, 80  # labels that fit beside each other
+_SPREAD = 0.6  # fraction of the space between two layers over which the error bars of all kinds are spread
+_MOST_STEPS, _MOST_NAMES = 16, 80  # largest numbers of tick labels
 
 
 def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
@@ -69,7 +69,7 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     positive = found.rates[found.rates > 0]
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
     image = axes.imshow(found.positive.numpy(), aspect="auto", cmap="viridis", norm=scale)
-    labeled = shown(len(found.steps), _MOST_STEPS)
+    labeled = tick_positions(len(found.steps), _MOST_STEPS)
     axes.set_xticks(labeled, [str(found.steps[index] + 1) for index in labeled])
     axes.set_yticks(range(len(found.rows)), found.rows)
     axes.set(xlabel=STEP, ylabel="layer")
@@ -85,8 +85,8 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
         axes: Where to draw. None: on a new figure.
 
     Returns:
-        The figure: per kind of tensor a line for the multipliers that were used, and marks for what the measurements of
-        each layer alone say (geometric means of base rate / own rate with standard errors over the measurements).
+        The figure: for each kind of tensor, a line for the multipliers that were used, and markers for the multipliers
+        measured in each layer (geometric means of base rate / target rate, with standard errors over measurements).
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -94,11 +94,13 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     """
     series = multiplier_series(profile)
     if not series:
-        raise RateProfileError("the profile holds no multipliers: its run recorded. Use the profile of a matched run.")
+        raise RateProfileError(
+            "the profile holds no multipliers: its run only recorded. Use the profile of a matched run."
+        )
     figure, axes = _axes(axes, (8, 5))
     layers = layers_of(series)
     for index, (one, style) in enumerate(zip(series, _styles(), strict=False)):
-        # Error bars of different kinds at the same layer are drawn side by side, so that they do not hide each other.
+        # Error bars of different kinds at the same layer are drawn side by side, so that all can be seen.
         aside = _SPREAD * ((index + 0.5) / len(series) - 0.5)
         places: list[float] = [layers.index(layer) for layer in one.layers]
         line = {"color": style["color"], "linestyle": style["linestyle"]}
@@ -112,9 +114,9 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
             high = [point.high - point.multiplier for point in one.measured]
             axes.errorbar(x, y, (low, high), fmt=style["marker"], color=style["color"], markersize=5, capsize=2)
     axes.axhline(1, color=GRAY, linestyle=":", linewidth=1)
-    axes.set(yscale="log", xlabel="layer", ylabel="learning-rate multiplier (base rate / own rate)")
+    axes.set(yscale="log", xlabel="layer", ylabel="learning-rate multiplier (base rate / target rate)")
     axes.yaxis.set_major_formatter("{x:g}")
-    labeled = shown(len(layers), _MOST_STEPS)
+    labeled = tick_positions(len(layers), _MOST_STEPS)
     axes.set_xticks(labeled, [layers[index] for index in labeled])
     _legend(axes)
     return figure
@@ -134,7 +136,7 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the matrix is not one row and column per name.
+        ValueError: If the matrix does not have one row and one column per name.
     """
     if inner_products.shape != (len(names), len(names)):
         raise ValueError(
@@ -146,7 +148,7 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
     sizes = inner_products.diagonal().clamp(min=0).sqrt()
     correlations = inner_products / (sizes[:, None] * sizes)  # [L, L]
     image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    labeled = shown(len(names), _MOST_NAMES)
+    labeled = tick_positions(len(names), _MOST_NAMES)
     labels = [without_prefix(names[index]) for index in labeled]
     axes.set_xticks(labeled, labels, rotation=90, fontsize="x-small")
     axes.set_yticks(labeled, labels, fontsize="x-small")
@@ -160,13 +162,13 @@ def plot_losses(
     """Draw loss against learning rate, with each sweep's optimum and the edge of its stable rates.
 
     Args:
-        sweeps: `{run: {learning rate: losses, one per seed}}`; a loss that is not finite is a run that diverged.
+        sweeps: `{run: {learning rate: losses, one per seed}}`; a loss that is not finite means that the run diverged.
         axes: Where to draw. None: on a new figure.
-        stable: How far a loss may lie above the best loss of its sweep before it counts as unstable, in units of loss.
+        stable: Distance from the best loss of a sweep at which a loss counts as unstable.
 
     Returns:
-        The figure: means with standard errors over seeds, a star at the optimum, a dashed line at the largest
-        learning rate before the first unstable one; none where no rate was unstable.
+        The figure: means with standard errors over seeds, a star at the optimum, and a dashed line at the largest
+        learning rate before the first unstable one, if there is one.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -201,7 +203,7 @@ def _stable_edge(means: Mapping[float, float], stable: float) -> float | None:
 
     Args:
         means: `{learning rate: mean loss}`.
-        stable: How far a loss may lie above the best.
+        stable: Distance from the best loss at which a loss counts as unstable.
     """
     best = min((rate for rate, loss in means.items() if math.isfinite(loss)), key=means.__getitem__)
     above = [rate for rate in sorted(means) if rate >= best]
@@ -210,7 +212,7 @@ def _stable_edge(means: Mapping[float, float], stable: float) -> float | None:
 
 
 def close(figure: Figure) -> None:
-    """Close a figure that one of these functions has drawn, so that pyplot does not keep it in memory."""
+    """Close a figure that one of these functions returned, so that pyplot does not keep it in memory."""
     _pyplot().close(figure)
 
 
@@ -224,7 +226,7 @@ def _pyplot() -> ModuleType:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'hf_flerm[plot]'.") from error
+        raise ImportError("figures need matplotlib: pip install 'hf_flerm[plot]'.") from error
     return pyplot
 
 

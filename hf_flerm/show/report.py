@@ -1,4 +1,4 @@
-"""A profile as one HTML page that works offline and can be zoomed (needs plotly: `pip install 'hf_flerm[report]'`)."""
+"""HTML report of a profile; works offline, figures can be zoomed (needs plotly: `pip install 'hf_flerm[report]'`)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .figures import (
     layers_of,
     multiplier_series,
     rate_curves,
-    shown,
     styles,
     tensor_heat_map,
+    tick_positions,
 )
-from .summary import KindRates, described, rates_by_kind
+from .summary import KindRates, describe, rates_by_kind
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond")
-_ROW = 18  # pixels of a heat map's row
-_TALLEST = 4000  # pixels
+_ROW = 18  # height of a heat map's row, in pixels
+_TALLEST = 4000  # largest height of a heat map, in pixels
 
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html>
@@ -54,8 +54,9 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>How much the update of each tensor changed the outputs of the model, per unit learning rate. Drag over a picture to
-zoom in, double-click to zoom out. Click a name in a legend to hide its line, double-click to see that line alone.</p>
+<p>The rate of a tensor says how much its update changed the outputs of the model, per unit learning rate. Drag over a
+figure to zoom in, double-click to zoom out. Click a name in a legend to hide its line, double-click to see only this
+line.</p>
 <table>
 {% for what, text in about.items() %}
 <tr><th>{{ what }}</th><td>{{ text }}</td></tr>
@@ -85,7 +86,7 @@ zoom in, double-click to zoom out. Click a name in a legend to hide its line, do
 def report(profile: RateProfile) -> str:
     """Return a profile as one HTML page that needs no network and no other file.
 
-    The page shows where the profile comes from, its rates over training by kind of tensor, of each layer and of each
+    The page shows the origin of the profile, its rates over training by kind of tensor, of each layer and of each
     tensor, the multipliers of a matched run, and a table. The same profile gives the same page.
 
     Raises:
@@ -96,7 +97,7 @@ def report(profile: RateProfile) -> str:
         (heading, about, Markup(_embedded(figure, f"picture-{index}")))  # plotly escapes what it embeds
         for index, (heading, about, figure) in enumerate(_pictures(profile))
     ]
-    about = described(profile)
+    about = describe(profile)
     if profile.commit_hash:
         about["commit"] = profile.commit_hash
     kinds = rates_by_kind(profile).items()
@@ -107,7 +108,7 @@ def report(profile: RateProfile) -> str:
 
 
 def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
-    """Yield heading, explanation and figure."""
+    """Yield heading, explanation and figure of each section."""
     yield (
         "Rates over training",
         "A line for each kind of tensor, in a band of one standard error over its tensors.",
@@ -122,8 +123,8 @@ def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
     if series := multiplier_series(profile):
         yield (
             "Learning-rate multipliers",
-            "Lines are the multipliers that were used. Marks with a standard error are what the measurements of each "
-            "layer alone say (base rate / own rate).",
+            "Lines: the multipliers that were used. Markers: base rate / target rate as measured in each layer, with "
+            "standard errors.",
             _multipliers(series),
         )
 
@@ -181,7 +182,7 @@ def _heat_map(found: HeatMap) -> Figure:
         )
     )
     figure.update_xaxes(type="category", title="optimizer step")
-    labeled = shown(len(found.rows), _TALLEST // _ROW)
+    labeled = tick_positions(len(found.rows), _TALLEST // _ROW)
     figure.update_yaxes(
         autorange="reversed",
         tickvals=labeled,
@@ -247,12 +248,12 @@ def _styles() -> Iterator[dict[str, Any]]:
 
 
 def _ends(rates: KindRates) -> list[str]:
-    """The first and the last rate as texts, with their errors."""
+    """Format the first and the last rate with their errors."""
     pairs = list(zip(rates.mean.tolist(), rates.log_error.tolist(), strict=True)) or [(math.nan, math.nan)]
-    return [_number(mean, log_error) for mean, log_error in (pairs[0], pairs[-1])]
+    return [_with_error(mean, log_error) for mean, log_error in (pairs[0], pairs[-1])]
 
 
-def _number(mean: float, log_error: float) -> str:
+def _with_error(mean: float, log_error: float) -> str:
     if not math.isfinite(mean):
         return "0"
     return f"{mean:.3g} ± {mean * log_error:.2g}" if math.isfinite(log_error) else f"{mean:.3g}"

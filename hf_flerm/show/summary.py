@@ -1,4 +1,4 @@
-"""A profile in a few numbers and words: rates by kind of tensor, and where they come from."""
+"""Summary of a profile: rates by kind of tensor, and the origin of the profile."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class KindRates:
 
     Attributes:
         names: Names of the tensors.
-        mean: Geometric mean over the tensors with a rate above 0, float64 [S]; nan where all are 0.
+        mean: Geometric mean over the tensors with a rate above 0, float64 [S]; nan if all are 0.
         log_error: Standard error of the mean of the logarithms, over the tensors, float64 [S]; nan for fewer than two.
     """
 
@@ -32,7 +32,7 @@ class KindRates:
 
     @property
     def band(self) -> tuple[Tensor, Tensor]:
-        """One standard error below and above the mean, float64 [S] each; the mean itself where the error is unknown."""
+        """One standard error below and above the mean, float64 [S] each; the mean itself if the error is unknown."""
         factor = self.log_error.nan_to_num(0.0).exp()
         return self.mean / factor, self.mean * factor
 
@@ -58,48 +58,48 @@ def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
     return summary
 
 
-def described(profile: RateProfile) -> dict[str, str]:
-    """Return `{what: text}`: where a profile comes from, according to its metadata.
+def describe(profile: RateProfile) -> dict[str, str]:
+    """Return `{label: text}`: the origin of a profile according to its metadata.
 
-    Whoever made the file wrote the texts: show them as text only.
+    The texts are untrusted: do not interpret them.
     """
     about = profile.about
     arguments, settings = about.training_arguments, about.settings
     batch = arguments.get("per_device_train_batch_size")
     accumulated = arguments.get("gradient_accumulation_steps", 1)
     steps = profile.steps.tolist()
-    told = {
-        "model": _listed(about.model_name, *_fields(about.model_config, _SIZES)),
+    texts = {
+        "model": _joined(about.model_name, *_fields(about.model_config, _SIZES)),
         "base model": next((adapter.base_model for adapter in about.adapters if adapter.base_model), None),
-        "trained": _listed(
+        "trained": _joined(
             f"{len(profile.names)} tensors",
-            *(_listed(a.config.get("peft_type"), *_fields(a.config, _ADAPTER_FIELDS)) for a in about.adapters),
+            *(_joined(a.config.get("peft_type"), *_fields(a.config, _ADAPTER_FIELDS)) for a in about.adapters),
         ),
         "data": about.dataset_fingerprint and f"fingerprint {about.dataset_fingerprint}",
-        "learning rate": _listed(
+        "learning rate": _joined(
             arguments.get("learning_rate"),
             arguments.get("lr_scheduler_type"),
             *_fields(arguments, ("warmup_steps", "max_steps")),
         ),
         "sweep": ", ".join(f"{rate:g}: loss {loss:g}" for rate, loss in about.sweep.items()),
-        "optimizer": _listed(about.optimizer.get("class"), *_fields(arguments, ("weight_decay",))),
+        "optimizer": _joined(about.optimizer.get("class"), *_fields(arguments, ("weight_decay",))),
         "batch": f"{batch} x {accumulated} per device" if batch else None,
         "seed": arguments.get("seed"),
         "measured at": f"{len(steps)} steps, {steps[0]} to {steps[-1]}" if steps else "no step",
-        "estimator": _listed(settings.get("estimator"), *_fields(settings, ("probes", "probes_per_batch"))),
-        "output": _listed(*(settings.get(key) for key in ("output", "positions", "metric"))),
+        "estimator": _joined(settings.get("estimator"), *_fields(settings, ("probes", "probes_per_batch"))),
+        "output": _joined(*(settings.get(key) for key in ("output", "positions", "metric"))),
         "averaged over": about.averaged_over and f"{about.averaged_over} profiles",
-        "matched": _listed(f"{len(about.matched_scales)} scales", *_fields(about.matching, ("base_commit",)))
+        "matched": _joined(f"{len(about.matched_scales)} scales", *_fields(about.matching, ("base_commit",)))
         if about.matching
         else None,
-        "packages": _listed(*(f"{package} {version}" for package, version in about.packages.items())),
+        "packages": _joined(*(f"{package} {version}" for package, version in about.packages.items())),
     }
-    return {what: str(text) for what, text in told.items() if text not in (None, "")}
+    return {label: str(text) for label, text in texts.items() if text not in (None, "")}
 
 
 def _fields(values: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
     return [f"{key} {values[key]}" for key in keys if values.get(key) not in (None, False)]
 
 
-def _listed(*items: Any) -> str:
+def _joined(*items: Any) -> str:
     return ", ".join(str(item) for item in items if item not in (None, ""))

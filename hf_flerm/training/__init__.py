@@ -1,1 +1,1 @@
-"""Following one training run: when to measure, with which data, and what to do with the result."""
+"""One training run: when to measure, on which data, and how the results are used."""

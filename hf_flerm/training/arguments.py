@@ -1,4 +1,4 @@
-"""`FLeRMArguments`: the options of a run on the command line or in a YAML file, beside those of the training."""
+"""`FLeRMArguments`: options of FLeRM for the command line or a YAML file, beside `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from ..config import FLeRMConfig, Research, help_of
 
 _PREFIX = "flerm_"
 _NUMBERS = ("float", "float | None")
-_PARSED = ("str", "int", "float", "int | None", "float | None")  # types that HfArgumentParser makes of text by itself
+_PARSED = ("str", "int", "float", "int | None", "float | None")  # types that HfArgumentParser parses from text itself
 _RESEARCH = fields(Research)
 _OPTIONS = (*(entry for entry in fields(FLeRMConfig) if entry.name != "research"), *_RESEARCH)
 
 
 @dataclass
 class _Prefixed:
+    """Creates the `FLeRMConfig` from the prefixed fields that `FLeRMArguments` adds."""
+
     @property
     def config(self) -> FLeRMConfig:
-        """The checked options. `probes`, `measure_steps` and numbers (YAML reads `1e3` as text) may be text."""
+        """The checked options. `probes`, `measure_steps` and floats (YAML reads `1e3` as a string) may be strings."""
         options = {entry.name: getattr(self, f"{_PREFIX}{entry.name}") for entry in _OPTIONS}
         probes, steps = options["probes"], options["measure_steps"]
         if isinstance(probes, str) and probes.isdecimal():

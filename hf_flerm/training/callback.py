@@ -27,26 +27,26 @@ logger = logging.get_logger(__name__)
 class FLeRMCallback(TrainerCallback):
     """Records function-space learning rates on any `Trainer`, or matches them to a profile.
 
-    At a measured step it keeps the weights from before the update, lets the optimizer step, gives the model its old
-    weights for the probes, and then the new ones; weights are swapped, so they are the same bits. In `match` mode the
-    measured step is then redone at the new scales.
+    At a measured step it copies the weights, lets the optimizer step, gives the model its old weights for the probes,
+    and then the new ones. Weights are swapped, so no bit changes. In `match` mode the measured step is then redone with
+    the new scales.
 
-    Rates are per unit of the learning rate in the optimizer's param groups. Where weight decay is decoupled (AdamW,
-    Lion, Muon), it is not part of the rates and is not scaled: a matched tensor decays as fast as it would have. Where
-    weight decay goes through the gradient (SGD, Adam), and for optimizer classes that are not listed in
-    `hf_flerm.optimizer.behavior.TABLE`, it is part of the update. A listed class whose update is not linear in the
-    learning rate is refused before the first step; a class that is not listed is taken to be linear.
+    Rates are per unit of the learning rate in the optimizer's param groups. Decoupled weight decay (AdamW, Lion, Muon)
+    is not part of the rates and is not scaled, so matching does not change weight decay. Weight decay that is added to
+    the gradient (SGD, Adam) is part of the update, and so is any decay of optimizer classes that are not in
+    `hf_flerm.optimizer.behavior.TABLE`. An optimizer in the table whose update is not linear in the learning rate is
+    refused before the first step. An optimizer that is not in the table is taken to be linear.
 
-    A run that resumes from a checkpoint continues the profile and the scales of that checkpoint. `FLeRMTrainer` finds
-    them in the checkpoint it is given, the callback alone in `checkpoint-N` of the output folder.
+    A run that resumes from a checkpoint continues its profile and its scales. `FLeRMTrainer` reads them from the
+    checkpoint it is given; the callback alone reads them from `checkpoint-N` in the output folder.
 
     Args:
-        config: What to measure, when, and what to do with it.
+        config: The options; see `FLeRMConfig`.
         probe_dataset: Examples to probe with. None: examples of the training set.
 
     Raises:
-        RateProfileError: If the profile to match cannot be loaded. With several processes it is loaded, and the error
-            raised on all of them, when training begins.
+        RateProfileError: If the profile to match cannot be loaded. Several processes load it when training begins, and
+            then raise the error together.
         ValueError: If `config` is not an `FLeRMConfig`.
     """
 
@@ -54,7 +54,7 @@ class FLeRMCallback(TrainerCallback):
         self.config = check_config(config)
         self.probe_dataset = probe_dataset
         self.base: RateProfile | None = None
-        if config.profile is not None and not are_several():  # several read it together when training begins
+        if config.profile is not None and not are_several():  # several processes load it together later
             self.base = RateProfile.from_pretrained(config.profile)
         self._resume_from: Path | None = None
         self._run: FLeRMRun | None = None
@@ -87,13 +87,13 @@ class FLeRMCallback(TrainerCallback):
 
     @property
     def evidence(self) -> Evidence:
-        """What was measured of the scales so far, in `match` mode.
+        """The evidence for the scales, in `match` mode.
 
         Raises:
             RateProfileError: In `record` mode.
         """
         if self.run.evidence is None:
-            raise RateProfileError("a run that records has no evidence of scales: mode='match' has.")
+            raise RateProfileError("mode 'record' has no evidence for scales; use mode='match'.")
         return self.run.evidence
 
     @property
@@ -123,14 +123,14 @@ class FLeRMCallback(TrainerCallback):
             self._run.save(directory)
 
     def close(self) -> None:
-        """Release the optimizer and all weights; to be called when an exception has ended the training."""
+        """Release the optimizer and all weights; call it if an exception has ended the training."""
         if self._run is not None:
             self._run.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the run, which checks model, optimizer, data and profile, and resume it from a checkpoint."""
+        """Create the run, which checks model, optimizer, data and profile, and resume it from a checkpoint."""
         self.close()
         resumed = self._resumed(args, state)
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
@@ -158,19 +158,19 @@ class FLeRMCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the run that an optimizer step begins."""
+        """Announce an optimizer step to the run."""
         self.run.before_step(state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the run that the optimizer has stepped."""
+        """Report to the run that the optimizer has stepped."""
         self.run.after_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the profile before the rest of a checkpoint, so that every complete checkpoint has one.
 
-        Trials of a hyperparameter search have folders of their own, which a callback is not told.
+        Not in a hyperparameter search: a callback does not know the folder of a trial.
         """
         if control.should_save and args.should_save and not state.is_hyper_param_search:
             self.save(_checkpoint(args, state))
@@ -178,7 +178,7 @@ class FLeRMCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the measurements since the last log to a log of training; logs of evaluations stay as they are."""
+        """Add the measurements since the last log to a training log; evaluation logs are not changed."""
         logs = kwargs.get("logs") or {}
         if self._run is None or not logs.keys() & {"loss", "train_runtime"}:
             return
@@ -188,7 +188,7 @@ class FLeRMCallback(TrainerCallback):
             state.log_history[-1].update(measured)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the profile into a checkpoint that `control.should_save` did not announce."""
+        """Write the profile into a checkpoint that `on_step_end` did not know about."""
         folder = _checkpoint(args, state)
         if args.should_save and folder.is_dir():
             self.save(folder)

@@ -1,4 +1,4 @@
-"""What happens when a measurement fails: one warning, training goes on, and after three in a row no more attempts."""
+"""Handling of failed measurements: training continues, with one warning; measuring stops after three in a row."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# A failure may be the fault of one batch; after three in a row the next one will fail too.
+# One failure may be due to one batch. After three in a row, the next measurement is expected to fail, too.
 _MOST_IN_A_ROW = 3
 
 
 class Failures:
-    """Counts measurements that failed, and warns of each kind of problem once.
+    """Counts failed measurements, and warns of each kind of problem once.
 
     Attributes:
-        given_up: Whether nothing more is to be measured.
-        latest: The latest exception as text (itself, it would keep tensors alive); empty if no measurement has failed.
+        given_up: Whether to stop measuring in this run.
+        latest: The latest exception as text, as the object would keep tensors alive. Empty if no measurement failed.
     """
 
     def __init__(self) -> None:
@@ -36,19 +36,19 @@ class Failures:
         if should_reduce_batch_size(error):
             self.given_up = True
             logger.warning(
-                f"memory does not suffice for a measurement at step {step}, with one example at a time either: "
-                f"nothing more is measured, training goes on. snapshot_device='cpu' needs less. {error}"
+                f"out of memory in the measurement at step {step}, even with one example per batch. FLeRM stops "
+                f"measuring; training continues. Set snapshot_device='cpu' to save memory. {error}"
             )
             return
         self._in_a_row += 1
         self.given_up = self._in_a_row >= _MOST_IN_A_ROW
         if self.given_up:
-            logger.warning(f"{self._in_a_row} measurements failed in a row: nothing more is measured. {error!r}")
+            logger.warning(f"{self._in_a_row} measurements failed in a row. FLeRM stops measuring. {error!r}")
         elif "failure" not in self._reported:
             self._reported.add("failure")
             logger.warning(
-                f"a measurement failed at step {step}; training goes on as it would have without it, "
-                f"and it is tried again at the next step: {error!r}",
+                f"the measurement at step {step} failed; training is not affected. FLeRM tries again at the next step: "
+                f"{error!r}",
                 exc_info=error,
             )
 
@@ -57,7 +57,7 @@ class Failures:
         self._in_a_row = 0
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Warn unless a warning on this topic was given before or the message is empty."""
+        """Warn, unless the message is empty or there was a warning on this topic before."""
         if message and topic not in self._reported:
             self._reported.add(topic)
             logger.warning(message)

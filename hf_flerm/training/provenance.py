@@ -50,20 +50,20 @@ def provenance(
     probe_data: ProbeData,
     arguments: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the metadata of a run's profile: everything that determines its rates.
+    """Return the metadata of a run's profile: what determines its rates.
 
-    Nothing is in it that differs between two equal runs (time, host name, paths), so that they write the same bytes.
+    It has nothing that differs between two identical runs (time, host name, paths), so their files are identical.
 
     Args:
         model: The trained model.
         parameters: `{canonical name: parameter}` of its trained parameters.
-        optimizer: The optimizer that steps.
+        optimizer: The optimizer, unwrapped.
         config: The options of the run.
-        probe_data: The examples it probes with.
-        arguments: Settings of the training. None: learning rate, batch size and accumulation, as far as known.
+        probe_data: The source of its probe batches.
+        arguments: Settings of the training. None: learning rate, batch size and accumulation.
 
     Returns:
-        Metadata that JSON can hold.
+        Values that JSON can hold.
     """
     engine = engine_of(model)
     model_config: Any = getattr(model, "config", None)
@@ -71,7 +71,7 @@ def provenance(
     if arguments is None:
         arguments = {
             "learning_rate": max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
-            "per_device_train_batch_size": probe_data.training_batch,
+            "per_device_train_batch_size": probe_data.training_batch_size,
             "gradient_accumulation_steps": probe_data.accumulation_steps,
         }
     description: dict[str, Any] = _plain(
@@ -91,12 +91,12 @@ def provenance(
     return description
 
 
-def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
-    """Return a profile without steps, for a run that has measured nothing yet.
+def empty_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> RateProfile:
+    """Return a profile without steps for a new run.
 
     Args:
         metadata: The `provenance` of the run.
-        groups: The joint rates that it will have: `{granularity: {path: {canonical name: share of its update}}}`.
+        groups: `{granularity: {path: {canonical name: share of its update}}}` for the joint rates to be recorded.
     """
     joint: dict[str, dict[str, list[float]]] = {
         granularity: {path: [] for path in of} for granularity, of in groups.items()
@@ -104,25 +104,27 @@ def begun_profile(metadata: Mapping[str, Any], groups: Mapping[str, Mapping[str,
     return RateProfile([], {name: [] for name in metadata["shapes"]}, metadata, joint)
 
 
-def continued_profile(resumed: RateProfile, begun: RateProfile, config: FLeRMConfig) -> RateProfile:
+def resumed_profile(resumed: RateProfile, empty: RateProfile, config: FLeRMConfig) -> RateProfile:
     """Return a checkpoint's rates with the provenance of the run that resumes from it.
 
     Args:
         resumed: The profile of the checkpoint.
-        begun: The profile of the run, from `begun_profile`.
+        empty: The profile of the run, from `empty_profile`.
         config: The options of the run.
 
     Raises:
-        RateProfileError: If tensors or units differ.
+        RateProfileError: If tensors, output, positions or metric differ.
     """
-    check_names(resumed.rates, begun.rates, "the checkpoint's profile", "the model")
+    check_names(resumed.rates, empty.rates, "the checkpoint's profile", "the model")
     check_units(resumed, config, "the checkpoint's profile")
-    recorded, settings = (profile.about.settings for profile in (resumed, begun))
+    recorded, settings = (profile.about.settings for profile in (resumed, empty))
     changed = [key for key, value in settings.items() if recorded.get(key, value) != value]
     if changed:
         was, now = ({key: values[key] for key in changed} for values in (recorded, settings))
-        logger.warning(f"the profile was measured with {was} up to the checkpoint, and is with {now} from here on.")
-    return RateProfile(resumed.steps, resumed.rates, begun.metadata, resumed.joint_rates)
+        logger.warning(
+            f"settings changed at the checkpoint: the profile was measured with {was} before, now with {now}."
+        )
+    return RateProfile(resumed.steps, resumed.rates, empty.metadata, resumed.joint_rates)
 
 
 def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str,
 
 
 def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
-    """Raise RateProfileError if the rates of a profile have other units (output, positions, metric) than a run's.
+    """Raise RateProfileError if a profile was measured with another output, other positions or another metric.
 
     Args:
         profile: The profile.
@@ -150,7 +152,7 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
         if recorded.get(name, value) != value:
             raise RateProfileError(
                 f"{which} was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
-                "their rates cannot be compared. Use the profile's."
+                f"their rates cannot be compared. Use {name}={recorded[name]!r}, as in the profile."
             )
 
 
@@ -168,13 +170,13 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
     if unknown or any(scale != 1.0 for scale in scales):
         by = f" by {min(scales):.3g} to {max(scales):.3g} in the end" if scales else ""
         raise RateProfileError(
-            f"{which} is that of a run that was matched itself: its learning rates were scaled{by}, and its rates are "
-            "per unit of these. Match to the profile that it was matched to."
+            f"{which} comes from a matched run: its learning rates were scaled{by}, and its rates are per unit of the "
+            "scaled ones. Use the profile of the original base run."
         )
 
 
-def warn_of_other_rate(profile: RateProfile, own: RateProfile) -> None:
-    """Warn if a matched run has another learning rate than its base: scales are relative to that of the base.
+def warn_of_other_learning_rate(profile: RateProfile, own: RateProfile) -> None:
+    """Warn if a matched run does not use the learning rate of its base, to which the scales are relative.
 
     Args:
         profile: The profile of the base run.
@@ -183,8 +185,8 @@ def warn_of_other_rate(profile: RateProfile, own: RateProfile) -> None:
     was, now = profile.about.learning_rate, own.about.learning_rate
     if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
         logger.warning(
-            f"the base's learning rate was {was:g}, this run's is {now:g}: outputs will move {now / was:.3g} times as "
-            "far as the base's did. Give the target the base's learning rate; the scales do the rest."
+            f"the base's learning rate was {was:g}, this run's is {now:g}: its updates will change the outputs "
+            f"{now / was:.3g} times as much as the base's. Use the base's learning rate; FLeRM scales it."
         )
 
 
@@ -198,7 +200,7 @@ def _simple(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON can hold it: sets sorted, unknown types as text, non-finite numbers as None."""
+    """Convert a value for JSON: sets are sorted, unknown types become text, non-finite numbers None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
-from ..model.names import means_by_kind, preview, tensor_kinds
+from ..model.names import preview, tensor_kinds
 from ..optimizer.watch import StepUpdate
 from ..profile.rate_profile import RateProfile
 from ..rates.measurement import UNUSED, Measurement
@@ -25,7 +25,7 @@ from ..rates.process_sum import ProcessSum
 from ..rates.tensors import product_shapes
 from ..transfer.mapping import joint_groups
 from .probe_data import ProbeData
-from .provenance import begun_profile, continued_profile, provenance
+from .provenance import empty_profile, provenance, resumed_profile
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +33,7 @@ Shares = Mapping[str, float]  # {canonical name: share of its update}
 
 
 class Recorder:
-    """Measures optimizer steps and keeps their rates.
+    """Measures optimizer steps and appends their rates to the profile.
 
     Attributes:
         profile: The rates so far.
@@ -41,15 +41,15 @@ class Recorder:
 
     Args:
         model: The trained model, not wrapped.
-        parameters: `{canonical name: parameter}` of all that is trained.
-        optimizer: The optimizer, not wrapped.
+        parameters: `{canonical name: parameter}` of all trained parameters.
+        optimizer: The optimizer, unwrapped.
         config: The options of the run.
         probe_data: Examples to probe with.
         arguments: Settings of the training for the profile's metadata; see `provenance`.
-        matched: Tensors whose joint rates will be asked of measurements beside those of the profile.
+        matched: Further combinations of tensors whose joint rates are needed, to match.
 
     Raises:
-        ValueError: If the model has no such output or, to match, cannot be run on what the data set holds.
+        ValueError: If the model lacks the output or, in mode 'match', cannot run on the probe data.
     """
 
     def __init__(
@@ -71,37 +71,37 @@ class Recorder:
             except ModelCallError as error:
                 if config.mode == "match":
                     raise
-                logger.warning(f"{error} Training goes on; as it is, nothing can be measured.")
+                logger.warning(f"{error} Training continues, but FLeRM cannot measure anything.")
         research = config.research
         self._probe = RateProbe(
             model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, outputs=output
         )
         self._probe_data = probe_data
-        self._joint = joint_groups(model, parameters)  # {granularity: {path: shares}}
+        self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}
         joint = [shares for paths in self._joint.values() for shares in paths.values()]
         self._sum_over_processes = ProcessSum(
             product_shapes(parameters, engine), research.estimator, [*joint, *matched]
         )
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
         metadata = provenance(model, parameters, optimizer, config, probe_data, arguments)
-        self.profile = begun_profile(metadata, self._joint)
+        self.profile = empty_profile(metadata, self._joint)
         self.last_measurement: Measurement | None = None
 
     def record(self, step: int, update: StepUpdate) -> Measurement | None:
         """Measure an update and append its rates to the profile; a collective call.
 
         Args:
-            step: The optimizer step that made it.
+            step: The optimizer step that made the update.
             update: The update.
 
         Returns:
-            The measurement of all processes together; None if the step moved nothing, on any of them.
+            The measurement of all processes together; None if the step changed no weight, on any process.
 
         Raises:
             Exception: On every process, if the measurement failed on one; see `ProcessSum`.
         """
         if not any(update.learning_rates.values()):
-            return None  # a warm-up begins at learning rate 0; the next step is due
+            return None  # the start of a warm-up; then `Schedule` makes the next step due
         own = update.attempt.run(partial(self._probed, step, update)) if update.moved() else None
         measurement = self._sum_over_processes(own, update.attempt.failure)
         if measurement is None:
@@ -114,7 +114,7 @@ class Recorder:
         return measurement
 
     def logs(self, measurement: Measurement) -> dict[str, float]:
-        """Return the log entries of a measurement: rates, their relative errors and the joint rate of everything."""
+        """Return the log entries of a measurement: rates, relative errors and the joint rate of the whole model."""
         return {
             **self.by_kind("rate", measurement.rates),
             **self.by_kind("relative_error", measurement.relative_errors),
@@ -125,30 +125,48 @@ class Recorder:
         """Continue from the profile of a checkpoint.
 
         Raises:
-            RateProfileError: If its tensors or units are not those of this run.
+            RateProfileError: If its tensors, output, positions or metric differ from this run's.
         """
-        self.profile = continued_profile(profile, self.profile, config)
+        self.profile = resumed_profile(profile, self.profile, config)
 
     def by_kind(self, what: str, by_tensor: Mapping[str, float]) -> dict[str, float]:
-        """Return log entries `flerm/what/...` of values by canonical name, averaged over the tensors of a kind."""
-        return means_by_kind(f"flerm/{what}", by_tensor, self._logged_as)
+        """Average values over the tensors of each kind, by the geometric mean, for a log.
+
+        Args:
+            what: What the values are, for the names of the log entries.
+            by_tensor: `{canonical name: value}`; values that are not positive are left out.
+
+        Returns:
+            `{flerm/what/kind: mean}`; one entry for each tensor if the run logs by tensor.
+        """
+        logs: dict[str, list[float]] = {}
+        for name, value in by_tensor.items():
+            if value > 0:
+                logs.setdefault(self._logged_as[name], []).append(math.log(value))
+        return {f"flerm/{what}/{kind}": math.exp(sum(values) / len(values)) for kind, values in logs.items()}
 
     def _probed(self, step: int, update: StepUpdate) -> Measurement:
-        """Probe the model as it was before the step; where memory runs out, again with half the examples at a time."""
+        """Probe the model with the weights from before the step; if memory runs out, retry with half the batch size."""
         with update.unit_updates() as updates:
             while True:
                 batches, generator = self._probe_data.drawn(step, self._device)
                 try:
                     return self._probe.measure(updates, batches, generator, target_error=self._probe_data.target_error)
                 except Exception as error:
+                    # Each process retries on its own. With sharded weights this cannot help if one process alone runs
+                    # out of memory in the middle of a forward pass: the others still wait for it in the all-gathers of
+                    # that pass, which it does not make again. Research(probe_batch_size=1) needs least memory there.
                     if not should_reduce_batch_size(error) or not self._probe_data.halve():
                         raise
                 clear_device_cache(garbage_collection=True)
 
     def _check(self, measurement: Measurement) -> None:
+        """Raise ValueError if a rate is not finite; warn after the first measurement of tensors without effect."""
         broken = [name for name, rate in measurement.rates.items() if not math.isfinite(rate)]
         if broken:
             raise ValueError(f"the measured rates of {preview(broken)} are not finite.")
         unused = [name for name, estimator in measurement.estimators.items() if estimator == UNUSED]
         if unused and self.last_measurement is None:
-            logger.warning(f"{preview(unused)} took no part in the outputs of the first measurement: their rate is 0.")
+            logger.warning(
+                f"the outputs of the first measurement do not depend on {preview(unused)}: their rates are 0."
+            )

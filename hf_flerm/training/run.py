@@ -1,4 +1,4 @@
-"""`FLeRMRun`: one training run, recorded or matched step by step, whoever wrote its loop."""
+"""`FLeRMRun`: records or matches a training run, with any training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines import engine_of
-from ..model.names import trainable_parameters
+from ..model.names import preview, trainable_parameters
 from ..optimizer.behavior import check_optimizer
 from ..optimizer.watch import StepUpdate, StepWatch
 from ..profile.common import base_profile, common_profile
@@ -27,7 +27,7 @@ from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
 from .failures import Failures
 from .probe_data import ProbeData
-from .provenance import warn_of_other_rate
+from .provenance import warn_of_other_learning_rate
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
@@ -38,13 +38,12 @@ logger = logging.get_logger(__name__)
 class FLeRMRun:
     """Records the updates of a training run on a schedule; in `match` mode also sets the learning-rate scales.
 
-    The conductor of three parts: a `Schedule` says when to measure, a `Recorder` measures and keeps the profile, a
-    `Scaler` turns measurements into scales. An update is what happens between the pre-hooks and the post-hooks of
-    `optimizer.step`, so that weights which others change around the step (merged adapters, pruning, averages) are not
-    taken for it. A measurement that fails leaves the training as it would have been without it.
+    It coordinates a `Schedule` (when to measure), a `Recorder` (measures, and keeps the profile) and a `Scaler` (sets
+    the scales). An update is the change of the weights between the pre- and post-step hooks of the optimizer, so
+    changes made around the step (merged adapters, pruning, averages) do not count. A failed measurement does not affect
+    training.
 
-    `FLeRMCallback` drives one of these. So does a loop of your own, in plain PyTorch or with what Accelerate has
-    prepared:
+    `FLeRMCallback` uses a `FLeRMRun`. You can also use it in a custom loop, in plain PyTorch or with Accelerate:
 
         run = FLeRMRun(model, optimizer, FLeRMConfig(), dataloader)
         for batch in dataloader:
@@ -56,26 +55,26 @@ class FLeRMRun:
             optimizer.zero_grad()
         run.save("base")
 
-    Probes run inside `optimizer.step`: a loop that enters `torch.autocast` itself does so around that call as well.
+    Probes run inside `optimizer.step`. If your loop uses `torch.autocast`, also wrap that call in it.
 
     Attributes:
         steps: Optimizer steps so far, counted by `step`; steps that a gradient scaler skips count, as in a `Trainer`.
-        seconds: Wall time that measuring has taken since the run was made.
+        seconds: Wall time in seconds that measuring has taken since the run was created.
 
     Args:
         model: The trained model, bare or wrapped by Accelerate, DDP or `torch.compile`.
         optimizer: The optimizer, bare or wrapped by Accelerate.
-        config: What to measure, when, and what to do with it.
-        dataloader: The training data loader: probes take their examples, collation and batch size from it.
-        probe_dataset: Examples to probe with. None: those of the training set.
-        collate_fn: Makes model inputs, a dict, of a list of examples. None: that of the data loader.
-        batch_size: Examples in a training batch on one process. None: that of the data loader.
-        gradient_accumulation_steps: Batches per optimizer step. None: what Accelerate was told, else 1.
+        config: The options; see `FLeRMConfig`.
+        dataloader: The training data loader. Probes use its data set, collate function and batch size.
+        probe_dataset: Examples to probe with. None: examples of the training set.
+        collate_fn: Makes model inputs, a dict, from a list of examples. None: the collate function of the data loader.
+        batch_size: Examples in a training batch on one process. None: the data loader's.
+        gradient_accumulation_steps: Batches per optimizer step. None: the setting of Accelerate, else 1.
         arguments: Settings of the training for the profile's metadata. None: learning rate, batch and accumulation.
 
     Raises:
         RateProfileError: If the profile to match cannot be loaded, or does not belong to the model.
-        ValueError: If the optimizer cannot be followed, or there is nothing to probe with.
+        ValueError: If engine or optimizer are not supported, or there is no data to probe with.
     """
 
     def __init__(
@@ -96,7 +95,9 @@ class FLeRMRun:
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self._engine = engine_of(model)
         self._engine.check(config.research.estimator)
+        self._model = model
         self._parameters = parameters = trainable_parameters(model)
+        self._followed = _trainable_names(model)
         self._watch = StepWatch(self._engine, optimizer, parameters, config.snapshot_device)
         check_optimizer(self._watch.optimizer, config.mode)
 
@@ -114,7 +115,7 @@ class FLeRMRun:
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         base = base_profile(config.profile)
         with ExitStack() as if_refused:
-            if_refused.callback(self.close)  # or hooks of a run that never was would scale the optimizer's steps
+            if_refused.callback(self.close)  # else the scaler's hooks would stay in the optimizer
             if base is not None:
                 self._watch.check_own_learning_rates()
                 self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, config)
@@ -128,21 +129,20 @@ class FLeRMRun:
                 [] if self._scaler is None else self._scaler.shares,
             )
             if base is not None:
-                warn_of_other_rate(base, self._recorder.profile)
-            self._watch.start(
-                self._measure_update
-            )  # after the scaler's hooks, which restore the nominal learning rates
+                warn_of_other_learning_rate(base, self._recorder.profile)
+            # After the scaler's hooks, which restore the nominal learning rates.
+            self._watch.start(self._measure_update)
             if_refused.pop_all()
 
     @property
     def profile(self) -> RateProfile:
-        """The rates so far, with what a resumed run needs to know of its scales."""
+        """The profile so far, with the evidence for the scales in its metadata, from which a resumed run continues."""
         recorded = self._recorder.profile
         return recorded if self._scaler is None else self._scaler.recorded(recorded)
 
     @property
     def last_measurement(self) -> Measurement | None:
-        """The latest measurement of this run since it was made."""
+        """The latest measurement since the run was created; None before the first."""
         return self._recorder.last_measurement
 
     @property
@@ -152,7 +152,7 @@ class FLeRMRun:
 
     @property
     def evidence(self) -> Evidence | None:
-        """What was measured of the scales so far; None when recording."""
+        """The evidence for the scales; None when recording."""
         return None if self._scaler is None else self._scaler.evidence
 
     @contextmanager
@@ -162,7 +162,7 @@ class FLeRMRun:
         While Accelerate accumulates gradients, `optimizer.step()` does nothing, and neither does this.
 
         Raises:
-            ValueError: If DeepSpeed steps, or processes may run out of batches one before the other.
+            ValueError: If DeepSpeed makes the step, or the processes may have different numbers of batches.
         """
         self._engine.check_loop(self._wrapped)
         if self._accumulation is not None and not self._accumulation.sync_gradients:
@@ -174,10 +174,10 @@ class FLeRMRun:
         self.steps += 1
 
     def before_step(self, step: int) -> None:
-        """Prepare to measure the coming update, if the schedule asks for it.
+        """Prepare to measure the next update, if it is due.
 
         Args:
-            step: Optimizer steps that were made before.
+            step: Number of optimizer steps before it.
         """
         steps = self._recorder.profile.steps
         self._step = step
@@ -195,7 +195,7 @@ class FLeRMRun:
 
         Args:
             profile: The profile of the checkpoint.
-            steps: Optimizer steps that were made up to it.
+            steps: Number of optimizer steps up to the checkpoint.
 
         Raises:
             RateProfileError: If checkpoint and model do not belong together.
@@ -237,7 +237,7 @@ class FLeRMRun:
         return logs
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the profile so far into a folder, which is made if it is not there.
+        """Write the profile so far into a folder, which is created if needed.
 
         If that fails it warns, once, and training goes on.
         """
@@ -253,14 +253,14 @@ class FLeRMRun:
             )
 
     def close(self) -> None:
-        """Release the optimizer and all weights, and measure no more; the profile stays."""
+        """Release the optimizer and all weights, and stop measuring; the profile stays."""
         self._failures.given_up = True
         self._watch.close()
         if self._scaler is not None:
             self._scaler.remove()
 
     def report(self) -> None:
-        """Warn, when training has ended, of tensors that were not scaled, and of a profile that is empty."""
+        """At the end of training, warn of tensors that were not scaled and of an empty profile."""
         if self._scaler is not None:
             self._scaler.report_unmatched()
         if len(self._recorder.profile.steps):
@@ -269,20 +269,21 @@ class FLeRMRun:
         if self._failures.latest:
             reason = f"every measurement failed, the last one with {self._failures.latest}"
         elif self.seconds:
-            reason = "no step that was due moved the weights: the learning rate was 0, or steps were skipped."
+            reason = "no scheduled step changed the weights: the learning rate was 0, or steps were skipped."
         elif self._was_due:
             reason = (
-                f"no step that was due reached {type(self._watch.optimizer).__name__}: steps were skipped, or another "
+                f"no scheduled step reached {type(self._watch.optimizer).__name__}: steps were skipped, or another "
                 "function was called in the place of its step()."
             )
         logger.warning(f"nothing was measured in this run, and its profile is empty: {reason}")
 
     def _measure_update(self) -> None:
-        """Measure the update that the optimizer has just made; report a failure."""
+        """Measure the latest update; report a failure."""
         start = time.perf_counter()
         update = None
+        self._warn_of_unfrozen()
         try:
-            update = self._watch.update(self.scales)
+            update = self._watch.take_update(self.scales)
             self._measure(self._step, update)
         except Exception as error:
             self._failures.add(self._step, error)
@@ -291,6 +292,17 @@ class FLeRMRun:
                 update.attempt.failure = None  # its traceback would keep the tensors of the probe alive
             self.seconds += time.perf_counter() - start
             self._logs["flerm/seconds"] = self.seconds
+
+    def _warn_of_unfrozen(self) -> None:
+        """Warn of tensors that have become trainable since training began: nothing is known of them here."""
+        unfrozen = sorted(_trainable_names(self._model) - self._followed)
+        if unfrozen:
+            self._failures.warn_once(
+                "unfrozen",
+                f"{preview(unfrozen)} became trainable after training had begun: they are neither measured nor scaled. "
+                "Begin training with all of them trainable, and freeze those that are to rest when it has begun. Of "
+                "two adapters with the same names only one can be followed.",
+            )
 
     def _measure(self, step: int, update: StepUpdate) -> None:
         """Record an update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
@@ -303,3 +315,8 @@ class FLeRMRun:
             update.rescale(self._scaler.update(step, measurement, update.nominal_rate))
             self._failures.warn_once("limit", self._scaler.at_limit())
             self._logs |= self._recorder.by_kind("scale", self.scales)
+
+
+def _trainable_names(model: nn.Module) -> frozenset[str]:
+    """Names in `named_parameters()`, which two adapters do not share."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -28,15 +28,15 @@ class Scaler:
     """Turns measurements into learning-rate scales and applies them to the optimizer's steps.
 
     Attributes:
-        evidence: What was measured of the scales so far.
+        evidence: The evidence for the scales so far.
         scales: `{canonical name: factor on the learning rate}`, as applied.
-        shares: The tensors whose joint rates are matched: `{canonical name: share of its update}` for each.
+        shares: The combinations of tensors that are matched: `{canonical name: share of its update}` for each.
 
     Args:
         base: The profile to match.
         model: The target.
-        optimizer: The optimizer that steps.
-        held: `{canonical name: tensor in the optimizer's param groups}` of all that is trained.
+        optimizer: The optimizer, unwrapped.
+        in_optimizer: `{canonical name: tensor in the optimizer's param groups}` of all trained parameters.
         config: The options of the run.
 
     Raises:
@@ -48,7 +48,7 @@ class Scaler:
         base: RateProfile,
         model: nn.Module,
         optimizer: Optimizer,
-        held: Mapping[str, Tensor],
+        in_optimizer: Mapping[str, Tensor],
         config: FLeRMConfig,
     ) -> None:
         check_units(base, config, "the profile")
@@ -62,7 +62,7 @@ class Scaler:
         self._base = _identity(base)
         self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
         self.evidence = Evidence.empty(self._mapped)
-        self._step_scales = StepScales(optimizer, held)
+        self._step_scales = StepScales(optimizer, in_optimizer)
         self._set_scales()
 
     def resume(self, profile: RateProfile) -> None:
@@ -72,11 +72,11 @@ class Scaler:
             profile: The profile of the checkpoint.
 
         Raises:
-            RateProfileError: If its record of the matching is incomplete.
+            RateProfileError: If the stored evidence is damaged.
         """
         record = profile.about.matching
         if record is not None and record.get("base") != self._base["base"]:
-            logger.warning("the checkpoint was matched to another profile: its scales are forgotten.")
+            logger.warning("the checkpoint was matched to another profile; its scales are not used.")
             record = None
         self.evidence = Evidence.empty(self._mapped) if record is None else Evidence.from_record(record, self._mapped)
         self._set_scales()
@@ -90,8 +90,8 @@ class Scaler:
             learning_rate: The nominal learning rate of the step.
 
         Returns:
-            `{canonical name: new scale / old one}` of the scales that changed; of tensors over the same memory only the
-            first, so that their step is redone once.
+            `{canonical name: new scale / old scale}` of the scales that changed. For tensors that share memory, only
+            the first is included, so that their step is redone once.
         """
         old, config, research = self.scales, self._config, self._config.research
         self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
@@ -121,20 +121,20 @@ class Scaler:
         if not at_limit:
             return ""
         return (
-            f"the learning-rate scales of {preview(at_limit)} are held at max_scale = {self._config.max_scale:g}: "
-            "base and target may not be comparable, or the learning rate is far off."
+            f"the learning-rate scales of {preview(at_limit)} have reached max_scale = {self._config.max_scale:g}: "
+            "base and target may not be comparable, or the learning rate is far from optimal."
         )
 
     def report_unmatched(self) -> None:
-        """Warn of tensors that kept their learning rate because base and target never both had a positive rate."""
-        seen = self.evidence.logs.isfinite().any(0).tolist()
+        """Warn of tensors whose learning rate was not scaled, as base and target never both had a positive rate."""
+        seen = self.evidence.log_quotients.isfinite().any(0).tolist()
         left = [unit for unit, known in zip(self.evidence.units, seen, strict=True) if not known]
         if self._config.unmatched == "nominal":
             left += self._mapped.unmatched
         if left:
             logger.warning(
-                f"the learning rates of {preview(left)} were not scaled: they have no rate, or only 0, in the profile "
-                "or in this run, or the tensors that they would share a scale with did not all move yet."
+                f"the learning rates of {preview(left)} were not scaled: they had no positive rate in the profile or "
+                "in this run, or too many of the tensors that share their scale had none yet."
             )
 
     def remove(self) -> None:
@@ -142,8 +142,8 @@ class Scaler:
         self._step_scales.remove()
 
     def _set_scales(self) -> None:
-        logs: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.scales.tolist(), strict=True))
-        self._step_scales.scales = self._mapped.tensor_scales(logs)
+        log_scales: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.log_scales.tolist(), strict=True))
+        self._step_scales.scales = self._mapped.tensor_scales(log_scales)
         self.scales = self._step_scales.scales
 
 

@@ -1,10 +1,10 @@
-"""When a run measures."""
+"""The optimizer steps at which a run measures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Learning rates of single tensors change most in the first steps, and a run may be short: dense first, then sparse.
+# Rates change most in the first steps, and a run may be short.
 EARLY_STEPS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -12,8 +12,8 @@ class Schedule:
     """The optimizer steps at which a run measures; 0 is the first update.
 
     Args:
-        every: Steps between measurements after `EARLY_STEPS`.
-        steps: Explicit steps, increasing. None: `EARLY_STEPS` and then every `every`.
+        every: The multiples of this number of steps are also measured, if `steps` is None.
+        steps: Explicit steps, increasing. None: `EARLY_STEPS` and all multiples of `every`.
     """
 
     def __init__(self, every: int, steps: Sequence[int] | None = None) -> None:
@@ -21,10 +21,10 @@ class Schedule:
         self._steps = steps
 
     def is_due(self, step: int, last_measured: int | None) -> bool:
-        """Return whether a step is to be measured.
+        """Return whether to measure a step.
 
-        A scheduled measurement that could not be made (learning rate 0 in a warm-up, a skipped step, a failure) is due
-        at the next step, and a resumed run measures nothing twice.
+        If a scheduled measurement failed or could not be made (learning rate 0 in a warm-up, a skipped step), the next
+        step is due. A resumed run does not repeat measurements.
 
         Args:
             step: The coming optimizer step.

@@ -1,4 +1,4 @@
-"""`FLeRMTrainer`: `Trainer` that records or matches function-space learning rates; a mixin for other trainers."""
+"""`FLeRMTrainer`: a `Trainer` that records or matches function-space learning rates; a mixin for other trainers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from transformers import Trainer
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
+from ..optimizer.param_groups import raw_optimizer
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
-_OLD_KEY = "flerm_names"  # version 0.1 wrote it into the param groups of a matched run's checkpoints
+_OLD_KEY = "flerm_names"  # in param groups in checkpoints of matched runs of version 0.1
 
 
 class FLeRMMixin(_Base):
     """Adds function-space learning rates to a trainer's class: `class MyTrainer(FLeRMMixin, SFTTrainer)`.
 
     Args:
-        *args: As for the trainer's class.
-        flerm: What to measure, when, and what to do with it.
-        probe_dataset: Examples to probe with, prepared as the training set is. None: drawn from the training set.
-        **kwargs: As for the trainer's class.
+        *args: Arguments of the trainer's class.
+        flerm: The options; see `FLeRMConfig`.
+        probe_dataset: Examples to probe with, prepared like the training set. None: examples of the training set.
+        **kwargs: Keyword arguments of the trainer's class.
 
     Raises:
         RateProfileError: If the profile to match cannot be loaded.
@@ -37,7 +38,7 @@ class FLeRMMixin(_Base):
     ) -> None:
         self._flerm = FLeRMCallback(flerm, probe_dataset)
         super().__init__(*args, **kwargs)
-        # First in the list, so that what it adds to a log reaches every tracker.
+        # First in the list, so that the entries it adds to a log reach all trackers.
         self.callback_handler.callbacks.insert(0, self._flerm)
 
     @property
@@ -51,29 +52,29 @@ class FLeRMMixin(_Base):
         return self._flerm.rate_profile
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer` does; whatever ends it, the optimizer is left as a plain one."""
+        """Train like `Trainer`; FLeRM's hooks are removed from the optimizer at the end, also after an exception."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self._flerm.close()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer as `Trainer` does; to match, an engine may need other param groups (ZeRO)."""
+        """Create the optimizer like `Trainer`; to match, DeepSpeed ZeRO needs one param group for each tensor."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._flerm.config.mode == "match":
             engine = engine_of(self.model)
             engine.check(self._flerm.config.research.estimator)
-            engine.prepare_optimizer(optimizer)
+            engine.prepare_optimizer(raw_optimizer(optimizer))
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `Trainer` does, with `rate_profile.safetensors` beside the weights."""
+        """Save like `Trainer`, with `rate_profile.safetensors` beside the weights."""
         if self.args.should_save:
             self._flerm.save(str(output_dir if output_dir is not None else self.args.output_dir))
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card as `Trainer` does, with a section on the profile and its picture beside it."""
+        """Write the card like `Trainer`, with a section on the profile and its figure beside it."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or not self._flerm.has_begun:
             return
@@ -96,10 +97,10 @@ class FLeRMTrainer(FLeRMMixin, Trainer):
     """`Trainer` with function-space learning rates.
 
     Args:
-        *args: As for `transformers.Trainer`.
-        flerm: What to measure, when, and what to do with it.
-        probe_dataset: Examples to probe with. None: drawn from the training set.
-        **kwargs: As for `transformers.Trainer`.
+        *args: Arguments of `transformers.Trainer`.
+        flerm: The options; see `FLeRMConfig`.
+        probe_dataset: Examples to probe with. None: examples of the training set.
+        **kwargs: Keyword arguments of `transformers.Trainer`.
 
     Raises:
         RateProfileError: If the profile to match cannot be loaded.

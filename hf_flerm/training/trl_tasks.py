@@ -1,4 +1,4 @@
-"""How the examples of TRL's trainers become probe batches, and which positions of the outputs count.
+"""How to make probe batches for TRL's trainers, and which positions of the outputs count.
 
 A trainer is recognized by the name of the class of its arguments: TRL is not imported.
 """
@@ -24,11 +24,11 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Task:
-    """How a trainer's examples are probed.
+    """The probe settings of a trainer.
 
     Attributes:
-        positions: Which positions of the output count, unless the user says otherwise.
-        collate_fn: Makes model inputs of a list of training examples.
+        positions: Which positions of the output count, unless `FLeRMConfig.positions` is set.
+        collate_fn: Makes model inputs from a list of training examples.
     """
 
     positions: str
@@ -36,7 +36,7 @@ class Task:
 
 
 def trl_task(args: TrainingArguments, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
-    """Return how the examples of a trainer are probed; for other trainers than TRL's, as their data loader collates.
+    """Return the probe settings of a trainer; other trainers than TRL's use the collate function of their data loader.
 
     Args:
         args: The trainer's arguments.
@@ -45,7 +45,7 @@ def trl_task(args: TrainingArguments, model: nn.Module, dataloader: Any, process
         processing_class: The trainer's tokenizer.
 
     Raises:
-        ValueError: If it is a trainer of TRL for which this is not known.
+        ValueError: If it is an unsupported trainer of TRL.
     """
     names = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl"]
     if not names:
@@ -53,14 +53,14 @@ def trl_task(args: TrainingArguments, model: nn.Module, dataloader: Any, process
     known = next((name for name in names if name in _TASKS), None)
     if known is None:
         raise ValueError(
-            f"how to probe the examples of a training with {names[0]} is not known; it is known for "
-            f"{', '.join(_TASKS)}. Write a loop with FLeRMRun and pass it collate_fn and output."
+            f"TRL's {names[0]} is not supported; supported are {', '.join(_TASKS)}. Use FLeRMRun in a custom loop, "
+            "with collate_fn and FLeRMConfig(output=...)."
         )
     return _TASKS[known](args, model, dataloader, processing_class)
 
 
 def _sft(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) -> Task:
-    """Logits of labeled positions. Rows that training packs or flattens are probed as the documents that they hold."""
+    """Logits of labeled positions. Packed and padding-free rows are split into their documents."""
     collate: Any = dataloader.collate_fn
     if not getattr(collate, "padding_free", False):
         return Task("labels", collate)
@@ -69,14 +69,14 @@ def _sft(args: Any, model: nn.Module, dataloader: Any, processing_class: Any) ->
 
 
 def _documents(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Cut a packed row into its documents."""
+    """Split a packed row into its documents."""
     lengths = row.get("seq_lengths")
     if lengths is None:
         yield row
         return
     columns = {name: values for name, values in row.items() if name != "seq_lengths"}
     for length, end in zip(lengths, accumulate(lengths), strict=True):
-        if length > 1:  # a single token predicts no other
+        if length > 1:  # a single token has no next token to predict
             yield {name: values[end - length : end] for name, values in columns.items()}
 
 
@@ -102,14 +102,15 @@ def _reward(args: Any, model: nn.Module, dataloader: Any, processing_class: Any)
 
 
 def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task:
-    """Logits of the tokens of completions, which the policy samples for each probe at the weights before the update."""
+    """Logits of completion tokens; the policy samples completions for each probe with the weights before the update."""
 
     def prompts(rows: Sequence[Any]) -> Batch:
         if "input_ids" in rows[0]:
-            return _given(rows, processing_class)
+            return _given_completions(rows, processing_class)
         if engine_of(model).sharded:
             raise ValueError(
-                "completions are not sampled from a model in shards: pass probe_dataset, rows of input_ids and labels"
+                "cannot sample completions from a sharded model: pass a probe_dataset with the columns input_ids and "
+                "labels."
             )
         texts = [row["prompt"] for row in rows]
         if isinstance(texts[0], str):
@@ -125,7 +126,7 @@ def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task
         return _padded(ids, processing_class.pad_token_id, "left")
 
     def completed(batch: Batch) -> Batch:
-        return batch if "labels" in batch else _completed(model, batch, settings)
+        return batch if "labels" in batch else _sampled_completions(model, batch, settings)
 
     settings = GenerationConfig(
         **{
@@ -146,15 +147,15 @@ def _grpo(args: Any, model: Any, dataloader: Any, processing_class: Any) -> Task
     return Task("labels", Staged(prompts, completed))
 
 
-def _given(rows: Sequence[Any], tokenizer: Any) -> Batch:
-    """Make a batch of given completions: rows with `input_ids` and `labels`."""
+def _given_completions(rows: Sequence[Any], tokenizer: Any) -> Batch:
+    """Make a batch from given completions: rows with `input_ids` and `labels`."""
     batch = _padded([row["input_ids"] for row in rows], tokenizer.pad_token_id, "right")
     labels = [torch.as_tensor(row["labels"]) for row in rows]
     return {**batch, "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED)}
 
 
-def _completed(model: Any, prompts: Mapping[str, Tensor], settings: GenerationConfig) -> Batch:
-    """Sample completions of prompts; labels are the sampled tokens up to the first end-of-text token."""
+def _sampled_completions(model: Any, prompts: Mapping[str, Tensor], settings: GenerationConfig) -> Batch:
+    """Sample completions of prompts. Labels are the sampled tokens up to the first end-of-text token."""
     device = next(model.parameters()).device
     prompts = {name: value.to(device) for name, value in prompts.items()}
     with torch.no_grad():

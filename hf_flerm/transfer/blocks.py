@@ -1,8 +1,8 @@
-"""Repeated blocks: their indices in names, and which blocks of one stack correspond to which of another.
+"""Repeated blocks: their indices in names, and how the blocks of two stacks correspond.
 
 A *kind* is a name with `*` in place of the indices of blocks: `h.*.attn.weight` is the kind of `h.3.attn.weight`. The
-indices of a name are a tuple, outermost stack first: (3,) here; stacks within stacks have more, and names outside of
-any stack have ().
+indices of a name are a tuple, outermost stack first: (3,) here. A name in nested stacks has more indices, and a name
+outside any stack has ().
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 Indices = tuple[int, ...]
-# {(base indices, target indices): (part of the target block that overlaps, part of the base block)}
+# {(base indices, target indices): (overlap as a fraction of the target block, as a fraction of the base block)}
 Overlaps = dict[tuple[Indices, Indices], tuple[Fraction, Fraction]]
 
 # Names come from files, so only plain decimal digits are an index (no "00", no other scripts), within 64 bits.
@@ -29,18 +29,19 @@ def overlapping(base: Iterable[Indices], target: Iterable[Indices], same_blocks:
         target    |   0   |   1   |   2   |
 
     Base block 0 and target block 1 have [1/3, 1/2] in common, a length of 1/6: half of the target block, a third of the
-    base block. Fractions keep this exact: blocks that only touch overlap by 0, and the parts of a block add up to 1.
-    The rule is applied to the outermost stack first, then to the stacks within each pair of blocks, and the parts are
-    multiplied.
+    base block. Fractions keep this exact: blocks that only touch overlap by 0, and the overlaps of a block add up to 1.
+    The rule is applied to the outermost stack first, then to the stacks within each pair of blocks, and the fractions
+    are multiplied.
 
     Args:
         base: Indices of the base's blocks that have a tensor of this kind.
-        target: Indices of the target's, of the same length.
-        same_blocks: Whether both outermost stacks have the same blocks. Then every block corresponds to itself alone,
-            and a block that has such a tensor on one side only has no counterpart.
+        target: Indices of the target's blocks; every tuple has the same length as in the base.
+        same_blocks: Whether both outermost stacks have the same blocks. Then a block corresponds to the block with the
+            same index only, and a block without the tensor on the other side has no match.
 
     Returns:
-        `{(base indices, target indices): (part of the target block, part of the base block)}` of pairs that overlap.
+        `{(base indices, target indices): (fraction of the target block, fraction of the base block)}` of the pairs
+        that overlap.
     """
     base, target = sorted(base), sorted(target)
     if not base or not target:
@@ -68,14 +69,14 @@ def overlapping(base: Iterable[Indices], target: Iterable[Indices], same_blocks:
 
 
 def names_of_kind(names: Iterable[str], kind: str) -> dict[Indices, str]:
-    """Return `{indices: name}` of those names (of tensors, modules or blocks) that are of a kind."""
+    """Return `{indices: name}` of the names (of tensors, modules or blocks) that belong to a kind."""
     pattern = re.compile(r"\.".join(_INDEX if part == "*" else re.escape(part) for part in kind.split(".")))
     matches = ((pattern.fullmatch(name), name) for name in names)
     return {tuple(map(int, match.groups())): name for match, name in matches if match}
 
 
 def stack_blocks(names: Iterable[str], kind: str) -> set[str]:
-    """Return the indices, as written in names, of all blocks of a kind's outermost stack; empty if it is in no stack.
+    """Return the indices (as strings) of all blocks in the outermost stack of a kind; empty if it is outside any stack.
 
     Args:
         names: All names of the model, also of other kinds.

@@ -1,14 +1,14 @@
-"""Evidence for scales: what the measurements of a target say about the scale of each unit. No modules, only numbers.
+"""Evidence for scales: what the measurements of a target say about the scale of each unit. Tensors only, no modules.
 
-At a measured step t, unit u (one tensor, or several that are matched together; see `mapping.Unit`) wants the scale
+At a measured step t, unit u (one tensor, or several that are matched together, see `mapping.Unit`) should have scale
 
-    s[u] = base rate[u](t) / own rate[u](t)
+    s[u] = base rate[u](t) / target rate[u](t)
 
 Single quotients are noisy, so scales are averaged in logarithms: y[t, u] = log s[u] at step t. Axes and symbols:
 
-    T   measurements so far        y   log quotients                     float64 [T, U], nan where there is none
-    U   units                      e   standard errors of log own rate   float64 [T, U], nan where not known
-    K   kinds of units             w   weights of measurements           positive, [T]
+    T   measurements so far     y   log quotients                        float64 [T, U], nan if not compared
+    U   units                   e   standard errors of log target rate   float64 [T, U], nan if not known
+    K   kinds of units          w   weights of measurements              positive, [T]
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from ..rates.estimators import average_weights
 from ..rates.measurement import Measurement
 from .mapping import ProfileMap, Unit
 
-# Smallest variance of a measurement: estimator `exact` states an error of 0, by which nothing can be divided.
+# Smallest variance of a measurement. It avoids a division by 0 with estimator `exact`, whose error is 0.
 _LEAST_VARIANCE = 1e-12
 
-# A unit of several tensors is compared only if fewer than this part of its matrices stands still. While LoRA's B is 0,
-# its A stands still: half of the matrices (AdaLoRA: two thirds), and the joint rate is that of B alone.
-_STANDING_STILL = 0.25
-# Optimizer steps after the first measurement for which such a unit waits. Tensors that are held back by weights of 0
-# follow one step after these weights; what stands still for longer (a learning rate of 0, LoRA-FA) will not move.
-_WAIT = 8
+# A unit of several tensors is compared only if less than this fraction of its matrices has rate 0. While LoRA's B is 0,
+# A has rate 0: half of the matrices (AdaLoRA: two thirds), and the joint rate is the rate of B alone.
+_MANY_ZERO_RATES = 0.25
+# For this many optimizer steps after the first measurement, such a unit is not compared. A tensor blocked by weights of
+# 0 gets a rate one step after these weights move. A rate that is 0 for longer (learning rate 0, LoRA-FA) stays 0.
+_WAIT_STEPS = 8
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a target has measured of the scales of its units, and the scales that follow.
+    """The measured quotients base rate / target rate of each unit, and the scales that follow from them.
 
     Attributes:
         units: Names of the units.
         steps: Optimizer steps of the measurements.
-        weights: Nominal learning rate at each measurement; measurements count by it in `mean_log_scales`.
-        logs: log(base rate / own rate), float64 [T, U]; nan where the two could not be compared.
-        errors: Standard errors of log(own rate), float64 [T, U]; nan where not known.
-        scales: Logarithms of the scales in force, float64 [U]; 0 before the first comparison.
+        weights: Nominal learning rate at each measurement: its weight in `mean_log_scales`.
+        log_quotients: log(base rate / target rate), float64 [T, U]; nan if the two could not be compared.
+        errors: Standard errors of log(target rate), float64 [T, U]; nan if not known.
+        log_scales: Logarithms of the current scales, float64 [U]; 0 before the first comparison.
     """
 
     units: tuple[str, ...]
     steps: tuple[int, ...]
     weights: tuple[float, ...]
-    logs: Tensor
+    log_quotients: Tensor
     errors: Tensor
-    scales: Tensor
+    log_scales: Tensor
 
     @classmethod
     def empty(cls, mapped: ProfileMap) -> Evidence:
@@ -75,21 +75,21 @@ class Evidence:
         try:
             check_names(record["scales"], dict.fromkeys(units), "what the checkpoint matched", "what this run matches")
             steps, weights = tuple(map(int, record["steps"])), tuple(map(float, record["weights"]))
-            logs, errors = (_table(record[key], units) for key in ("logs", "errors"))
-            scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
+            log_quotients, errors = (_table(record[key], units) for key in ("logs", "errors"))
+            log_scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
         except RateProfileError:
             raise
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise _damaged(repr(error)) from error
-        counts = (len(steps), len(weights), len(logs), len(errors))
-        if len(set(counts)) > 1 or logs.ndim != 2 or errors.ndim != 2 or scales.ndim != 1:
+        counts = (len(steps), len(weights), len(log_quotients), len(errors))
+        if len(set(counts)) > 1 or log_quotients.ndim != 2 or errors.ndim != 2 or log_scales.ndim != 1:
             raise _damaged(f"steps, weights, logs and errors have {counts} rows, which must be equal")
-        if not bool(scales.isfinite().all()) or not _positive(*weights):
+        if not bool(log_scales.isfinite().all()) or not _all_positive(*weights):
             raise _damaged("its scales must be finite and its weights positive")
-        return cls(units, steps, weights, logs, errors, scales)
+        return cls(units, steps, weights, log_quotients, errors, log_scales)
 
     def to_record(self) -> dict[str, Any]:
-        """Return the attributes as JSON can hold them, by name of the unit; nan becomes None."""
+        """Return the attributes in JSON-compatible form, keyed by unit; nan becomes None. "scales" are logarithms."""
 
         def columns(values: Tensor) -> dict[str, list[float | None]]:
             plain = [[value if math.isfinite(value) else None for value in row] for row in values.T.tolist()]
@@ -98,18 +98,18 @@ class Evidence:
         return {
             "steps": list(self.steps),
             "weights": list(self.weights),
-            "logs": columns(self.logs),
+            "logs": columns(self.log_quotients),
             "errors": columns(self.errors),
-            "scales": dict(zip(self.units, self.scales.tolist(), strict=True)),
+            "scales": dict(zip(self.units, self.log_scales.tolist(), strict=True)),
         }
 
     def appended(self, step: int, mapped: ProfileMap, measurement: Measurement, weight: float = 1.0) -> Evidence:
-        """Return the evidence with one more measurement; the scales stay.
+        """Return the evidence with one more measurement and unchanged scales.
 
-        A unit is not compared at this step if its rate is 0 on either side, or if it has several tensors of which a
-        good part does not move the outputs yet (LoRA's A in the first step): their joint rate says nothing about the
-        rest of the training, and following it has ruined runs. Where it is the base of which a part stood still, its
-        joint rate is too small and the scale errs on the safe side, so that is compared.
+        A unit is not compared at this step if a rate is 0, or if it has several tensors of which many do not affect the
+        outputs yet (LoRA's A in the first step): such a joint rate says nothing about the rest of the training, and
+        scales that followed it have made runs diverge. If many tensors of the base had rate 0, its joint rate is too
+        small, and so is the scale; this is safe, so the unit is compared.
 
         Args:
             step: Optimizer step of the measurement.
@@ -119,26 +119,27 @@ class Evidence:
         """
         units = mapped.measured_units.values()
         joint = measurement.joint_rates({unit.name: unit.shares for unit in units})
-        is_early = not self.steps or step < self.steps[0] + _WAIT
+        is_early = not self.steps or step < self.steps[0] + _WAIT_STEPS
         row = []
         for unit in units:
             rate, error = joint[unit.name]
             wanted = mapped.base.interpolated(unit.rates, step).item()
-            comparable = _positive(wanted, rate) and not (is_early and _stands_still(unit, mapped, measurement))
+            too_early = is_early and _has_many_zero_rates(unit, mapped, measurement)
+            comparable = _all_positive(wanted, rate) and not too_early
             row.append((math.log(wanted) - math.log(rate), error / rate) if comparable else (math.nan, math.nan))
-        logs, errors = torch.tensor(row, dtype=torch.float64).T.unsqueeze(1)
+        log_quotients, errors = torch.tensor(row, dtype=torch.float64).T.unsqueeze(1)  # [1, U] each
         return replace(
             self,
             steps=(*self.steps, step),
             weights=(*self.weights, weight),
-            logs=torch.cat([self.logs, logs]),
+            log_quotients=torch.cat([self.log_quotients, log_quotients]),
             errors=torch.cat([self.errors, errors]),
         )
 
     def at_limit(self, max_scale: float) -> list[str]:
         """Return the names of the units whose scale is `max_scale` or its inverse."""
         limit = math.log(max_scale)
-        return [unit for unit, log in zip(self.units, self.scales.tolist(), strict=True) if abs(log) >= limit > 0]
+        return [unit for unit, log in zip(self.units, self.log_scales.tolist(), strict=True) if abs(log) >= limit > 0]
 
     def estimated(
         self,
@@ -149,18 +150,18 @@ class Evidence:
         max_scale: float = math.inf,
         max_change: float = math.inf,
     ) -> Evidence:
-        """Return the evidence with the scales that it supports.
+        """Return a copy with updated scales.
 
         Args:
             mapped: What is matched.
-            pool: What log-scales are averaged over: all units of one "kind", or not at all ("unit").
-            beta: How log-scales are averaged over measurements. None: by `random_effects_mean`, followed by shrinkage
-                (below). A number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the value of the
-                paper, 0 the latest measurement.
+            pool: Which units share an average of log-scales: all units of one "kind", or each "unit" alone.
+            beta: How log-scales are averaged over measurements. None: by `random_effects_mean`, followed by James-Stein
+                shrinkage (see the comment in the code). A number: decay of a bias-corrected running average; 1 is the
+                plain mean, 0.9 the value of the paper, 0 the latest measurement.
             max_scale: Largest scale, and the inverse of the smallest.
-            max_change: Largest factor by which a scale changes from one measurement to the next. The first scale of a
-                single tensor may be larger (LoRA with a gaussian A needs 20 to 40 at once); that of several tensors
-                together may not.
+            max_change: Largest factor by which a scale changes from one measurement to the next. The first change of a
+                unit of one tensor is not limited (LoRA with a Gaussian A needs 20 to 40); the first change of a unit of
+                several tensors is.
         """
         if not self.steps:
             return self
@@ -176,28 +177,28 @@ class Evidence:
             means = torch.stack([_running_average(column[column.isfinite()], beta) for column in by_step.T])
         limit, change = math.log(max_scale), math.log(max_change)
         is_joint = [unit.is_joint for unit in mapped.measured_units.values()]
-        scales = self.scales.clone()
+        log_scales = self.log_scales.clone()
         for index, mean in zip(columns, means.tolist(), strict=True):
-            old = self.scales[index]
+            old = self.log_scales[index]
             new = torch.full_like(old, mean)
-            compared_before = bool(self.logs[:-1, index].isfinite().any())
+            compared_before = bool(self.log_quotients[:-1, index].isfinite().any())
+            # Only the first comparison of units of one tensor may exceed `max_change`.
             if compared_before or any(is_joint[column] for column in index):
                 new = new.clamp(old - change, old + change)
-            scales[index] = new.clamp(-limit, limit)
-        return replace(self, scales=scales)
+            log_scales[index] = new.clamp(-limit, limit)
+        return replace(self, log_scales=log_scales)
 
     def mean_log_scales(self, mapped: ProfileMap, pool: str) -> dict[str, tuple[float, float]]:
-        """Estimate one scale for a whole training: measurements count by their weights (learning rates).
+        """Estimate one log-scale per kind or unit for a whole training, with measurements weighted by learning rate.
 
-        `estimated` does not weigh them: the scales at the small learning rates of a warm-up had better be those that
-        fit then.
+        `estimated` uses no weights, because the scales during a warm-up should fit the warm-up.
 
         Args:
             mapped: What is matched.
-            pool: As for `estimated`.
+            pool: "kind" or "unit"; see `estimated`.
 
         Returns:
-            `{kind or unit: (log-scale, its standard error)}`, of those that could be compared.
+            `{kind or unit: (log-scale, its standard error)}` of those with at least one quotient.
         """
         columns = _columns(mapped, pool)
         weights = torch.tensor(self.weights, dtype=torch.float64)
@@ -206,20 +207,20 @@ class Evidence:
         return {name: (mean, error) for name, mean, error in estimates if math.isfinite(error)}
 
     def _averaged(self, columns: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Means over units and measurements, and their variances, [K] each.
+        """Return means over units and measurements, and their variances, [K] each.
 
-        The mean of n units has the variance 2 e^2 / n: twice, because the base was measured with errors, too, which are
-        not in its profile and are taken to be the target's. Units whose error is not known count with that of the
-        others.
+        The mean over n units has the variance 2 e^2 / n. The factor 2 is there because the errors of the base, which
+        its profile does not hold, are taken to equal the errors of the target. An unknown error is replaced by the root
+        mean square of the known ones.
         """
-        counts = torch.stack([self.logs[:, index].isfinite().sum(1) for index in columns], 1)
+        counts = torch.stack([self.log_quotients[:, index].isfinite().sum(1) for index in columns], 1)
         squares = torch.stack([self.errors[:, index].square().nanmean(1) for index in columns], 1).nan_to_num()
         variances = 2 * squares / counts.clamp(min=1)
         return random_effects_mean(self._means(columns), variances, weights)
 
     def _means(self, columns: list[list[int]]) -> Tensor:
-        """Means over the units of each kind, [T, K]; nan where no unit was compared."""
-        return torch.stack([self.logs[:, index].nanmean(1) for index in columns], 1)
+        """Return means over the units of each kind, [T, K]; nan if no unit was compared."""
+        return torch.stack([self.log_quotients[:, index].nanmean(1) for index in columns], 1)
 
 
 def random_effects_mean(values: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,27 +230,27 @@ def random_effects_mean(values: Tensor, variances: Tensor, weights: Tensor) -> t
 
         y[t, k] = mu[k] + sampling error of variance v[t, k] + scatter of variance tau^2
 
-    with one tau^2 for all quantities, by the method of moments: Q is the weighted scatter around plain weighted means,
-    and its expectation is F (tau^2 + vbar) where vbar is the weighted mean of v.
+    with one tau^2 for all quantities, estimated by the method of moments: Q is the weighted scatter around the weighted
+    means m, with expectation F (tau^2 + vbar), where vbar is the weighted mean of v.
 
         m[k]   = sum_t w y / sum_t w                       Q = sum_tk w (y - m)^2
         F      = sum_tk w - sum_k (sum_t w^2 / sum_t w)    (for weights of 1: T K - K degrees of freedom)
-        tau^2  = max(0, Q / F - vbar)                      (0 where every quantity was measured once, F = 0)
+        tau^2  = max(0, Q / F - vbar)                      (0 if every quantity was measured once: F = 0)
         p      = w / (v + tau^2)
         mu[k]  = sum_t p y / sum_t p
         Var mu = sum_t p^2 (v + tau^2) / (sum_t p)^2
 
-    DerSimonian and Laird have one quantity and w = 1 / v.
+    DerSimonian and Laird use one quantity and w = 1 / v.
 
     Args:
-        values: y, float64 [T, K]; nan where nothing was measured.
+        values: y, float64 [T, K]; nan if not measured.
         variances: v, [T, K].
         weights: w > 0, [T].
 
     Returns:
-        mu and Var mu, float64 [K]; nan and infinity where nothing was measured.
+        mu and Var mu, float64 [K]; nan and infinity for a quantity without a measurement.
     """
-    w = values.isfinite() * weights.unsqueeze(1)  # [T, K], 0 where nothing was measured
+    w = values.isfinite() * weights.unsqueeze(1)  # [T, K], 0 if not measured
     y = values.nan_to_num()
     plain_means = (w * y).sum(0) / w.sum(0)
     squares = w * (values - plain_means).nan_to_num().square()
@@ -264,21 +265,21 @@ def random_effects_mean(values: Tensor, variances: Tensor, weights: Tensor) -> t
 
 
 def _columns(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:
-    """The columns (units) that are averaged and share one scale, by kind or by unit."""
+    """Return `{kind or unit: columns}`, the columns (units) that are averaged and share one scale."""
     columns: dict[str, list[int]] = {}
     for column, unit in enumerate(mapped.measured_units.values()):
         columns.setdefault(unit.kind if pool == "kind" else unit.name, []).append(column)
     return columns
 
 
-def _stands_still(unit: Unit, mapped: ProfileMap, measurement: Measurement) -> bool:
-    """Whether a good part of the tensors of a unit does not move the outputs at this step.
+def _has_many_zero_rates(unit: Unit, mapped: ProfileMap, measurement: Measurement) -> bool:
+    """Whether at least `_MANY_ZERO_RATES` of the matrices of a unit have rate 0.
 
-    Biases and norms are not counted beside matrices: a key's bias never moves the outputs, and many biases would hide
-    that half of the matrices stands still.
+    Biases and norms are counted only in a unit without matrices: the bias of attention keys never affects the outputs,
+    and many biases would hide that half of the matrices have rate 0.
     """
     counted = [name for name in unit.shares if len(mapped.shapes[name]) > 1] or list(unit.shares)
-    return sum(measurement.rates[name] == 0 for name in counted) >= _STANDING_STILL * len(counted)
+    return sum(measurement.rates[name] == 0 for name in counted) >= _MANY_ZERO_RATES * len(counted)
 
 
 def _running_average(values: Tensor, beta: float) -> Tensor:
@@ -286,7 +287,7 @@ def _running_average(values: Tensor, beta: float) -> Tensor:
 
 
 def _table(columns: Mapping[str, Any], units: tuple[str, ...]) -> Tensor:
-    """Float64 [T, U] from the columns of a record."""
+    """Return the columns of a record as float64 [T, U]."""
     rows = [[math.nan if value is None else value for value in columns[unit]] for unit in units]
     return torch.tensor(rows, dtype=torch.float64).transpose(0, 1)
 
@@ -297,5 +298,5 @@ def _damaged(reason: str) -> RateProfileError:
     )
 
 
-def _positive(*numbers: float) -> bool:
+def _all_positive(*numbers: float) -> bool:
     return all(math.isfinite(number) and number > 0 for number in numbers)

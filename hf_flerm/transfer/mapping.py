@@ -19,16 +19,16 @@ from .blocks import Indices, Overlaps, block_indices, names_of_kind, overlapping
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors of the target that are matched together to a rate of the base, and share one scale.
+    """A set of target tensors that are matched to one rate of the base and share a scale.
 
     Attributes:
         name: Path of the tensor, module or block that the rate belongs to, without PEFT's prefix: in the base for
-            `depth="joint"`, else in the target. The unit of everything has the name "".
+            `depth="joint"`, else in the target. The unit of the whole model has the name "".
         kind: The name with `*` for the indices of blocks.
         sources: Names in the base of the tensors, modules or blocks whose rates were used.
         rates: The rate that the unit should have at the steps of the base, float64 [S].
-        shares: `{canonical name in the target: part of the tensor's update that belongs to this unit}`. A part below 1
-            is possible only for `depth="joint"`, where a target block may lie between two base blocks.
+        shares: `{canonical name in the target: fraction of the tensor's update that belongs to this unit}`. A fraction
+            below 1 is possible only for `depth="joint"`, where a target block may lie between two base blocks.
     """
 
     name: str
@@ -45,15 +45,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class ProfileMap:
-    """The rates of a base, mapped to a target. `str()` of it is a table of what corresponds to what.
+    """The rates of a base, mapped to a target. `str()` gives a table of the correspondence.
 
     Attributes:
         base: Profile of the base.
-        units: `{name: unit}`; every trained tensor of the target is in one, or among `unmatched`.
+        units: `{name: unit}`; every trained tensor of the target is in a unit or in `unmatched`.
         unmatched: Trained tensors of the target for which the base has no rate.
-        unused: Tensors, modules or blocks of the base that the target does not have.
+        unused: Tensors, modules or blocks of the base that have no match in the target.
         policy: What happens to the unmatched tensors; see `unmatched` in `map_profile`.
-        depth: How the rate of a base block was given to target blocks; see `map_profile`.
+        depth: How the rates of base blocks were split over target blocks; see `map_profile`.
         shapes: `{canonical name: shape}` of the trained tensors of the target.
     """
 
@@ -67,53 +67,53 @@ class ProfileMap:
 
     @property
     def everything(self) -> Unit:
-        """All trained tensors as one unit. Its scale is that of the unmatched tensors if the policy is "global".
+        """The unit of all trained tensors. If the policy is "global", unmatched tensors get its scale.
 
         Raises:
-            RateProfileError: If the base has no joint rate of everything.
+            RateProfileError: If the base has no joint rate of the whole model.
         """
         wanted = _rates(self.base, "global")[""]
         return Unit("", "", ("",), wanted, dict.fromkeys(self.shapes, 1.0))
 
     @property
     def measured_units(self) -> dict[str, Unit]:
-        """The units whose scales are estimated: `units`, and `everything` where unmatched tensors need its scale."""
+        """The units whose scales are estimated: `units`, and `everything` if unmatched tensors need its scale."""
         needs_everything = self.policy == "global" and self.unmatched
         return {**self.units, **({"": self.everything} if needs_everything else {})}
 
-    def tensor_scales(self, logs: Mapping[str, float]) -> dict[str, float]:
+    def tensor_scales(self, log_scales: Mapping[str, float]) -> dict[str, float]:
         """Turn scales of units into scales of tensors.
 
-        A tensor that belongs to several units in parts has the geometric mean of their scales, weighted by the parts.
+        A tensor that belongs to several units gets the geometric mean of their scales, weighted by its shares.
 
         Args:
-            logs: `{unit: logarithm of its scale}` of the `measured_units`.
+            log_scales: `{unit: logarithm of its scale}` of the `measured_units`.
 
         Returns:
             `{canonical name: scale}` of every trained tensor.
         """
-        log_scales = dict.fromkeys(self.shapes, 0.0)
+        by_tensor = dict.fromkeys(self.shapes, 0.0)
         for unit in self.units.values():
             for name, share in unit.shares.items():
-                log_scales[name] += share * logs[unit.name]
-        scales = {name: math.exp(log) for name, log in log_scales.items()}
+                by_tensor[name] += share * log_scales[unit.name]
+        scales = {name: math.exp(log) for name, log in by_tensor.items()}
         if self.policy == "freeze":
             scales.update(dict.fromkeys(self.unmatched, 0.0))
         if self.policy == "global":
-            scales.update(dict.fromkeys(self.unmatched, math.exp(logs.get("", 0.0))))
+            scales.update(dict.fromkeys(self.unmatched, math.exp(log_scales.get("", 0.0))))
         return scales
 
     @property
     def profile(self) -> RateProfile:
-        """The base's rates under the names of the target's tensors.
+        """A profile with the rates of the base by the names of the target's tensors.
 
         Raises:
-            RateProfileError: If a unit has several tensors, whose joint rate is no rate of each.
+            RateProfileError: If a unit has several tensors: a joint rate is not the rate of each.
         """
-        joint = [name for name, unit in self.units.items() if not _is_whole_tensor(unit)]
-        if joint:
+        not_single = [name for name, unit in self.units.items() if not _is_whole_tensor(unit)]
+        if not_single:
             raise RateProfileError(
-                f"{preview(joint)} are matched by the joint rate of several tensors, so single tensors have no rate. "
+                f"{preview(not_single)} are matched by the joint rate of several tensors; single tensors have no rate. "
                 "Map with granularity='tensor' and depth='equal' or 'sqrt'."
             )
         rates = {name: unit.rates for unit in self.units.values() for name in unit.shares}
@@ -131,7 +131,7 @@ class ProfileMap:
             if not all(map(_is_whole_tensor, units)):
                 how = "joint rate"
             else:
-                how = "as it is" if len(sources) == len(names) else f"{self.depth} split"
+                how = "unchanged" if len(sources) == len(names) else f"{self.depth} split"
             rows.append(
                 (f"{len(sources)} x {_sizes(before)}", f"{len(names)} x {_sizes(after)}", f"{how}: {kind or '*'}")
             )
@@ -152,35 +152,34 @@ def map_profile(
 ) -> ProfileMap:
     """Map a profile onto a model of another depth, width, rank or adapter.
 
-    Tensors correspond by name; PEFT's prefix and the adapter's name do not matter. Blocks correspond by their position
-    among the blocks that have such a tensor: the first third of the target's blocks to the first third of the base's.
+    Tensors correspond by name, without PEFT's prefix and the adapter's name. Blocks correspond by relative position
+    among the blocks with this tensor: the first third of the target's blocks to the first third of the base's.
 
     Args:
         base: Profile of the base run: a `RateProfile`, a folder, a file, or a repository on the Hub.
         model: The target, with its adapter; its trainable parameters are mapped.
-        granularity: What is matched and has a scale of its own: each "tensor"; each "module" (the joint rate of all
-            that is trained of it, such as LoRA's A and B or a weight and its bias); each "block"; or everything
-            together ("global").
-        depth: How the rate of a base block is given to the m blocks that it becomes. "equal": 1/m each, as in the
-            paper; right if their effects add up. "sqrt": 1/sqrt(m) each; right if their effects are orthogonal.
-            "copy": all of it to each. "joint": the m copies of a tensor together get it, measured with their
-            interaction.
-        unmatched: What happens to tensors that the base has no rate for. "error" refuses them, and names in the base
-            that the target lacks; "global" gives them the scale of everything together; "nominal" leaves their learning
-            rate as it is; "freeze" does not train them.
+        granularity: What gets its own scale: each "tensor"; each "module" (by the joint rate of its trained tensors,
+            such as LoRA's A and B or a weight and its bias); each "block"; or the whole model ("global").
+        depth: How the rate of a base block is split over the m target blocks that correspond to it. "equal": 1/m each,
+            as in the paper; right if the output changes of the m blocks are parallel. "sqrt": 1/sqrt(m) each; right if
+            they are orthogonal. "copy": the whole rate to each. "joint": the m tensors together get the rate, measured
+            with their interaction.
+        unmatched: What happens to tensors without a rate in the base. "error" raises, also if names of the base are not
+            in the target; "global" uses the scale of the whole model; "nominal" keeps their learning rate; "freeze"
+            sets it to 0.
 
     Raises:
-        RateProfileError: If names differ and `unmatched` is "error", if no name is common, or if the base lacks the
-            joint rates that the granularity needs.
-        ValueError: If an option is not allowed, or `model` is no module.
+        RateProfileError: If names differ and `unmatched` is "error", if no name matches, or if the base lacks the joint
+            rates that the granularity needs.
+        ValueError: If an option is not allowed, or `model` is not a module.
     """
     check_choice("granularity", granularity, values(Granularity))
     check_choice("depth", depth, values(Depth))
     check_choice("unmatched", unmatched, values(Unmatched))
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"model is {model!r:.100}; it must be a torch module, with the adapter that will be trained. The "
-            "profile comes first, then the model; `hf-flerm map` takes folders."
+            f"model is {model!r:.100}; it must be a torch module, with the adapter that will be trained. Pass the "
+            "profile first, then the model. The command `hf-flerm map` takes folders."
         )
     base = RateProfile.from_pretrained(base)
     rates = _rates(base, granularity)
@@ -191,7 +190,10 @@ def map_profile(
     units: dict[str, Unit] = {}
     used: set[str] = set()
     for kind, tensors in targets.items():
-        # {indices: name in the profile} of the base's side of this kind
+        # For instance, kind "h.*.fc.weight", base with 2 blocks and target with 3:
+        #   sources   {(0,): "h.0.fc.weight", (1,): "h.1.fc.weight"}, names in the profile
+        #   tensors   {(0,): ["h.0.fc.weight"], (1,): [...], (2,): [...]}, names in the target
+        #   overlaps  {((0,), (0,)): (1, 2/3), ((0,), (1,)): (1/2, 1/3), ...}; see `overlapping`
         sources = {indices: base_names[name] for indices, name in names_of_kind(base_names, kind).items()}
         same_blocks = stack_blocks(base_names, kind) == stack_blocks(target_names, kind)
         overlaps = overlapping(sources, tensors, same_blocks)
@@ -222,8 +224,8 @@ def _check(mapped: ProfileMap, granularity: str) -> None:
         coarser = values(Granularity)[values(Granularity).index(granularity) + 1 :]
         advice = f"Match by granularity={' or '.join(map(repr, coarser))} (another adapter, full fine-tuning), or "
         raise RateProfileError(
-            f"profile and model share no {granularity} by name: the profile has {preview(mapped.unused)}, the model "
-            f"{preview(mapped.unmatched)}. {advice}record a base whose trainable parameters have these names."
+            f"profile and model have no {granularity} name in common: the profile has {preview(mapped.unused)}, the "
+            f"model {preview(mapped.unmatched)}. {advice}record a base whose trainable parameters have these names."
         )
     if mapped.policy == "global" and mapped.unmatched:
         _rates(mapped.base, "global")
@@ -237,18 +239,18 @@ def _check(mapped: ProfileMap, granularity: str) -> None:
 
 
 def _names_without_prefix(names: Iterable[str]) -> dict[str, str]:
-    """`{name without PEFT's prefix: name in the profile}`."""
+    """Return `{name without PEFT's prefix: name in the profile}`."""
     found: dict[str, str] = {}
     for name in names:
         if found.setdefault(without_prefix(name), name) != name:
             raise RateProfileError(
-                f"the profile has {without_prefix(name)!r} twice, with PEFT's prefix and without. Remove one of them."
+                f"the profile has {without_prefix(name)!r} twice, with and without PEFT's prefix. Remove one of them."
             )
     return found
 
 
 def _targets(model: nn.Module, names: Iterable[str], granularity: str) -> dict[str, dict[Indices, list[str]]]:
-    """`{kind: {indices of blocks: names of the tensors that are matched together}}`, kinds without PEFT's prefix."""
+    """Return `{kind without PEFT's prefix: {indices of blocks: names of the tensors that are matched together}}`."""
     places = tensor_places(model)
     targets: dict[str, dict[Indices, list[str]]] = {}
     for name in names:
@@ -264,7 +266,7 @@ def _joint_units(
     tensors: Mapping[Indices, list[str]],
     rates: Mapping[str, Tensor],
 ) -> Iterator[Unit]:
-    """One unit per base block: all target blocks that overlap it, each with the part of its update that does."""
+    """Yield a unit for each base block: the target blocks that overlap it, each with the fraction that overlaps."""
     for origin, source in sources.items():
         parts = {target: of_target for (base, target), (of_target, _) in overlaps.items() if base == origin}
         if parts:
@@ -280,11 +282,11 @@ def _split_units(
     rates: Mapping[str, Tensor],
     depth: str,
 ) -> Iterator[Unit]:
-    """One unit per target block, whose rate is put together from the base blocks that overlap it.
+    """Yield a unit for each target block, with a rate computed from the base blocks that overlap it.
 
-    With p = 2 for "sqrt" and 1 otherwise, rate^p is the sum over those base blocks of part x (base rate)^p. The part
-    is that of the base block, so that every base block's total of rate^p is kept; for "copy" it is that of the target
-    block, which makes a mean.
+    rate^p is the sum over these base blocks of fraction x (base rate)^p, with p = 2 for "sqrt" and p = 1 otherwise. The
+    fraction is that of the base block, so that the sum of rate^p over its target blocks is kept. For "copy" it is that
+    of the target block, so that the rate is a mean.
     """
     power = 2 if depth == "sqrt" else 1
     for target in dict.fromkeys(target for _, target in overlaps):
@@ -299,20 +301,20 @@ def _split_units(
 
 
 def _rates(base: RateProfile, granularity: str) -> Mapping[str, Tensor]:
-    """`{name or path: float64 [S]}`; raises RateProfileError if the profile has no joint rates of this granularity."""
+    """Return `{name or path: float64 [S]}`; raise RateProfileError if the profile lacks these joint rates."""
     if granularity == "tensor":
         return base.rates
     rates = base.joint_rates.get(granularity, {})
     if not rates or (granularity == "global" and "" not in rates):
         raise RateProfileError(
-            f"the profile holds no joint rates by {granularity}, only rates by tensor. Record it again with this "
-            "version, or match with granularity='tensor'."
+            f"the profile has no joint rates by {granularity}. Record it again with this version, or match with "
+            "granularity='tensor'."
         )
     return rates
 
 
 def _path_and_kind(name: str, place: Place, granularity: str) -> tuple[str, str]:
-    """Path and kind of the tensor, module or block that a tensor is matched with."""
+    """Return path and kind of the tensor, module or block with which a tensor is matched."""
     return {
         "tensor": (name, place.kind),
         "module": (place.module, place.module_kind),
@@ -329,7 +331,7 @@ def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
         names: Canonical names of the tensors.
 
     Returns:
-        `{granularity: {path: {name: 1.0}}}` for every granularity but "tensor"; 1.0 stands for the whole update.
+        `{granularity: {path: {name: 1.0}}}` for every granularity but "tensor"; 1.0 is the share of the update.
     """
     places = tensor_places(model)
     coarse = [granularity for granularity in values(Granularity) if granularity != "tensor"]
@@ -341,7 +343,7 @@ def joint_groups(model: nn.Module, names: Iterable[str]) -> dict[str, dict[str, 
 
 
 def _is_whole_tensor(unit: Unit) -> bool:
-    """Whether the unit is one tensor with all of its update."""
+    """Whether the unit is one tensor with its whole update."""
     return list(unit.shares.values()) == [1.0]
 
 

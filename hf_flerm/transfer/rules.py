@@ -21,10 +21,11 @@ _LORA_RANK_DIM = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embeddi
 
 @dataclass(frozen=True)
 class Change:
-    """How a target differs from a base. Ratios are target / base, 1 where they are not known.
+    """How a target differs from a base. Ratios are target / base, 1 if not known.
 
     Attributes:
-        width: Ratio of the sizes of the matrices, without the rank of an adapter; the median over the trained matrices.
+        width: Median over the trained matrices of the ratio of sizes (geometric mean of both dimensions; a rank is left
+            out).
         depth: Ratio of the numbers of trained blocks.
         rank: Ratio of the LoRA ranks.
         scaling: Ratio of the factors on LoRA's output (alpha / r, or alpha / sqrt(r) for rsLoRA).
@@ -53,7 +54,7 @@ class Rule:
     Attributes:
         text: The rule in words.
         source: The paper.
-        applies: Whether the rule is about such a change.
+        applies: Whether the rule applies to a change.
         factor: The factor on the base's learning rate.
     """
 
@@ -64,10 +65,12 @@ class Rule:
 
 
 def _both_lora(change: Change) -> bool:
+    """Whether base and target are trained with LoRA."""
     return change.base_adapter == change.target_adapter == "LORA"
 
 
 def _without_adapter(change: Change) -> bool:
+    """Whether base and target are trained without an adapter."""
     return change.base_adapter is None and change.target_adapter is None
 
 
@@ -106,7 +109,7 @@ RULES: Sequence[Rule] = (
 
 
 def change_between(base: RateProfile, model: nn.Module) -> Change:
-    """Compare a model with that of a profile's run. What the metadata do not hold counts as unchanged."""
+    """Compare the base of a profile with a model. Ratios that the metadata do not determine are 1."""
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
     engine = engine_of(model)
@@ -139,8 +142,9 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
 def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, **options: Any) -> list[dict[str, Any]]:
     """Make param groups by muP's rule for AdamW: hidden matrices at learning rate / width ratio, the rest unchanged.
 
-    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 8. Hidden are the matrices in repeated blocks, and
-    other matrices of which both dimensions have grown. The width ratio is that of the input dimension.
+    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), table 8. Hidden matrices are
+    those in repeated blocks, and others with both dimensions larger than in the base. The width ratio is that of the
+    input dimension.
 
     Args:
         model: The target.
@@ -174,7 +178,7 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
 
 
 def _by_kind(shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]) -> dict[str, list[tuple[int, ...]]]:
-    """`{kind without PEFT's prefix: shapes}`. Where the kind is not known, every number in a name counts as a block."""
+    """Return `{kind without PEFT's prefix: shapes}`. If a kind is unknown, every index in a name becomes `*`."""
     found: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         kind = kinds.get(name) or re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -88,7 +88,7 @@ def test_the_command_asks_for_a_profile_that_tells_its_learning_rate(tmp_path: P
     gpt2().save_pretrained(tmp_path / "model")
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "no data", str(tmp_path / "mean")])
     assert result.exit_code == 2
-    assert "does not tell the learning rate" in " ".join(result.output.replace("│", " ").split())
+    assert "does not contain the learning rate" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:

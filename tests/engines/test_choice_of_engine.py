@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from hf_flerm import measure_rates
 from hf_flerm.engines import engine_of
 from hf_flerm.engines.engine import Engine, MasterWeights
 from hf_flerm.engines.fsdp2 import FSDP2
@@ -186,7 +188,7 @@ def test_deepspeed_steps_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -
     parameters = dict(model.named_parameters())
     weights = engine.master_weights(torch.optim.SGD(parameters.values(), 0.1), parameters)
     assert list(weights.stepped()) == list(parameters)
-    assert not weights.is_seen_by_hooks
+    assert not weights.hooks_enclose_update
 
 
 class Partitioned:
@@ -210,9 +212,9 @@ def test_tensors_of_one_partition_have_one_learning_rate(monkeypatch: pytest.Mon
     parameters = dict(model.named_parameters())
     first, second, *others = parameters.values()
     weights = engine_of(model).master_weights(Partitioned([first, second], *([other] for other in others)), parameters)
-    assert weights.gathers_together
+    assert weights.gather_is_collective
     assert weights.in_optimizer["0.weight"] is weights.in_optimizer["0.bias"]
-    with pytest.raises(ValueError, match=r"ZeRO steps \[0.bias, 0.weight\] at one learning rate.*a group of its own"):
+    with pytest.raises(ValueError, match=r"ZeRO steps \[0.bias, 0.weight\] with one learning rate.*its own group"):
         weights.check_own_learning_rates()
     apart = engine_of(model).master_weights(Partitioned(*([tensor] for tensor in parameters.values())), parameters)
     apart.check_own_learning_rates()
@@ -224,3 +226,49 @@ def test_tensors_of_one_partition_have_one_learning_rate(monkeypatch: pytest.Mon
     first.data.add_(1.0)
     with pytest.raises(ValueError, match=r"do not hold the weights of \[0.weight\].*round_robin_gradients to false"):
         engine_of(model).master_weights(zero, parameters)
+
+
+class Gathering(OrderedDict[str, Any]):
+    """What ZeRO-3 makes of a module's parameters: one that is looked up while the model runs is gathered."""
+
+    running = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module._parameters)
+        self.inside = False
+        forward = module.forward
+
+        def own_forward(*args: Any) -> Any:
+            self.inside = True
+            try:
+                return forward(*args)
+            finally:
+                self.inside = False
+
+        module.forward = own_forward  # type: ignore[method-assign]
+        module._parameters = self
+
+    def __getitem__(self, key: str) -> Any:
+        assert self.inside or not Gathering.running, f"{key} would be gathered after its module has run"
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("estimator", ["per_example", "full"])
+def test_hooks_look_up_no_parameter_while_the_model_runs(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = layers(), layers()
+    for module in model:
+        Gathering(module)
+
+    def output(model: nn.Module, batch: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(Gathering, "running", True)
+            return model(batch["x"])  # type: ignore[no-any-return]
+
+    updates = {name: torch.ones_like(parameter) for name, parameter in plain.named_parameters()}
+    batches = [{"x": torch.linspace(-1, 1, 12).view(4, 3)}]
+    found, expected = (
+        measure_rates(each, updates, batches, output=output, estimator=estimator, generator=torch.Generator()).rates
+        for each in (model, plain)
+    )
+    assert found == expected
+    assert all(rate > 0 for rate in found.values())

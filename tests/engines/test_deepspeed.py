@@ -362,7 +362,7 @@ OF_TORCH = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
 BOTH = ("record", "match")
 # What is asked of DeepSpeed, whether the callback is alone, in which modes, and what is said.
 REFUSED: dict[str, tuple[dict[str, Any], bool, tuple[str, ...], str]] = {
-    "an optimizer": ({"stage": 2, "optimizer": OF_TORCH}, False, BOTH, "'optimizer'.*Take the block out"),
+    "an optimizer": ({"stage": 2, "optimizer": OF_TORCH}, False, BOTH, "'optimizer'.*Remove the block"),
     "round robin": (
         {"stage": 2, "zero": {"round_robin_gradients": True}},
         False,
@@ -370,7 +370,12 @@ REFUSED: dict[str, tuple[dict[str, Any], bool, tuple[str, ...], str]] = {
         "Set round_robin_gradients to false",
     ),
     "bf16 without ZeRO": ({"stage": 0, "bf16": True}, False, BOTH, "no float32 partition.*Use ZeRO-1 or ZeRO-2"),
-    "groups of many": ({"stage": 2}, True, ("match",), "FLeRMTrainer gives every tensor a group of its own"),
+    "groups of many": (
+        {"stage": 2},
+        True,
+        ("match",),
+        "FLeRMTrainer with a torch optimizer: it gives every tensor its own group",
+    ),
 }
 
 

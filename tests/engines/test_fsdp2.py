@@ -229,6 +229,6 @@ def four_shards(folder: Path) -> dict[str, Any]:
         assert AcceleratorState().device_mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
         with pytest.raises(ValueError, match=r"'exact' needs whole weights.*Use 'per_example'"):
             make_trainer(folder, gpt2(), FLeRMConfig(research=Research(estimator="exact")), **FSDP).train()
-    with pytest.raises(ValueError, match="plan runs in one process, this is one of 4"):
+    with pytest.raises(ValueError, match="plan must run in a single process, and there are 4"):
         plan(gpt2(), arguments(folder), Rows(), base_of("full"))
     return {"resumed": resumed, "own": own, "hybrid": hybrid}

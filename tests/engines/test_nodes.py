@@ -132,6 +132,6 @@ def test_what_one_node_cannot_use_is_refused_on_all(tmp_path: Path) -> None:
     assert first["nowhere"].startswith(unread)
     assert first["second"].startswith(unread)
     assert first["damaged"].startswith(f"{unread} {tmp_path / 'node 0' / 'damaged'}")
-    differs = "is not the same on all 2 processes: every node needs the same file, or the first node alone has one."
+    differs = "is not the same on all 2 processes. Give the same file to every node, or to the first node alone."
     assert first["other"] == f"the profile {differs}"
     assert first["checkpoint"] == f"the checkpoint's profile {differs}"

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-REFUSED = {engine: (state, rf"{reason}.*Train with DDP, or with FSDP2") for engine, (state, reason) in REFUSED.items()}
+REFUSED = {engine: (state, rf"{reason}.*Use DDP, FSDP2") for engine, (state, reason) in REFUSED.items()}
 OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
 ZERO_3 = {"stage": 3, "zero_hpz_partition_size": 1, "mics_shard_size": -1}
 
@@ -42,12 +42,12 @@ REFUSED |= {
         reason,
     )
     for name, config, reason in (
-        ("hpZ", {"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, "hpz_partition_size'.*Take it out"),
-        ("MiCS", {"zero_optimization": ZERO_3 | {"mics_shard_size": 2}}, "mics_shard_size'.*Take it out"),
-        ("its optimizer", {"optimizer": {"type": "AdamW"}}, "'optimizer'.*Take the block out"),
-        ("its scheduler", {"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*Take the block out"),
+        ("hpZ", {"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, "hpz_partition_size'.*Remove it"),
+        ("MiCS", {"zero_optimization": ZERO_3 | {"mics_shard_size": 2}}, "mics_shard_size'.*Remove it"),
+        ("its optimizer", {"optimizer": {"type": "AdamW"}}, "'optimizer'.*Remove the block"),
+        ("its scheduler", {"scheduler": {"type": "WarmupLR"}}, "'scheduler'.*Remove the block"),
         ("offload", {"zero_optimization": OFFLOAD}, r"'zero_optimization\.offload_optimizer'.*set its device to none"),
-        ("tensor parallel", {"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel'.*Take it out"),
+        ("tensor parallel", {"tensor_parallel": {"autotp_size": 2}}, "'tensor_parallel'.*Remove it"),
     )
 }
 

@@ -83,7 +83,10 @@ def test_a_destroyed_parameter_is_put_back_and_reported(
     assert all(parameter.requires_grad for parameter in parameters.values())
     assert "weight" not in vars(model.first)
     (warning,) = warnings_of()
-    assert f"in place of the parameters [first.weight] of {type(model).__name__}. They were put back" in warning
+    assert (
+        f"replaced the parameters [first.weight] of {type(model).__name__} with other objects. They were restored"
+        in warning
+    )
     model(inputs["x"]).sum().backward()
     assert model.first.weight.grad is not None
 

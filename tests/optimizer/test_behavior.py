@@ -233,7 +233,7 @@ def test_updates_that_are_not_linear_are_refused(module: str, name: str, options
     with pytest.raises(ValueError, match=message):
         check_optimizer(run.optimizer, "match")
     if name in WITHOUT_A_RATE:
-        with pytest.raises(ValueError, match="no rate per unit learning rate"):
+        with pytest.raises(ValueError, match="rate per unit learning rate is not defined"):
             check_optimizer(run.optimizer, "record")
     else:
         check_optimizer(run.optimizer, "record")
@@ -261,7 +261,9 @@ def test_prodigy_takes_no_learning_rates_for_single_tensors() -> None:
     parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = prodigy([{"params": [parameters[0]]}, {"params": [parameters[1]], "lr": 0.5}])
     check_optimizer(optimizer, "record")
-    with pytest.raises(ValueError, match=r"Prodigy cannot step tensors at .* their own: .* refuses several"):
+    with pytest.raises(
+        ValueError, match=r"Prodigy cannot use a different learning rate for each tensor: .* one step size"
+    ):
         check_optimizer(optimizer, "match")
     for parameter in parameters:
         parameter.grad = torch.ones(2)

@@ -255,4 +255,6 @@ def redundant() -> str:
 
 def test_an_optimizer_that_steps_a_part_on_every_process_is_refused(tmp_path: Path) -> None:
     (message,) = launch(redundant, 1, tmp_path)
-    assert message.startswith("ZeroRedundancyOptimizer cannot step tensors at learning rates of their own: every")
+    assert message.startswith(
+        "ZeroRedundancyOptimizer cannot use a different learning rate for each tensor: each process"
+    )

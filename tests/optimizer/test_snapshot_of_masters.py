@@ -20,7 +20,7 @@ class Masters(MasterWeights):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], together: bool) -> None:
         super().__init__(parameters)
-        self.gathers_together = together
+        self.gather_is_collective = together
         self.masters = {name: parameter.detach().float().flatten() for name, parameter in parameters.items()}
         self.in_optimizer = self.masters
         self.others: list[bool] = []
@@ -96,7 +96,7 @@ def test_weights_follow_what_is_stepped(stepped: Stepped, device: str | None) ->
     masters, snapshot, before, after = stepped(device)
     with snapshot.put_back(RATES) as updates:
         assert_are(masters, halves(before, after))
-        assert masters.gathered == (["a"] if masters.gathers_together else [])
+        assert masters.gathered == (["a"] if masters.gather_is_collective else [])
         assert list(updates) == ["a", "b"]
         expected = (after["a"][:3] - before["a"][:3]) / RATES["a"]
         assert torch.equal(updates["a"], torch.cat([expected, torch.full((3,), 7.0)]).view(2, 3))
@@ -111,7 +111,7 @@ def test_updates_are_computed_when_they_are_looked_up(stepped: Stepped) -> None:
     masters, snapshot, _, _ = stepped()
     with snapshot.put_back(RATES) as updates:
         same = updates["a"] is updates["a"]
-    assert same == masters.gathers_together
+    assert same == masters.gather_is_collective
 
 
 def test_a_redone_step_is_what_is_stepped(stepped: Stepped) -> None:

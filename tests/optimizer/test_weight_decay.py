@@ -156,8 +156,18 @@ def refusals() -> list[Any]:
     from transformers.optimization import Adafactor
 
     cases = [
-        ("record", torch.optim.Rprop, {}, "the update of Rprop is not linear .* adapts its own.* Train with AdamW"),
-        ("match", torch.optim.Rprop, {}, "the update of Rprop is not linear .* adapts its own.* Train with AdamW"),
+        (
+            "record",
+            torch.optim.Rprop,
+            {},
+            "the update of Rprop is not linear .* adapts the step sizes.* Train with AdamW",
+        ),
+        (
+            "match",
+            torch.optim.Rprop,
+            {},
+            "the update of Rprop is not linear .* adapts the step sizes.* Train with AdamW",
+        ),
         ("record", torch.optim.ASGD, {}, "the update of ASGD is not linear"),
         ("match", torch.optim.Adafactor, {}, r"the update of Adafactor is not linear .* 1 / sqrt\(step\).* Match with"),
         ("match", Adafactor, {"relative_step": False, "beta1": 0.9}, "the update of Adafactor .* with beta1"),

@@ -78,7 +78,7 @@ def test_revision_and_subfolder_in_every_notation(hub: Hub) -> None:
         (f"hf://{REPO}/rank/16", {}),
     ):
         assert RateProfile.from_pretrained(source, **options) == profile(3.0), source
-    with pytest.raises(RateProfileError, match="names revision 'wide', and revision='main' was given"):
+    with pytest.raises(RateProfileError, match="contains revision 'wide', but revision='main' was passed"):
         RateProfile.from_pretrained(f"{REPO}@wide", revision="main")
     with pytest.raises(RateProfileError, match="this is a dataset"):
         RateProfile.from_pretrained(f"hf://datasets/{REPO}")
@@ -103,12 +103,12 @@ def test_private_and_pull_request(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("me/nowhere", {}, "'me/nowhere' .*no such repository, or it is private"),
+        ("me/nowhere", {}, "'me/nowhere' .*the repository does not exist or is private"),
         ("me/plain", {}, "'me/plain' .*no such file. Was its run recorded"),
         ("me/plain", {"revision": "old"}, "no such revision"),
         ("me/gated", {"token": READ}, "gated. Ask for access"),
-        ("me/private", {"token": False}, "no such repository, or it is private.*hf auth login"),
-        ("me/plain", {"token": "hf_wrong"}, "does not know who you are"),
+        ("me/private", {"token": False}, "the repository does not exist or is private.*hf auth login"),
+        ("me/plain", {"token": "hf_wrong"}, "the token is invalid"),
     ],
 )
 def test_a_refused_download_is_explained(hub: Hub, source: str, options: dict[str, Any], message: str) -> None:
@@ -124,8 +124,8 @@ def test_a_refused_download_is_explained(hub: Hub, source: str, options: dict[st
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        ("hf_wrong", "does not know who you are"),
-        (READ, "token may not do this"),
+        ("hf_wrong", "the token is invalid"),
+        (READ, "token lacks the permission"),
         (False, "hf auth login"),
     ],
 )

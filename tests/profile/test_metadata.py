@@ -16,7 +16,7 @@ from hf_flerm.model.names import tensor_kinds, trainable_parameters
 from hf_flerm.profile.metadata import Adapter, ProfileMetadata
 from hf_flerm.show.card import updated_card
 from hf_flerm.show.figures import multiplier_series, rate_curves
-from hf_flerm.show.summary import described
+from hf_flerm.show.summary import describe
 from hf_flerm.transfer.rules import change_between
 from tests.shared import ROOT
 from tests.shared.training import flerm_callback, gpt2, lora, make_trainer, recorded
@@ -68,7 +68,7 @@ def test_what_a_matched_run_writes_comes_back(tmp_path: Path) -> None:
     about, run = trainer.rate_profile.about, flerm_callback(trainer)
     assert about.is_matched
     assert about.matched_scales == pytest.approx({name: run.scales[name] for name in base.names})
-    logs = dict(zip(run.evidence.units, run.evidence.logs.T, strict=True))
+    logs = dict(zip(run.evidence.units, run.evidence.log_quotients.T, strict=True))
     for name, (level, error) in about.matched_quotients.items():
         seen = logs[name][logs[name].isfinite()]
         assert math.log(level) == pytest.approx(float(seen.mean()))
@@ -157,7 +157,7 @@ def test_whatever_profile_is_made_can_be_shown_and_compared() -> None:
             profile = RateProfile([0, 1], names, metadata)
         except RateProfileError:
             continue
-        assert all(isinstance(text, str) for text in described(profile).values())
+        assert all(isinstance(text, str) for text in describe(profile).values())
         assert rate_curves(profile)
         for series in multiplier_series(profile):
             assert all(0 < multiplier < math.inf for multiplier in series.multipliers)

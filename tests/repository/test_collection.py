@@ -93,6 +93,6 @@ def test_the_run_that_was_recorded_asks_for_scales_of_one(monkeypatch: pytest.Mo
     monkeypatch.setitem(collection.STEPS, "pretrain", 2)
     flerm = FLeRMConfig(mode="match", profile=f"profiles/{AGAIN}", measure_steps=(0,), research=Research(probes=8))
     _, trainer = collection.run(collection.ENTRIES[AGAIN], MANIFEST[AGAIN]["learning_rate"], flerm=flerm)
-    logs = trainer.flerm_callback.evidence.logs
+    logs = trainer.flerm_callback.evidence.log_quotients
     assert logs.shape == (1, len(profile(AGAIN).names))
     torch.testing.assert_close(logs, torch.zeros_like(logs), rtol=0.0, atol=TOLERANCE)

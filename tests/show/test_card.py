@@ -52,5 +52,5 @@ def test_a_card_tells_the_sweep_and_ignores_one_of_another_form() -> None:
 def test_a_card_names_the_base_model_and_refuses_a_broken_section() -> None:
     found = RateProfile([0], {"w": [1.0]}, {"adapters": {"default": {"base_model_name_or_path": "org/base"}}})
     assert updated_card(found, "org/repo").data.base_model == "org/base"
-    with pytest.raises(RateProfileError, match="Take that section out"):
+    with pytest.raises(RateProfileError, match="Remove that section"):
         updated_card(found, "org/repo", ModelCard("---\ntags: []\n---\n<!-- hf_flerm: rate profile -->\nmine\n"))

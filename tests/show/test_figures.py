@@ -17,9 +17,9 @@ from hf_flerm.show.figures import (
     layers_of,
     multiplier_series,
     rate_curves,
-    shown,
     styles,
     tensor_heat_map,
+    tick_positions,
 )
 from hf_flerm.show.plotting import close, plot_layers, plot_multipliers, plot_profile
 from hf_flerm.show.report import report
@@ -151,7 +151,7 @@ def test_styles_differ_for_as_many_lines_as_possible_and_then_repeat() -> None:
     ("count", "most", "labels"), [(0, 3, []), (3, 3, [0, 1, 2]), (4, 3, [0, 2]), (7, 3, [0, 3, 6])]
 )
 def test_labels_that_fit(count: int, most: int, labels: list[int]) -> None:
-    assert shown(count, most) == labels
+    assert tick_positions(count, most) == labels
 
 
 def test_heat_maps_have_a_row_for_each_layer_and_each_tensor() -> None:

@@ -53,7 +53,7 @@ def test_layers_show_joint_rates_and_multipliers_those_that_were_used(tmp_path: 
     shown = torch.as_tensor(figure.axes[0].get_images()[0].get_array().filled(torch.nan))
     assert torch.equal(shown, torch.stack(list(base.joint_rates["block"].values())))
     close(figure)
-    with pytest.raises(RateProfileError, match="no multipliers: its run recorded"):
+    with pytest.raises(RateProfileError, match="no multipliers: its run only recorded"):
         plot_multipliers(base)
     with pytest.raises(RateProfileError, match="no joint rates by block"):
         plot_layers(profile())

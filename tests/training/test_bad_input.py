@@ -83,15 +83,15 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "empty probe dataset": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": Rows(0)},
-        "probe data set has 0 examples, a batch to probe with needs 1",
+        "probe data set has 0 examples, and a probe batch needs 1",
     ),
     "probe dataset smaller than a batch": (
         lambda: {"flerm": FLeRMConfig(research=Research(probe_batch_size=4)), "probe_dataset": Rows(3)},
-        "probe data set has 3 examples, a batch to probe with needs 4",
+        "probe data set has 3 examples, and a probe batch needs 4",
     ),
     "training set smaller than a probe batch": (
         lambda: {"flerm": FLeRMConfig(research=Research(probe_batch_size=17))},
-        "probe data set has 16 examples, a batch to probe with needs 17",
+        "probe data set has 16 examples, and a probe batch needs 17",
     ),
     "stream": (lambda: {"flerm": FLeRMConfig(), "data": Stream()}, "stream .* pass probe_dataset"),
     "stream of the datasets library": (
@@ -116,7 +116,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "probe dataset of texts": (
         lambda: {"flerm": FLeRMConfig(), "probe_dataset": datasets.Dataset.from_dict({"text": ["a"] * 8})},
-        r"no batch can be made of the probe data set: no tensor is in \{\}.*Prepare it as the training set is",
+        r"no batch can be collated from the probe data set: no tensor is in \{\}.*Prepare it like the training set",
     ),
     "no labels to probe with": (
         lambda: {
@@ -154,7 +154,9 @@ def test_a_training_has_one_callback(folder: Path, alone: bool) -> None:
     before = weights_of(model)
     second = FLeRMCallback(match(RateProfile([0], ones(model))))
     trainer = make_trainer(folder, model, second.config, alone=alone, callbacks=[second])
-    with pytest.raises(ValueError, match="two FLeRMCallbacks: scales would be applied twice"):
+    with pytest.raises(
+        ValueError, match="two FLeRMCallbacks or FLeRMRuns use this optimizer: scales would be applied twice"
+    ):
         trainer.train()
     assert_identical(weights_of(model), before)
     trainer.remove_callback(second)
@@ -166,7 +168,7 @@ def test_a_training_has_one_callback(folder: Path, alone: bool) -> None:
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
 def test_what_is_no_config_is_refused(folder: Path, given: Any, alone: bool) -> None:
     with pytest.raises(
-        ValueError, match=r"is no FLeRMConfig: pass FLeRMConfig\(\.\.\.\), or the config of FLeRMArguments"
+        ValueError, match=r"is not an FLeRMConfig: pass FLeRMConfig\(\.\.\.\), or the config of FLeRMArguments"
     ):
         FLeRMCallback(given) if alone else FLeRMTrainer(model=gpt2(), flerm=given)
 

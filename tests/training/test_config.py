@@ -154,7 +154,7 @@ def test_explicit_steps_are_sorted_and_distinct() -> None:
 
 
 def test_fields_of_version_0_1_are_taken_with_a_warning() -> None:
-    with pytest.warns(FutureWarning, match=r"FLeRMConfig\(beta=.*, probes=.*\) moves to .*research=Research\("):
+    with pytest.warns(FutureWarning, match=r"FLeRMConfig\(beta=.*, probes=.*\) is deprecated: .*research=Research\("):
         old = FLeRMConfig(seed=3, beta=0.5, probes=2)
     assert old == FLeRMConfig(seed=3, research=Research(beta=0.5, probes=2))
     with pytest.warns(FutureWarning, match="estimator"):

@@ -84,7 +84,7 @@ def test_a_probe_that_keeps_raising_is_given_up(
     assert_same_run(train(trainer), plain_run(folder, "full", "adamw-fused"))
     assert trainer.rate_profile.steps.tolist() == [0]
     first, last = warnings_of()
-    assert "failed at step 1" in first
+    assert "the measurement at step 1 failed" in first
     assert "3 measurements failed in a row" in last
 
 

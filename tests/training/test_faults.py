@@ -141,7 +141,7 @@ def test_memory_that_never_suffices_ends_the_measuring_alone(
     trainer = make_trainer(tmp_path, gpt2(DROPOUT), config)
     assert_same_run(train(trainer), plain, same_groups=mode == "record")
     warning, *unscaled, empty = warnings_of()
-    assert "memory does not suffice for a measurement at step 0" in warning
+    assert "out of memory in the measurement at step 0" in warning
     assert "can't allocate memory" in warning
     assert len(unscaled) == (mode == "match")
     assert "its profile is empty: every measurement failed, the last one with RuntimeError" in empty
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_a_number_ends_the_measuring_alone(
     assert trainer.rate_profile.steps.tolist() == [0, 1]
     assert all(0 < scale < float("inf") for scale in flerm_callback(trainer).scales.values())
     first, last = warnings_of()
-    assert "failed at step 2" in first
+    assert "the measurement at step 2 failed" in first
     assert "not finite" in first
     assert "3 measurements failed in a row" in last
 
@@ -215,7 +215,7 @@ def test_a_learning_rate_of_zero_throughout_is_no_division(
     assert len(trainer.rate_profile.steps) == 0
     *unscaled, empty = warnings_of()
     assert len(unscaled) == (mode == "match")
-    assert "its profile is empty: no step that was due moved the weights: the learning rate was 0" in empty
+    assert "its profile is empty: no scheduled step changed the weights: the learning rate was 0" in empty
 
 
 # --- what is trained changes --------------------------------------------------------------------------------------

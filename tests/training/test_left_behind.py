@@ -153,4 +153,4 @@ def test_a_step_that_nobody_sees_is_told_of(tmp_path: Path, warnings_of: Callabl
     optimizer.step = own_step
     trainer = make_trainer(tmp_path, model, FLeRMConfig(), extra={"optimizers": (optimizer, None)}, max_steps=2)
     trainer.train()
-    assert "no step that was due reached SGD" in warnings_of()[-1]
+    assert "no scheduled step reached SGD" in warnings_of()[-1]

@@ -227,7 +227,7 @@ def test_batches_that_are_no_dicts_need_a_collate_fn_and_an_output() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     rows = list(zip(torch.randn(16, 3), torch.randn(16, 2), strict=True))
     loader, optimizer = DataLoader(rows, 4), torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(ValueError, match=r"makes list of examples, model inputs are a dict.*collate_fn"):
+    with pytest.raises(ValueError, match=r"returns list, but model inputs must be a dict.*collate_fn"):
         FLeRMRun(model, optimizer, FLeRMConfig(), loader)
     config = FLeRMConfig(output=lambda model, batch: model(batch["x"]))
     run = FLeRMRun(
@@ -245,16 +245,14 @@ def test_batches_that_are_no_dicts_need_a_collate_fn_and_an_output() -> None:
 @pytest.mark.parametrize("given", [[], [{"input_ids": torch.ones(1, 2).long()}], Rows()], ids=["none", "list", "rows"])
 def test_what_is_no_loader_is_refused_as_such(given: Any) -> None:
     model = gpt2()
-    with pytest.raises(
-        ValueError, match=rf"^{type(given).__name__} is no loader with a data set to probe with: pass a torch"
-    ):
+    with pytest.raises(ValueError, match=rf"^{type(given).__name__} has no data set to probe with: pass a torch"):
         FLeRMRun(model, AdamW(model.parameters()), FLeRMConfig(), given)
 
 
 def test_a_loader_that_does_not_tell_its_batch_size() -> None:
     loop = Loop(gpt2())
     batches = DataLoader(Rows(), batch_sampler=[[0, 1], [2, 3]])
-    with pytest.raises(ValueError, match="does not tell the size of its batches: pass batch_size"):
+    with pytest.raises(ValueError, match="has no batch size: pass batch_size"):
         FLeRMRun(loop.model, loop.optimizer, FLeRMConfig(), batches)
     assert FLeRMRun(loop.model, loop.optimizer, FLeRMConfig(), batches, batch_size=2).steps == 0
 

@@ -107,7 +107,7 @@ def test_a_base_that_was_matched_itself_is_refused_where_its_rates_do_not_tell_h
     ]
     recorded(folder, gpt2(), flerm=FLeRMConfig("match", matched[0]))  # all scales were 1
     for profile, by in ((matched[1], r"scaled by 0\.\d+ to \d"), (RateProfile.average(matched), "scaled, and")):
-        with pytest.raises(RateProfileError, match=f"that of a run that was matched itself.*{by}"):
+        with pytest.raises(RateProfileError, match=f"comes from a matched run.*{by}"):
             recorded(folder, gpt2(), flerm=FLeRMConfig("match", profile))
 
 

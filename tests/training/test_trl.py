@@ -415,7 +415,7 @@ def test_the_mixin_records_saves_and_resumes(tmp_path: Path) -> None:
 
 
 def test_a_trainer_whose_function_is_not_known_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="training with KTOConfig is not known; it is known for SFTConfig, DPOConfig"):
+    with pytest.raises(ValueError, match="KTOConfig is not supported; supported are SFTConfig, DPOConfig"):
         trl_task(KTOConfig(**options(tmp_path)), gpt2(), None, None)
     assert trl_task(TrainingArguments(**{**options(tmp_path)}), gpt2(), None, None).positions == "attention_mask"
 
@@ -435,7 +435,7 @@ def test_probe_data_that_is_not_tokenized_is_refused_before_training(tmp_path: P
     raw = RAW[case]()
     trainer = made(CASES[case](tmp_path), CONFIG, raw)
     before = weights_of(trainer.model)
-    with pytest.raises(ValueError, match=r"no batch can be made of the probe data set: KeyError") as caught:
+    with pytest.raises(ValueError, match=r"no batch can be collated from the probe data set: KeyError") as caught:
         trainer.train()
     columns = trainer.get_train_dataloader().dataset.column_names
     assert f"It has the columns {raw.column_names}, the training set has {columns}." in str(caught.value)
@@ -458,7 +458,9 @@ def test_grpo_needs_prompts_or_completions_to_probe_with(tmp_path: Path) -> None
 def test_completions_are_not_sampled_from_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_flerm.training.trl_tasks.engine_of", lambda model: SimpleNamespace(sharded=True))
     trainer = made(grpo(tmp_path), CONFIG)
-    with pytest.raises(ValueError, match=r"from a model in shards: pass probe_dataset, rows of input_ids and labels"):
+    with pytest.raises(
+        ValueError, match="from a sharded model: pass a probe_dataset with the columns input_ids and labels"
+    ):
         trainer.train()
 
 

@@ -46,7 +46,7 @@ def scales(found: ProfileMap, history: Mapping[int, Mapping[str, float]], **opti
     evidence = Evidence.empty(found)
     for step, rates in history.items():
         evidence = evidence.appended(step, found, measurement(rates, 0.1)).estimated(found, **options)
-    return found.tensor_scales(dict(zip(evidence.units, evidence.scales.tolist(), strict=True)))
+    return found.tensor_scales(dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True)))
 
 
 ONES = {name: [1.0] for name in ("h.0.A", "h.0.B", "h.1.A", "h.1.B")}
@@ -57,7 +57,7 @@ def test_a_rate_that_is_no_rate_is_not_compared(broken: float) -> None:
     found = mapped(ONES)
     rates = {"h.0.A": broken, "h.0.B": 4.0, "h.1.A": 1.0, "h.1.B": 0.5}
     evidence = Evidence.empty(found).appended(0, found, measurement(rates)).estimated(found, pool="unit", beta=0.0)
-    logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
+    logs = dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True))
     assert found.tensor_scales(logs) == pytest.approx({"h.0.A": 1.0, "h.0.B": 0.25, "h.1.A": 1.0, "h.1.B": 2.0})
 
 
@@ -66,7 +66,7 @@ def test_a_rate_that_is_no_rate_is_not_compared(broken: float) -> None:
 def test_nothing_measured_keeps_every_scale(pool: str, beta: float | None) -> None:
     found = mapped(ONES)
     evidence = Evidence.empty(found)
-    assert evidence.estimated(found, pool=pool, beta=beta).scales.tolist() == [0.0] * 4
+    assert evidence.estimated(found, pool=pool, beta=beta).log_scales.tolist() == [0.0] * 4
 
 
 def test_pooling_over_kinds_takes_the_geometric_mean() -> None:
@@ -134,7 +134,7 @@ def test_a_scale_moves_only_as_far_as_it_is_known() -> None:
         result = evidence.appended(0, found, measurement(rates, error)).estimated(found, pool="unit")
         logs = {name: -math.log(rate) for name, rate in rates.items()}
         expected = {name: log * max(0.0, 1 - 2 * error**2 / log**2) if log else 0.0 for name, log in logs.items()}
-        assert dict(zip(result.units, result.scales.tolist(), strict=True)) == pytest.approx(expected, abs=1e-10)
+        assert dict(zip(result.units, result.log_scales.tolist(), strict=True)) == pytest.approx(expected, abs=1e-10)
 
 
 def test_a_scale_changes_by_a_factor_at_most_once_it_is_known() -> None:
@@ -149,7 +149,7 @@ def test_scales_are_held_in_limits_and_named() -> None:
     evidence = Evidence.empty(found).appended(0, found, measurement(rates))
     evidence = evidence.estimated(found, pool="unit", beta=0.0, max_scale=10.0)
     held = {"h.0.A": 10.0, "h.0.B": 0.1, "h.1.A": 2.0, "h.1.B": 1.0}
-    assert dict(zip(evidence.units, evidence.scales.exp().tolist(), strict=True)) == pytest.approx(held)
+    assert dict(zip(evidence.units, evidence.log_scales.exp().tolist(), strict=True)) == pytest.approx(held)
     assert evidence.at_limit(10.0) == ["h.0.A", "h.0.B"]
     assert evidence.at_limit(11.0) == []
 
@@ -160,7 +160,7 @@ def test_evidence_survives_its_record_exactly() -> None:
     evidence = Evidence.empty(found).appended(3, found, measurement(rates, 0.1)).estimated(found)
     again = Evidence.from_record(json.loads(json.dumps(evidence.to_record())), found)
     assert (again.units, again.steps) == (evidence.units, (3,))
-    for name in ("logs", "errors", "scales"):
+    for name in ("log_quotients", "errors", "log_scales"):
         assert torch.equal(getattr(again, name).nan_to_num(7.0), getattr(evidence, name).nan_to_num(7.0))
 
 
@@ -235,7 +235,7 @@ def test_units_are_compared_by_their_joint_rate() -> None:
     rates = {f"h.{i}.A": 1.0 for i in range(4)}
     measured = Measurement(rates, dict.fromkeys(rates, 0.0), dict.fromkeys(rates, "exact"), 1, inner)
     evidence = Evidence.empty(found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
-    logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
+    logs = dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True))
     assert found.tensor_scales(logs) == pytest.approx(
         {"h.0.A": 3.0, "h.1.A": 3.0, "h.2.A": 2**-0.5, "h.3.A": 2**-0.5}, rel=1e-12
     )
@@ -282,7 +282,7 @@ def test_rates_whose_quotient_no_float_holds_are_compared() -> None:
         found = mapped({name: [wanted] for name in ONES})
         evidence = Evidence.empty(found).appended(0, found, measurement(dict.fromkeys(ONES, rate)))
         expected = math.log(wanted) - math.log(rate)
-        assert evidence.logs.tolist() == [[pytest.approx(expected, rel=1e-14)] * 4]
+        assert evidence.log_quotients.tolist() == [[pytest.approx(expected, rel=1e-14)] * 4]
 
 
 def test_an_error_that_is_not_known_is_taken_to_be_the_others_of_its_kind() -> None:
@@ -302,7 +302,7 @@ def test_a_share_of_a_tensor_has_that_share_of_its_rate() -> None:
     found = map_profile(RateProfile([0], rates), Blocks(2, "A"), depth="joint")
     measured = measurement({"h.0.A": 0.5, "h.1.A": 2.0})
     evidence = Evidence.empty(found).appended(0, found, measured).estimated(found, pool="unit", beta=0.0)
-    logs = dict(zip(evidence.units, evidence.scales.tolist(), strict=True))
+    logs = dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True))
     wanted = {"h.0.A": 1.0 / 0.25, "h.1.A": 4.0 / 0.25, "h.2.A": 3.0, "h.3.A": 3.0}
     assert {name: math.exp(log) for name, log in logs.items()} == pytest.approx(wanted, rel=1e-12)
     assert found.tensor_scales(logs) == pytest.approx({"h.0.A": math.sqrt(4.0 * 16.0), "h.1.A": 3.0}, rel=1e-12)
@@ -315,7 +315,7 @@ def test_scales_of_a_run_do_not_weigh_measurements_by_the_learning_rate() -> Non
         evidence = Evidence.empty(found)
         for step, rate in enumerate((0.9, 0.4)):
             evidence = evidence.appended(step, found, measurement(dict.fromkeys(ONES, rate), 0.1), weights[step])
-        results.append(evidence.estimated(found).scales.tolist())
+        results.append(evidence.estimated(found).log_scales.tolist())
     assert results[0] == results[1]
     assert results[0][0] > 0
 

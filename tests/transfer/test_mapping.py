@@ -282,7 +282,7 @@ def test_both_set_differences_are_named() -> None:
     base = profile(Stacks(layers=2))
     with pytest.raises(RateProfileError, match=r"only in the profile \[layers.*only in the model \[blocks.*'freeze'"):
         map_profile(base, Stacks(blocks=2))
-    with pytest.raises(RateProfileError, match=r"no tensor by name: .* has \[fc.weight\].*granularity='module' or"):
+    with pytest.raises(RateProfileError, match=r"no tensor name in common.*has \[fc.weight\].*by granularity='module'"):
         map_profile(RateProfile([0], {"fc.weight": [1.0]}), Stacks(blocks=2), unmatched="nominal")
 
 
@@ -362,7 +362,7 @@ def test_a_joint_rate_of_everything_must_be_there(joint: dict[str, dict[str, lis
 )
 def test_the_report_does_without_shapes_that_make_no_sense(shapes: object) -> None:
     base = RateProfile([0], {"inputs.weight": [1.0]}, {"shapes": shapes})
-    assert "1 x ?  1 x 3x3  as it is: inputs.weight" in str(map_profile(base, Stacks(layers=1), unmatched="nominal"))
+    assert "1 x ?  1 x 3x3  unchanged: inputs.weight" in str(map_profile(base, Stacks(layers=1), unmatched="nominal"))
 
 
 @pytest.mark.parametrize("place", ["folder", "file", "text"])
@@ -371,7 +371,7 @@ def test_a_profile_may_be_given_by_its_place(tmp_path: Path, place: str) -> None
     file = base.save_pretrained(tmp_path)
     found = map_profile({"folder": tmp_path, "file": file, "text": str(tmp_path)}[place], Stacks(layers=2))
     assert found.base == base
-    with pytest.raises(RateProfileError, match="is no folder, no file and no repository"):
+    with pytest.raises(RateProfileError, match="is not a folder, a file or a repository"):
         map_profile(tmp_path / "missing", Stacks(layers=2))
 
 
@@ -471,7 +471,7 @@ def test_names_are_taken_by_the_letter() -> None:
 def test_the_report_names_the_split() -> None:
     report = str(map_profile(profile(Stacks(layers=2)), Stacks(layers=4), depth="sqrt"))
     assert "2 x 3x3  4 x 3x3  sqrt split: layers.*.fc.weight" in report
-    assert "1 x 3x3  1 x 3x3  as it is: inputs.weight" in report
+    assert "1 x 3x3  1 x 3x3  unchanged: inputs.weight" in report
 
 
 def test_conv1d_adapters_of_other_depth_and_rank() -> None:
@@ -496,5 +496,5 @@ def test_what_is_no_model_or_no_profile_is_refused() -> None:
     base = RateProfile([0], {"weight": [1.0]})
     with pytest.raises(ValueError, match=r"model is 'base'; it must be a torch module.*`hf-flerm map` takes folders"):
         map_profile(base, "base")  # type: ignore[arg-type]
-    with pytest.raises(RateProfileError, match=r"Linear\(.*\) is no profile: it must be a RateProfile, a folder"):
+    with pytest.raises(RateProfileError, match=r"Linear\(.*\) is not a profile: it must be a RateProfile, a folder"):
         map_profile(nn.Linear(1, 1), nn.Linear(1, 1))  # type: ignore[arg-type]

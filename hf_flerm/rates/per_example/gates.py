@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -196,6 +197,9 @@ class Gates(AbstractContextManager["Gates"]):
             self._derivatives.zero_()
             self._squared_terms = torch.zeros_like(self._derivatives) if keep_terms else None
             gradients.reset()
+            for leaf in leaves.values():
+                if not leaf.requires_grad:  # frozen by a forward pass that has gone on to another adapter
+                    leaf.requires_grad_(True)
             handles = [leaf.register_hook(partial(gradients.add, p, scale)) for p, leaf in leaves.items()]
             try:
                 # The caller's autocast is for the forward pass.
@@ -228,7 +232,11 @@ class Gates(AbstractContextManager["Gates"]):
         try:
             for name, site in self._sites[module]:
                 try:
-                    found = self._readers.of_call(module, site.attribute, name, site.dim, args, kwargs, outputs)
+                    # A tangent may call the module again. In an empty context nobody takes that call's outputs for the
+                    # model's: Transformers collects hidden states by hooks that look for their list in the context.
+                    found = Context().run(
+                        self._readers.of_call, module, site.attribute, name, site.dim, args, kwargs, outputs
+                    )
                 except RuntimeError as error:
                     if should_reduce_batch_size(error):
                         raise

@@ -296,6 +296,10 @@ class VerifiedSites:
             by_gradient, products, _, length = summaries[name]
             floor = noise * length
             if bool(sizes[name] <= floor):
+                # Too small to be verified, here as at any other site. Nothing at all is read where the backward pass
+                # does not come by, though: a tensor that acts would get the rate 0.
+                if name not in gates.reached and bool(products > 0):
+                    refuted.add(name)
                 continue
             leak = (multiplied[name] - derivatives[name] * factors).norm()
             missing = (derivatives[name].sum() - by_gradient).abs()
