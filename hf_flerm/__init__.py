@@ -1,6 +1,7 @@
 """Function-space learning rates for Transformers and PEFT: record them on a small run, match them on a big one.
 
-The definition of a rate is in `rates/reference.py`; what happens at one optimizer step is in `training/run.py`.
+The definition of a rate is in `rates/reference.py`: read it first. `rates/probe.py` measures rates on a model;
+`training/run.py` follows an optimizer step from start to end.
 """
 
 import lazy_loader

@@ -88,7 +88,7 @@ def resolve_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"{name!r} may be any of {found}. Give the full name.")
         if canonical[found[0]] in resolved:
             raise ValueError(
-                f"{name!r} refers to the parameter {canonical[found[0]]!r}, to which another name refers as well. "
+                f"{name!r} refers to the parameter {canonical[found[0]]!r}, which another name refers to as well. "
                 "Leave one of them out."
             )
         resolved[canonical[found[0]]] = found[0]

@@ -1,20 +1,41 @@
-"""Parameters that share memory without being one `Parameter`: views of each other, weights tied by `.data`."""
+"""Parameters that share memory without being one `Parameter`: views of each other, weights tied by `.data`.
+
+`shared_memory` finds the parameters with the same memory, which can have only one learning rate; memory that overlaps
+in part is an error. `hf_flerm.rates.tensors.OverlappingMemory` finds how the update of one parameter changes the others
+that overlap with it, in part or as a whole. Both start from `by_storage`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T", bound=Tensor)
 
-def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Find the parameters that share all of their memory with another one (views, also transposed).
 
-    `rates/tensors.py` handles parameters that share only a part of their memory.
+def by_storage(parameters: Iterable[tuple[str, T]]) -> list[dict[str, T]]:
+    """Group parameters by the storage that they lie in.
 
     Args:
-        parameters: `{canonical name: parameter}`. Shards (DTensor) and meta tensors are taken to share nothing.
+        parameters: Pairs (name, parameter). Those without memory are left out: empty and meta tensors, shards
+            and other tensors that wrap tensors (quantized weights).
+    """
+    groups: dict[tuple[torch.device, int], dict[str, T]] = {}
+    for name, parameter in parameters:
+        if parameter.data_ptr():
+            key = parameter.device, parameter.untyped_storage().data_ptr()
+            groups.setdefault(key, {})[name] = parameter
+    return list(groups.values())
+
+
+def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Find the parameters that have the same memory as another one, transposed or reshaped included.
+
+    Args:
+        parameters: `{canonical name: parameter}`.
 
     Returns:
         `{canonical name: first name with the same memory}` of each name but the first.
@@ -22,14 +43,10 @@ def shared_memory(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     Raises:
         ValueError: If the memory of two parameters overlaps only in part.
     """
-    by_storage: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        if parameter.data_ptr():
-            by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
     first: dict[str, str] = {}
-    for names in by_storage.values():
-        if len(names) > 1:
-            first |= _shared({name: parameters[name] for name in names})
+    for views in by_storage(parameters.items()):
+        if len(views) > 1:
+            first |= _shared(views)
     return first
 
 

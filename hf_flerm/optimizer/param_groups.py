@@ -75,9 +75,9 @@ def learning_rates(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> di
     if missing:
         raise ValueError(
             f"{type(optimizer).__name__} does not hold the trainable parameters {preview(missing)}. FLeRM needs an "
-            "optimizer whose param groups hold the model's parameters; those of layer-wise and fused-backward optimizers "
-            "do not. Freeze tensors that are not to be trained (requires_grad_(False)). A Trainer keeps the optimizer of "
-            "its first train(): make a new Trainer after you have activated another adapter."
+            "optimizer whose param groups hold the model's parameters; those of layer-wise and fused-backward "
+            "optimizers do not. Freeze tensors that are not to be trained (requires_grad_(False)). A Trainer keeps the "
+            "optimizer of its first train(): make a new Trainer after you have activated another adapter."
         )
     without = [name for name, parameter in parameters.items() if groups[id(parameter)].get("lr") is None]
     if without:

@@ -1,4 +1,4 @@
-"""Estimators of function-space learning rates: tensors in, numbers out.
+"""Estimators of function-space learning rates (defined in `reference.py`).
 
 Symbols: f[n, k] are the network's outputs (n an example, k one of its outputs), M the number of all (n, k),
 omega[n, k] ~ N(0, 1) independent, phi_n = sum_k omega[n, k] f[n, k], phi their sum, W a tensor, U its unit update,
@@ -11,7 +11,7 @@ phi_n. With rate = sqrt(sum_nk (D f[n, k])^2 / M) and D phi = sum Z:
     iid            sum Z^2                                               large    low
     kronecker      prod_d E[sum (sum_d Z)^2] / E[sum Z^2]^(D - 1)        5 %      low
 
-Source: Milsom, Anson, Aitchison, "Function-Space Learning Rates" (arXiv 2502.17405); `per_example` is this package's.
+Source: Milsom, Anson, Aitchison, "Function-Space Learning Rates" (arXiv 2502.17405); `per_example` is new here.
 """
 
 from __future__ import annotations
@@ -19,34 +19,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 
-def full_statistics(products: Tensor, independent_dims: Sequence[int] = ()) -> Tensor:
-    """Reduce Z to (sum Z)^2, an unbiased sample of M * rate^2.
-
-    Args:
-        products: Z, any shape.
-        independent_dims: Not used: nothing is assumed about Z.
-
-    Returns:
-        Float64 [1].
-    """
+def full_statistics(products: Tensor) -> Tensor:
+    """Reduce Z (any shape) to (sum Z)^2, float64 [1]: an unbiased sample of M * rate^2."""
     return products.sum(dtype=torch.float64).square().reshape(1)
 
 
-def iid_statistics(products: Tensor, independent_dims: Sequence[int] = ()) -> Tensor:
-    """Reduce Z to sum Z^2: right only if the entries of Z are uncorrelated.
-
-    Args:
-        products: Z, any shape.
-        independent_dims: Not used: all are taken to be independent.
-
-    Returns:
-        Float64 [1].
-    """
+def iid_statistics(products: Tensor) -> Tensor:
+    """Reduce Z (any shape) to sum Z^2, float64 [1]: correct only if the entries of Z are uncorrelated."""
     return products.double().square().sum().reshape(1)
 
 
@@ -55,8 +40,8 @@ def kronecker_statistics(products: Tensor, independent_dims: Sequence[int] = ())
 
     Args:
         products: Z, any shape; a scalar counts as one-dimensional.
-        independent_dims: Dimensions along which Z is known to be uncorrelated. The network's output layer has one:
-            its weight gradient is sum_n omega[n, i] x[n, j], independent over the outputs i.
+        independent_dims: Dimensions along which Z is known to be uncorrelated. The model's output layer has one: its
+            weight gradient is sum_n omega[n, i] x[n, j], independent over the outputs i.
 
     Returns:
         Float64 [D + 1]: sum (sum_d Z)^2 for each of the D other dimensions d, then sum Z^2.
@@ -69,7 +54,7 @@ def kronecker_statistics(products: Tensor, independent_dims: Sequence[int] = ())
 
 
 def combine_one(factors: Tensor) -> Tensor:
-    """Return M * rate^2 of `full` and `iid`: the only factor, float64 [1], averaged over probes."""
+    """Return M * rate^2 of `full` and `iid`, which have a single factor; `factors` are float64 [1]."""
     return factors[0]
 
 
@@ -77,7 +62,7 @@ def combine_kronecker(factors: Tensor) -> Tensor:
     """Combine averaged factors: prod_d E[sum (sum_d Z)^2] / E[sum Z^2]^(D - 1), in the log domain.
 
     Args:
-        factors: Float64 [D + 1] from `kronecker_statistics`, averaged over probes before they get here.
+        factors: Float64 [D + 1] from `kronecker_statistics`, averaged over probes.
 
     Returns:
         M * rate^2, a float64 scalar; 0 if a factor is 0.
@@ -93,35 +78,39 @@ class WeightGradientEstimator:
     """An estimator that needs only the weight gradient G.
 
     Attributes:
-        statistics: Z (and the dimensions along which it is uncorrelated) to float64 [F], one per probe.
-        combine: The mean of these over probes to M * rate^2.
+        statistics: Z of one probe -> float64 [F], its factors.
+        combine: Mean of the factors over probes, float64 [F] -> M * rate^2.
     """
 
-    statistics: Callable[[Tensor, Sequence[int]], Tensor]
+    statistics: Callable[[Tensor], Tensor]
     combine: Callable[[Tensor], Tensor]
 
 
 WEIGHT_GRADIENT_ESTIMATORS = {
     "kronecker": WeightGradientEstimator(kronecker_statistics, combine_kronecker),
-    "kronecker_output": WeightGradientEstimator(kronecker_statistics, combine_kronecker),
+    # For the output layer only; its outputs lie along dimension 0 of the weight.
+    "kronecker_output": WeightGradientEstimator(
+        partial(kronecker_statistics, independent_dims=(0,)), combine_kronecker
+    ),
     "full": WeightGradientEstimator(full_statistics, combine_one),
     "iid": WeightGradientEstimator(iid_statistics, combine_one),
 }
-FALLBACK = "kronecker"
+FALLBACK_ESTIMATOR = "kronecker"  # for tensors that `per_example` or `kronecker_output` cannot measure
 
 
 def num_factors(estimator: str, ndim: int) -> int:
-    """Count the factors that an estimator keeps of a tensor.
+    """Return F, the number of factors of an estimator for a tensor.
 
     Args:
         estimator: One of `hf_flerm.choices.Estimator`.
         ndim: The number of dimensions of Z.
 
     Returns:
-        F, at most; 0 for `exact`. `per_example` falls back to `kronecker`.
+        F; 0 for `exact`. For `per_example` and `kronecker_output` it is F of their fallback, which has the most.
     """
-    found = WEIGHT_GRADIENT_ESTIMATORS.get(FALLBACK if estimator == "per_example" else estimator)
-    return len(found.statistics(torch.zeros((1,) * ndim), ())) if found else 0
+    falls_back = estimator in ("per_example", "kronecker_output")
+    found = WEIGHT_GRADIENT_ESTIMATORS.get(FALLBACK_ESTIMATOR if falls_back else estimator)
+    return len(found.statistics(torch.zeros((1,) * ndim))) if found else 0
 
 
 def from_weight_gradients(estimator: str, statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,9 +121,9 @@ def from_weight_gradients(estimator: str, statistics: Tensor) -> tuple[Tensor, T
         statistics: Float64 [P, F], one row per probe.
 
     Returns:
-        The factors summed over probes, float64 [F], which `combined` makes an estimate of M * rate^2 (M summed over
-        the probes, too: `combine` of all estimators is homogeneous of degree 1); and the variance of that estimate
-        (delta method; nan for one probe).
+        The factors summed over probes, float64 [F], and the variance of the estimate of M * rate^2 that `combined`
+        computes from them (delta method; nan for one probe). M is summed over probes as well, which is consistent
+        because every `combine` is homogeneous of degree 1.
     """
     totals = statistics.sum(0)
     if not combined(estimator, totals):
@@ -148,12 +137,12 @@ def from_weight_gradients(estimator: str, statistics: Tensor) -> tuple[Tensor, T
 
 
 def combined(estimator: str, totals: Tensor) -> float:
-    """Combine the factors of a weight-gradient estimator, summed over probes, to M * rate^2 with M summed likewise."""
+    """Compute M * rate^2 from the factors of a weight-gradient estimator; both are sums over probes."""
     return WEIGHT_GRADIENT_ESTIMATORS[estimator].combine(totals).item()
 
 
 def from_examples(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up per-example derivatives: M * rate^2 is the mean over probes of sum_n (D phi_n)^2.
+    """Add up squared per-example derivatives: M * rate^2 is the mean over probes of sum_n (D phi_n)^2.
 
     Args:
         values: D phi_n of every probe and example, float64 [L, S]; Gaussian over omega, independent over S.
@@ -170,7 +159,7 @@ def rates_from(squares: Tensor, variances: Tensor, num_outputs: float) -> tuple[
     """Turn sums over probes into rates.
 
     Args:
-        squares: M * rate^2, summed over the probes, float64 [L]. An unbiased estimate may be negative: the rate is 0.
+        squares: M * rate^2, summed over the probes, float64 [L]. An unbiased estimate may be negative; its rate is 0.
         variances: Variances of `squares`, [L].
         num_outputs: M, summed over the probes.
 
@@ -187,7 +176,7 @@ def average_weights(count: int, beta: float) -> Tensor:
 
     Args:
         count: Number of values.
-        beta: Decay. 0 keeps the latest value alone, 0.9 is the paper's, 1 is the plain mean.
+        beta: Decay. 0 keeps the latest value only, 0.9 is the paper's, 1 is the plain mean.
 
     Returns:
         Float64 [count], summing to 1.

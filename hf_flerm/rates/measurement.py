@@ -1,4 +1,4 @@
-"""`Measurement`: the rates of some tensors and their joint rates; `Samples`: how probes become one."""
+"""`Measurement`: the rates of some tensors and their joint rates. `Samples`: collects probes and computes one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..model.names import preview
 from .estimators import from_examples, from_weight_gradients, rates_from
 from .totals import Combination, Draws, Totals, combination_key
 
-UNUSED = "unused"  # in place of an estimator, for a tensor that no output depends on
+UNUSED = "unused"  # stands in `estimators` for a tensor that no output depends on
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class Measurement:
 
     Attributes:
         rates: `{canonical name: rate}`.
-        standard_errors: Of the rates, over omega, for the examples that were probed. 0 for `exact`; nan for a
-            weight-gradient estimator with one probe.
-        estimators: `{canonical name: the estimator that gave this rate}`; `unused` for a tensor that took no part in
-            the outputs (its rate is 0).
-        num_probes: Number of probes that were averaged; for `exact`, of batches.
+        standard_errors: Standard errors of the rates over random draws of omega, for the examples that were probed; 0
+            for `exact`, nan for a weight-gradient estimator with one probe.
+        estimators: `{canonical name: the estimator that gave this rate}`; `unused` for a tensor that no output depends
+            on (its rate is 0).
+        num_probes: Number of probes (draws of omega for a batch); for `exact`, of batches.
         inner_products: <D_l f, D_m f> / M, float64 [L, L], tensors in the order of `rates`.
-        totals: The sums that the rates follow from.
-        draws: The draws one by one; None for `exact`.
-        same_moves: `{canonical name: earlier name}` of tensors that lie in the memory of an earlier one and whose
-            update is that one's: the memory moves once, so a joint rate of both counts one.
-        summed_joint_rates: `{combination: (rate, standard error)}` of the combinations that were asked for, if several
-            processes have measured; `inner_products` and `draws` are then those of this process alone.
+        totals: Sums over probes from which `rates` is computed.
+        draws: Derivatives for each draw of omega; None for `exact`.
+        shared_updates: `{canonical name: earlier name}` of the tensors that share memory with an earlier tensor and
+            have the same update. A joint rate of both counts their change once.
+        summed_joint_rates: `{combination: (rate, standard error)}` over all processes, of the combinations requested in
+            advance; None with a single process. With several, `inner_products` and `draws` are those of this process.
     """
 
     rates: dict[str, float]
@@ -44,37 +44,37 @@ class Measurement:
     inner_products: Tensor = field(repr=False)
     totals: Totals = field(default_factory=Totals, repr=False)
     draws: Draws | None = field(default=None, repr=False)
-    same_moves: Mapping[str, str] = field(default_factory=dict, repr=False)
+    shared_updates: Mapping[str, str] = field(default_factory=dict, repr=False)
     summed_joint_rates: Mapping[Combination, tuple[float, float]] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(
+    def from_sums(
         cls,
         totals: Totals,
         estimators: dict[str, str],
         inner_products: Tensor,
         draws: Draws | None = None,
-        same_moves: Mapping[str, str] = MappingProxyType({}),
+        shared_updates: Mapping[str, str] = MappingProxyType({}),
         summed_joint_rates: Mapping[Combination, tuple[float, float]] | None = None,
     ) -> Measurement:
-        """Turn sums into rates; arguments as above. `estimators` has the tensors in their order."""
+        """Compute the rates from sums. The attributes above describe the arguments; `estimators` orders the tensors."""
         rates, errors = totals.rates(estimators)
         probes = totals.num_probes
-        return cls(rates, errors, estimators, probes, inner_products, totals, draws, same_moves, summed_joint_rates)
+        return cls(rates, errors, estimators, probes, inner_products, totals, draws, shared_updates, summed_joint_rates)
 
     def group_rate(self, names: Iterable[str]) -> float:
-        """Estimate the joint rate of some tensors: how far they move the outputs when they move together.
+        """Estimate the joint rate of some tensors: how much the outputs change if all of them are updated.
 
         Args:
             names: Canonical names, each at most once.
 
         Returns:
-            The RMS over outputs of the sum of the tensors' output changes; of one tensor, its rate. Of several, the
-            estimate is unbiased (in the square) for every estimator; for `kronecker` and `iid` it comes from the sums
-            of Z, as in `full`.
+            The RMS over outputs of the sum of the tensors' output changes; for one tensor, its rate. For several, the
+            estimate is unbiased (in the square) with every estimator; `kronecker` and `iid` use `full` here.
 
         Raises:
-            ValueError: If a name was not measured, or several processes have measured and not this joint rate.
+            ValueError: If a name was not measured, or if several processes measured and this joint rate was not
+                requested in advance.
         """
         return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][0]
 
@@ -82,18 +82,20 @@ class Measurement:
         """Estimate the standard error of a joint rate.
 
         Args:
-            names: As for `group_rate`.
+            names: Canonical names, each at most once.
 
         Returns:
-            The error over omega, for the examples that were probed; 0 for `exact`, nan where one probe cannot tell.
+            The standard error over random draws of omega, for the examples that were probed; 0 for `exact`, nan if it
+            needs more than one probe.
 
         Raises:
-            ValueError: If a name was not measured.
+            ValueError: If a name was not measured, or if several processes measured and this joint rate was not
+                requested in advance.
         """
         return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][1]
 
     def joint_rates(self, groups: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-        """Estimate the joint rates of several combinations of updates at once.
+        """Estimate the joint rates of several combinations of updates.
 
         Args:
             groups: `{key: {canonical name: factor on its update}}`.
@@ -102,7 +104,8 @@ class Measurement:
             `{key: (rate, standard error)}`, as `group_rate` and `group_standard_error` estimate them.
 
         Raises:
-            ValueError: As for `group_rate`.
+            ValueError: If a name was not measured, or if several processes measured and a joint rate was not requested
+                in advance.
         """
         unknown = {name for group in groups.values() for name in group} - self.rates.keys()
         if unknown:
@@ -122,25 +125,26 @@ class Measurement:
         missing = groups.keys() - self.summed_joint_rates.keys()
         if missing:
             raise ValueError(
-                f"{len(self.summed_joint_rates)} joint rates were added up over processes; not those of "
-                f"{preview(name for key in missing for name, _ in key)}."
+                f"joint rates over several processes are available for {len(self.summed_joint_rates)} combinations; "
+                f"not for one of {preview(name for key in missing for name, _ in key)}."
             )
         return {key: self.summed_joint_rates[key] for key in groups}
 
     def joint_squares(self, groups: Collection[Mapping[str, float]]) -> tuple[Tensor, Tensor]:
-        """Estimate squared joint rates.
+        """Estimate squared joint rates, on the examples of this process.
 
         Args:
             groups: `{canonical name: factor on its update}` of each combination.
 
         Returns:
-            (Joint rate)^2, an unbiased estimate that may be negative, and its variances, float64 [G] each.
+            (Joint rate)^2, unbiased estimates that may be negative, and their variances, float64 [G] each.
         """
         order = {name: i for i, name in enumerate(self.rates)}
         weights = torch.zeros(len(groups), len(order), dtype=torch.float64)
         for row, group in zip(weights, groups, strict=True):
             for name, share in group.items():
-                if group.get(self.same_moves.get(name, "")) != share:
+                # A tensor with the same update as an earlier one of the group counts once (if their factors agree).
+                if group.get(self.shared_updates.get(name, "")) != share:
                     row[order[name]] = share
         squares = ((weights @ self.inner_products) * weights).sum(1)
         if self.draws is None:
@@ -151,9 +155,8 @@ class Measurement:
         """Inner products of the tensors' output changes.
 
         Returns:
-            The names, and <D_l f, D_m f> / M as float64 [L, L]. The diagonal holds squared rates; where the rate is
-            `kronecker`'s or `iid`'s it holds `full`'s. Where several processes have measured, they are those of this
-            process's examples.
+            The names, and <D_l f, D_m f> / M as float64 [L, L]. The diagonal holds squared rates, estimated by `full`
+            for tensors measured by `kronecker` or `iid`. With several processes, only this process's examples are used.
         """
         return list(self.rates), self.inner_products.clone()
 
@@ -164,41 +167,41 @@ class Measurement:
 
     @property
     def relative_errors(self) -> dict[str, float]:
-        """`{name: standard error / rate}` of the tensors with a rate above 0; nan where it is not known."""
+        """`{name: standard error / rate}` of the tensors with a rate above 0; nan if the error is not known."""
         return {name: error / self.rates[name] for name, error in self.standard_errors.items() if self.rates[name]}
 
     @property
     def relative_error(self) -> float:
-        """The largest standard error of a rate, relative to that rate; inf where one is not known."""
+        """The largest of `relative_errors`; inf if one is not known."""
         errors = self.relative_errors.values()
         return math.inf if any(math.isnan(error) for error in errors) else max(errors, default=0.0)
 
 
 class Samples:
-    """Collects the samples of several probes and makes a `Measurement` of them.
+    """Collects the samples of several probes and computes a `Measurement` from them.
 
     Args:
-        names: The tensors, in the order of the result.
-        same_moves: As for `Measurement`.
+        names: Canonical names of the tensors, in the order of the result.
+        shared_updates: See `Measurement`.
     """
 
-    def __init__(self, names: Iterable[str], same_moves: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, names: Iterable[str], shared_updates: Mapping[str, str] = MappingProxyType({})) -> None:
         self._names = list(names)
-        self._same_moves = same_moves
+        self._shared_updates = shared_updates
         self._num_outputs: list[float] = []
         self._num_examples: list[int] = []
         self._derivatives: dict[str, list[Tensor]] = {name: [] for name in self._names}
         self._statistics: dict[str, list[Tensor | None]] = {name: [] for name in self._names}
-        self._first = dict.fromkeys(self._names, 0)  # the first probe that counts for a tensor
+        self._first = dict.fromkeys(self._names, 0)  # index of the first probe that is used for a tensor
         self._estimators = dict.fromkeys(self._names, UNUSED)
         self._gram: Tensor | None = None
 
     def add_derivatives(self, derivatives: Mapping[str, Tensor], used: Set[str]) -> None:
-        """Add one probe's D phi_n for all tensors that are measured by example.
+        """Add D phi_n of one probe for the tensors that are measured per example.
 
         Args:
             derivatives: `{name: float64 [N]}`.
-            used: Those of them that take part in the outputs.
+            used: Names of the tensors that the outputs depend on.
         """
         for name, values in derivatives.items():
             self._derivatives[name].append(values)
@@ -207,15 +210,17 @@ class Samples:
         self._num_examples.append(max(map(len, derivatives.values()), default=0))
 
     def add_statistics(self, name: str, estimator: str, statistics: Tensor | None) -> None:
-        """Add one probe's statistics of the weight gradient of one tensor.
+        """Add the statistics of one tensor's weight gradient from one probe.
 
         Args:
             name: The tensor.
             estimator: A key of `WEIGHT_GRADIENT_ESTIMATORS`.
-            statistics: Float64 [1 + F]: the sum of Z, then what the estimator makes of Z; None if the tensor takes no
-                part in the outputs.
+            statistics: Float64 [1 + F]: the sum of Z, then the factors of the estimator; None if no output depends on
+                the tensor.
         """
-        if self._derivatives[name]:  # its gates were unverified until now, or are refuted now: they do not count
+        # Earlier probes measured this tensor by gates that were not verified then, or have failed verification since:
+        # their values are discarded. If all were 0 (it had no effect yet), they count as probes with rate 0.
+        if self._derivatives[name]:
             if any(bool(values.any()) for values in self._derivatives[name]):
                 self._first[name] = len(self._num_outputs)
             self._derivatives[name].clear()
@@ -225,7 +230,7 @@ class Samples:
             self._estimators[name] = estimator
 
     def set_to_zero(self, names: Iterable[str]) -> None:
-        """Replace all samples of some tensors by 0: their numbers are nothing but round-off."""
+        """Set all samples of some tensors to 0, because they are round-off."""
         for name in names:
             self._derivatives[name] = [torch.zeros_like(values) for values in self._derivatives[name]]
             self._statistics[name] = [s if s is None else torch.zeros_like(s) for s in self._statistics[name]]
@@ -234,20 +239,20 @@ class Samples:
                 self._gram[index], self._gram[:, index] = 0.0, 0.0
 
     def add_tangents(self, tangents: Tensor) -> None:
-        """Add the exact output changes of all tensors for one batch.
+        """Add the exact output changes of all tensors on one batch.
 
         Args:
-            tangents: D f, [L, ...], tensors in the order of `names`, 0 where an output does not count.
+            tangents: D f in the metric, [L, ...], tensors in the order of `names`, 0 where an output does not count.
         """
         flat = tangents.double().flatten(1)
         gram = flat @ flat.T
         self._gram = gram if self._gram is None else self._gram + gram
 
     def count_outputs(self, num_outputs: float) -> None:
-        """Close a probe.
+        """End a probe.
 
         Args:
-            num_outputs: Its M.
+            num_outputs: M, the number of its outputs that count.
         """
         self._num_outputs.append(num_outputs)
 
@@ -255,7 +260,7 @@ class Samples:
         """Combine the samples.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there was no probe.
         """
         count = len(self._num_outputs)
         if not count:
@@ -265,7 +270,8 @@ class Samples:
             squares = self._gram.diagonal().cpu()
             totals = Totals(count, num_outputs, squares, torch.zeros_like(squares), {})
             estimators = dict.fromkeys(self._names, "exact")
-            return Measurement.of(totals, estimators, (self._gram / num_outputs).cpu(), None, self._same_moves)
+            inner_products = (self._gram / num_outputs).cpu()
+            return Measurement.from_sums(totals, estimators, inner_products, None, self._shared_updates)
         draws = self._draws()
         squares, variances = from_examples(draws.derivatives)
         totals = Totals(count, num_outputs, squares, variances, {})
@@ -275,14 +281,17 @@ class Samples:
                 empty = torch.zeros_like(statistics[0])
                 counted = self._statistics[name][self._first[name] :]
                 rows = torch.stack([empty if row is None else row for row in counted]).cpu()
-                share = num_outputs / sum(self._num_outputs[self._first[name] :])
+                # Probes before `_first` are not used for this tensor. Its sums are scaled up to all probes, so that all
+                # tensors have the same M.
+                scale = num_outputs / sum(self._num_outputs[self._first[name] :])
                 estimator = self._estimators[name]
-                factors, variances[i] = from_weight_gradients(estimator, share * rows[:, 1:])
+                factors, variances[i] = from_weight_gradients(estimator, scale * rows[:, 1:])
                 totals.factors[name] = estimator, factors
         inner_products = draws.inner_products()
-        return Measurement.of(totals, dict(self._estimators), inner_products, draws, self._same_moves)
+        return Measurement.from_sums(totals, dict(self._estimators), inner_products, draws, self._shared_updates)
 
     def _draws(self) -> Draws:
+        """Arrange the samples: derivatives of the tensors measured per example, and sums over each probe of all."""
         count = len(self._num_outputs)
         num_examples = torch.tensor(self._num_examples)
         probes = torch.arange(count).repeat_interleave(num_examples)

@@ -1,4 +1,4 @@
-"""What "the function" is: which output of a model is measured, at which positions, and by which metric."""
+"""The measured function: which output of a model, at which positions, in which metric."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .model_call import (
     Signature,
     base_model,
     call_inputs,
+    candidate_exclusions,
     missing_tokens,
-    ways_to_call,
 )
-from .positions import trained_weight, unpadded_weight
+from .positions import labeled_weight, unpadded_weight
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class OutputValues:
     Attributes:
         values: f, [N, ...].
         weight: 1 where an entry counts and 0 where it does not; shaped like `values`, but the last dimension may be 1.
-        metric: By what changes are sized.
+        metric: The metric that measures changes.
     """
 
     values: Tensor
@@ -59,15 +59,15 @@ class OutputValues:
             generator: Source of randomness.
 
         Returns:
-            omega, shaped like `values`, 0 where an entry does not count. Its covariance at every position is the
-            metric's: the identity, or a Fisher matrix.
+            omega, shaped like `values`, 0 where an entry does not count. Its covariance at each position is the matrix
+            of the metric: the identity or a Fisher matrix.
         """
         values = self.values
         noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return self.metric.draw(self._possible(), noise.to(values.device)) * self.weight
+        return self.metric.draw(self._allowed_values(), noise.to(values.device)) * self.weight
 
-    def sized(self, change: Tensor) -> Tensor:
-        """Turn a change of the output into numbers whose sum of squares is its size.
+    def in_metric(self, change: Tensor) -> Tensor:
+        """Transform a change of the output so that the sum of squares is its squared size in the metric.
 
         Args:
             change: D f, shaped like `values`.
@@ -75,32 +75,35 @@ class OutputValues:
         Returns:
             A tensor shaped like `values`, 0 where an entry does not count.
         """
-        return self.metric.project(self._possible(), change) * self.weight
+        return self.metric.project(self._allowed_values(), change) * self.weight
 
     def count(self, width: int | None = None) -> float:
         """Count the outputs.
 
         Args:
-            width: Entries in the last dimension of the output; None: those of `values` (a skipped head has more).
+            width: Size of the last dimension of the output; None: that of `values`. Needed if the head was skipped,
+                whose output is wider.
 
         Returns:
-            M: the number of entries that count, or of positions for a metric that sizes positions as a whole.
+            M: the number of entries that count, or of positions for a metric that measures positions as a whole.
         """
-        if not self.metric.counts_width:
+        if not self.metric.counts_entries:
             return float(self.weight.amax(-1).count_nonzero())
         entries = (width or self.values.shape[-1]) if self.weight.shape[-1] == 1 else 1
         return float(self.weight.count_nonzero()) * entries
 
-    def _possible(self) -> Tensor:
-        """The values, but -inf for classes that do not count: answers that begin in the padding."""
-        if self.metric.counts_width or self.weight.shape[-1] == 1:
+    def _allowed_values(self) -> Tensor:
+        """Return the values, with -inf for classes that do not count (starts of answers in the padding)."""
+        if self.metric.counts_entries or self.weight.shape[-1] == 1:
             return self.values
         return self.values.masked_fill(self.weight == 0, -torch.inf)
 
 
 @dataclass
 class MeasuredOutput:
-    """Which output of a model is measured, as a callable (model, batch) -> `OutputValues`. For one model.
+    """The measured output of a model, as a callable (model, batch) -> `OutputValues`.
+
+    Use one instance for one model, because it remembers how to call the model.
 
     Args:
         output: A key of `OUTPUTS`, None for logits, or a user's `(model, batch) -> tensor` with examples first.
@@ -108,7 +111,7 @@ class MeasuredOutput:
         metric: A key of `METRICS`.
 
     Raises:
-        ValueError: If one of these is not allowed, or they do not go together.
+        ValueError: If one of these is not allowed, or they contradict each other.
     """
 
     output: str | OutputFunction | None = None
@@ -128,23 +131,23 @@ class MeasuredOutput:
             raise ValueError("metric 'fisher' needs logits or log-probabilities; output is 'hidden'.")
 
     def prepare(self, model: nn.Module, batch: Batch) -> None:
-        """Choose how the model is called, once: the first of `ways_to_call` that gives the output.
+        """Choose once which columns to leave out of calls: the first of `candidate_exclusions` that gives the output.
 
-        Where there are several ways it runs the model without gradients; else the only one is taken unseen.
+        Several candidates are tested by running the model without gradients; a single one is used without a test.
 
         Args:
             model: The model.
             batch: A batch on the model's device.
 
         Raises:
-            Exception: What the preferred way raises, if none gives the output.
+            Exception: The error with the preferred candidate, if none gives the output.
         """
         if self._left_out is not None or callable(self.output):
             return
-        ways = ways_to_call(model, batch)
+        candidates = candidate_exclusions(model, batch)
         failure: Exception | None = None
-        for way in ways if len(ways) > 1 else ():
-            self._left_out = way
+        for left_out in candidates if len(candidates) > 1 else ():
+            self._left_out = left_out
             try:
                 with torch.no_grad():
                     self(model, batch)
@@ -157,34 +160,31 @@ class MeasuredOutput:
                 break
         if failure is not None and self._left_out is None:
             raise failure
-        self._left_out = self._left_out if self._left_out is not None else ways[0]
+        self._left_out = self._left_out if self._left_out is not None else candidates[0]
         refused = sorted(name for name in self._left_out & batch.keys() if not Signature.of(model).accepts(name))
         if refused:
             logger.warning_once(
-                f"{type(base_model(model)).__name__}.forward takes no {refused}: probes leave them out."
+                f"{type(base_model(model)).__name__}.forward does not accept {refused}: probes drop these columns."
             )
 
     def __call__(self, model: nn.Module, batch: Batch) -> OutputValues:
-        """Run a model on a batch and take its output.
+        """Run a model on a batch and read its output.
 
         Args:
             model: The model.
             batch: A batch as for training, on the model's device.
 
-        Returns:
-            The output.
-
         Raises:
-            OutputError: If there is no such tensor, no entry counts, or the metric does not fit it.
+            OutputError: If the model has no such output, no entry of it counts, or the metric does not apply to it.
         """
         if callable(self.output):
-            read = _Read(_checked_tensor(self.output(model, batch)), -1)
+            read = _ModelOutput(_checked_tensor(self.output(model, batch)), -1)
             weight = None
         else:
-            left_out = ways_to_call(model, batch)[0] if self._left_out is None else self._left_out
+            left_out = candidate_exclusions(model, batch)[0] if self._left_out is None else self._left_out
             read = OUTPUTS[self.output or "logits"](model, call_inputs(model, batch, left_out))
             _checked_tensor(read.values)
-            weigh = trained_weight if self.positions == "labels" else unpadded_weight
+            weigh = labeled_weight if self.positions == "labels" else unpadded_weight
             weight = weigh(model, batch, read.values)
         values = read.values
         if weight is None:
@@ -193,7 +193,7 @@ class MeasuredOutput:
         if self.metric == "fisher" or self.output == "log_probs":
             distribution, dim = self._distribution(model, batch, read)
             metric = FISHER[distribution] if self.metric == "fisher" else metric
-            # The entries of a position along the last dimension: [N, C, H, W] -> [N, H, W, C].
+            # Move the entries of a position to the last dimension: [N, C, H, W] -> [N, H, W, C].
             values, weight = (x.unsqueeze(-1) if dim is None else x.movedim(dim, -1) for x in (values, weight))
         if self.output == "log_probs":
             values = values.log_softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
@@ -201,27 +201,29 @@ class MeasuredOutput:
             raise OutputError("every position of a probe batch is padding, or labeled -100: no output counts.")
         return OutputValues(values, weight.expand(*values.shape[:-1], weight.shape[-1]), metric)
 
-    def _distribution(self, model: nn.Module, batch: Batch, read: _Read) -> tuple[str, int | None]:
-        """The distribution of the logits, and the dimension of the entries of a position."""
+    def _distribution(self, model: nn.Module, batch: Batch, read: _ModelOutput) -> tuple[str, int | None]:
+        """Return the distribution of the logits, and the dimension of the entries of a position."""
         found: tuple[str, int | None]
-        if read.dim is None:
+        if read.class_dim is None:
             found = distribution_of(model, batch, read.values)
-        elif read.values.ndim < 2 or read.values.shape[read.dim] < 2:
+        elif read.values.ndim < 2 or read.values.shape[read.class_dim] < 2:
             raise OutputError(
                 "metric 'fisher' needs the logits of at least two classes along the last dimension; the output has "
                 f"shape {tuple(read.values.shape)}. Use metric='euclidean'."
             )
         else:
-            found = "categorical", read.dim
+            found = "categorical", read.class_dim
         if self.output == "log_probs" and found[0] != "categorical":
             raise OutputError(
-                f"output 'log_probs' needs the logits of classes; those of {type(base_model(model)).__name__} are of a "
-                f"{found[0]} distribution. Use output='logits'."
+                f"output 'log_probs' needs the logits of classes; the logits of {type(base_model(model)).__name__} "
+                f"have a {found[0]} distribution. Use output='logits'."
             )
         return found
 
     def check(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
-        """Check that the model has this output and that gradients flow to it, by running it; it is left as it was.
+        """Check that the model has this output and that gradients reach it, by running the model.
+
+        The model is left unchanged.
 
         Args:
             model: The model.
@@ -229,25 +231,27 @@ class MeasuredOutput:
             device: The device that the model runs on.
 
         Raises:
-            OutputError: As for a call.
-            ModelCallError: If the model cannot be run on such a batch. A lack of memory is none: probes take less.
+            OutputError: If the model has no such output, no entry of it counts, the metric does not apply to it, or it
+                depends on no parameter.
+            ModelCallError: If the model cannot be run on the batch. Running out of memory is no error here: probes
+                need less.
         """
         engine = engine_of(model)
         parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         failure: Exception | None = None
-        # A loop may enter autocast by itself, where it calls the model; only its steps know.
+        # A custom loop may enter autocast around its calls of the model, which is not visible here: try that, too.
         for enter in (contextlib.nullcontext, partial(torch.autocast, device.type, torch.bfloat16)):
             try:
                 with undisturbed(model, device), engine.released_after(), checkpointed(model), enter():
-                    moved = send_to_device(dict(batch), device)
-                    self.prepare(model, moved)
+                    sent = send_to_device(dict(batch), device)
+                    self.prepare(model, sent)
                     with trainable(trained):
-                        out = self(model, moved)
+                        out = self(model, sent)
                         out.omega(torch.Generator(device))
-                    if not out.values.requires_grad:  # frozen parts may be all that it depends on
+                    if not out.values.requires_grad:  # it may depend on frozen parameters only
                         with trainable(parameters):
-                            check_differentiable(model, self(model, moved))
+                            check_differentiable(model, self(model, sent))
                 return
             except OutputError:
                 raise
@@ -256,18 +260,18 @@ class MeasuredOutput:
                     return
                 failure = failure or error
             finally:
-                clear_device_cache()  # training starts with as much memory as it would have
-        told = missing_tokens(model, batch)
+                clear_device_cache()  # leave as much free memory as before
+        hint = missing_tokens(model, batch)
         raise ModelCallError(
             f"{type(base_model(model)).__name__} cannot be run on a probe batch: {failure!r}. "
-            f"{told and f'{told} '}The batch has {sorted(batch)}, forward takes {sorted(Signature.of(model).named)}. "
+            f"{hint and f'{hint} '}The batch has {sorted(batch)}, forward takes {sorted(Signature.of(model).named)}. "
             "Pass FLeRMConfig(output=(model, batch) -> tensor) to say how the model is run and what its output is, or "
             "a probe_dataset with what it needs."
         ) from failure
 
 
 def check_differentiable(model: nn.Module, out: OutputValues) -> None:
-    """Raise OutputError if an output, taken while all parameters are trainable, depends on none of them."""
+    """Raise OutputError if an output computed with all parameters trainable depends on none of them."""
     if not out.values.requires_grad:
         raise OutputError(
             f"the output of {type(base_model(model)).__name__} depends on no parameter through autograd: nothing can "
@@ -300,7 +304,7 @@ def num_examples(batch: Batch) -> int:
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
-    """The tensors of a batch, in mappings too; what lists hold is about single examples."""
+    """Yield the tensors of a batch, also those in mappings; tensors in lists belong to single examples."""
     for value in batch.values():
         if isinstance(value, Tensor):
             yield value
@@ -308,16 +312,16 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-class _Read(NamedTuple):
-    """A tensor that was read from what a model returned.
+class _ModelOutput(NamedTuple):
+    """A tensor read from a model's return value.
 
     Attributes:
         values: The tensor, [N, ...].
-        dim: The dimension of its classes, if the kind of model tells; None: labels or config must.
+        class_dim: Its class dimension, if the type of output determines it; None: the labels or the config do.
     """
 
     values: Tensor
-    dim: int | None = None
+    class_dim: int | None = None
 
 
 def _checked_tensor(values: object) -> Tensor:
@@ -332,23 +336,23 @@ def _checked_tensor(values: object) -> Tensor:
     return values
 
 
-def _logits(model: nn.Module, inputs: dict[str, Any]) -> _Read:
-    """Read the logits; those of the beginning and the end of an answer, [N, T] each, as [N, T, 2]."""
+def _logits(model: nn.Module, inputs: dict[str, Any]) -> _ModelOutput:
+    """Read the logits. Start and end logits of an answer, [N, T] each, become [N, T, 2]."""
     result = model(**inputs)
     if isinstance(result, Mapping):
         tensors = {name: value for name, value in result.items() if isinstance(value, Tensor)}
     else:
         found = getattr(result, "logits", result)
-        if isinstance(found, (tuple, list)):  # a loss, which has no dimension, may come first
+        if isinstance(found, (tuple, list)):  # the first element may be a scalar loss
             found = next((value for value in found if isinstance(value, Tensor) and value.ndim), None)
         tensors = {"logits": found} if isinstance(found, Tensor) else {}
     if "logits" in tensors:
-        return _Read(tensors["logits"])
+        return _ModelOutput(tensors["logits"])
     if {"start_logits", "end_logits"} <= tensors.keys():
-        return _Read(torch.stack([tensors["start_logits"], tensors["end_logits"]], -1), 1)
+        return _ModelOutput(torch.stack([tensors["start_logits"], tensors["end_logits"]], -1), 1)
     named = [name for name in tensors if name.endswith("logits")]
     if len(named) == 1:
-        return _Read(tensors[named[0]])
+        return _ModelOutput(tensors[named[0]])
     raise OutputError(
         f"{type(base_model(model)).__name__} returned {type(result).__name__} without logits; it has "
         f"{', '.join(tensors) or 'no tensor'}. Pass output='hidden' or output=(model, batch) -> tensor to say what the "
@@ -356,8 +360,8 @@ def _logits(model: nn.Module, inputs: dict[str, Any]) -> _Read:
     )
 
 
-def _hidden(model: nn.Module, inputs: dict[str, Any]) -> _Read:
-    """What the backbone hands to the head. Asking for `output_hidden_states` would leave hooks in the model."""
+def _hidden(model: nn.Module, inputs: dict[str, Any]) -> _ModelOutput:
+    """Read the last hidden state of the backbone, by a hook: `output_hidden_states` would leave hooks in the model."""
     backbone = getattr(base_model(model), "base_model", None)
     seen: list[Any] = []
     if isinstance(backbone, nn.Module):
@@ -372,7 +376,7 @@ def _hidden(model: nn.Module, inputs: dict[str, Any]) -> _Read:
             f"{type(model).__name__} has no backbone with a last_hidden_state. "
             "Pass output=(model, batch) -> tensor to say what the function is."
         )
-    return _Read(state)
+    return _ModelOutput(state)
 
 
 OUTPUTS = {"logits": _logits, "log_probs": _logits, "hidden": _hidden}

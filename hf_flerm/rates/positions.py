@@ -1,8 +1,8 @@
-"""Which positions of the outputs count: those that are not padding, or those that the loss looks at.
+"""Which positions of the outputs count: those that are not padding, or those that the loss uses.
 
-Masks have their own shapes: [N, T] beside outputs [N, T, V]; [N, H, W] beside [N, C, H, W]; [N, L] samples of sound
-beside [N, T, V] frames with T < L. A weight is 1 where an output counts and 0 elsewhere; it has as many dimensions as
-the outputs, 1 where all entries of a dimension count alike.
+Masks have their own shapes: [N, T] for outputs [N, T, V]; [N, H, W] for [N, C, H, W]; [N, L] samples of sound for
+[N, T, V] frames with T < L. A weight is 1 where an output counts and 0 elsewhere. It has the dimensions of the outputs,
+but size 1 in a dimension whose entries all have the same weight.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .model_call import LABELS, Batch, OutputError, base_model, generates, is_encoder_decoder
+from .model_call import IGNORED_LABEL, LABELS, Batch, OutputError, base_model, generates, is_encoder_decoder
 
 logger = logging.get_logger(__name__)
 
-_IGNORED = -100
 _MASKS = ("attention_mask", "padding_mask", "pixel_mask", "features_mask", "input_mask")
-# Masks of something else than the positions of the outputs.
+# Prefixes of masks that are not about positions of the outputs.
 _OTHER_MASKS = ("global_", "cross_", "image_", "encoder_", "special_")
 
 
 def unpadded_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor | None:
-    """Return the weight that leaves out padding.
+    """Return the weight of the positions that are not padding.
 
     Warns once if the batch has padding but no mask fits the outputs.
 
@@ -40,7 +39,7 @@ def unpadded_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor | 
     """
     unfit = []
     for name, mask in _masks(model, batch):
-        weight = _fitted(model, batch, values, mask)
+        weight = _weight_of_resized_mask(model, batch, values, mask)
         if weight is not None:
             return weight
         if not bool(mask.all()):
@@ -49,16 +48,16 @@ def unpadded_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor | 
         logger.warning_once(
             f"no mask of a probe batch fits the outputs of {type(base_model(model)).__name__}, of shape "
             f"{tuple(values.shape)}: {', '.join(unfit)}. All positions count, padding included. Pass "
-            "positions='labels' to take the positions that the loss looks at, or output=(model, batch) -> tensor of "
+            "positions='labels' to count the positions that the loss uses, or output=(model, batch) -> tensor of "
             "the positions that count."
         )
     return None
 
 
-def trained_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor:
-    """Return the weight of the positions that the loss looks at: those whose label is not ignored.
+def labeled_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor:
+    """Return the weight of the positions that the loss uses: those whose label is not ignored (-100).
 
-    A causal model predicts the label of the next position.
+    A causal model predicts the label of the next position, so the weight of the labels is shifted by one.
 
     Args:
         model: The model.
@@ -66,21 +65,23 @@ def trained_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor:
         values: The outputs, [N, ...].
 
     Returns:
-        The weight.
+        The weight, 1 at positions with a label and 0 elsewhere.
 
     Raises:
-        OutputError: If there is no label for every position.
+        OutputError: If the labels do not have one entry per position.
     """
     labels = batch.get("labels")
     weight = None
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         ignored = getattr(getattr(model, "config", None), "semantic_loss_ignore_index", None)
-        trained = (labels != _IGNORED) & (labels != (_IGNORED if ignored is None or labels.ndim < 3 else ignored))
+        used = labels != IGNORED_LABEL
+        if ignored is not None and labels.ndim >= 3:
+            used &= labels != ignored
         if labels.ndim == 2 and values.ndim == 3 and any(shape[:2] == labels.shape for shape in _input_shapes(batch)):
-            trained = _behind_prompt(trained, values.shape[1], False)
+            used = _pad_for_prompt(used, values.shape[1], False)
         if labels.ndim == 2 and generates(model) and not is_encoder_decoder(model):
-            trained = nn.functional.pad(trained[:, 1:], (0, 1))
-        weight = _beside(model, batch, values, trained)
+            used = nn.functional.pad(used[:, 1:], (0, 1))
+        weight = _weight_of_mask(model, batch, values, used)
     if weight is None:
         raise OutputError(
             "positions 'labels' needs labels for every position of the output: the batch has "
@@ -91,10 +92,10 @@ def trained_weight(model: nn.Module, batch: Batch, values: Tensor) -> Tensor:
 
 
 def entries_are_positions(model: nn.Module, batch: Batch, values: Tensor) -> bool:
-    """Return whether every entry of the outputs is a position of its own.
+    """Whether every entry of the outputs is a position.
 
-    Heads that put out one number per position drop the last dimension: [N, T] for tokens (ELECTRA's discriminator),
-    [N, H, W] for pixels. [N, T] looks like [N, C] of a classifier if T = C; then labels and config tell.
+    Heads with one output per position drop the last dimension: [N, T] for tokens (ELECTRA's discriminator), [N, H, W]
+    for pixels. [N, T] looks like [N, C] of a classifier if T = C; then the labels or the config decide.
     """
     labels = batch.get("labels")
     has_label_each = isinstance(labels, Tensor) and labels.shape == values.shape and not labels.is_floating_point()
@@ -117,9 +118,9 @@ def _has_positions(batch: Batch, values: Tensor) -> bool:
 
 
 def _masks(model: nn.Module, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Masks of the outputs' positions by name, True where there is no padding; the likeliest first.
+    """Yield the masks of the outputs' positions by name, True where there is no padding, the most likely first.
 
-    Outputs of an encoder-decoder lie along its decoder: its encoder's mask may have the same shape by chance.
+    Outputs of an encoder-decoder lie along its decoder; the mask of its encoder may have the same shape by chance.
     """
     decodes = is_encoder_decoder(model)
     names = [
@@ -132,24 +133,24 @@ def _masks(model: nn.Module, batch: Batch) -> Iterator[tuple[str, Tensor]]:
             yield name, (batch[name] == 0) if _marks_padding(model, name, batch[name]) else (batch[name] != 0)
     labels = batch.get("labels")
     if decodes and isinstance(labels, Tensor) and not labels.is_floating_point():
-        yield "labels", labels != _IGNORED
+        yield "labels", labels != IGNORED_LABEL
 
 
 def _marks_padding(model: nn.Module, name: str, mask: Tensor) -> bool:
-    """Whether a mask is True where there is padding, as torch's `key_padding_mask`: in Transformers it is 0 there."""
+    """Whether a mask is True at padding, as torch's `key_padding_mask`; the masks of Transformers are 0 there."""
     padding = name.endswith("padding_mask") and mask.dtype == torch.bool
     return name.endswith("key_padding_mask") or (padding and not isinstance(base_model(model), PreTrainedModel))
 
 
-def _fitted(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Tensor | None:
-    """The weight that a mask stands for; None if it does not fit the outputs."""
-    weight = _beside(model, batch, values, mask)
+def _weight_of_resized_mask(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Tensor | None:
+    """Turn a mask into a weight, after resizing it if necessary; None if it does not fit the outputs."""
+    weight = _weight_of_mask(model, batch, values, mask)
     if weight is not None or not len(mask):
         return weight
     if mask.ndim == 2 and values.ndim == 3 and len(mask) == len(values):
         length = values.shape[1]
         if length > mask.shape[1]:
-            return _behind_prompt(mask, length, True).to(values).unsqueeze(-1) if _has_prompt(model) else None
+            return _pad_for_prompt(mask, length, True).to(values).unsqueeze(-1) if _has_prompt(model) else None
         frames = _frame_mask(model, mask, length)
         return None if frames is None else frames.to(values).unsqueeze(-1)
     if mask.ndim == 3 and values.ndim == 4 and len(mask) == len(values):  # pixels, at another resolution
@@ -158,8 +159,8 @@ def _fitted(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Ten
     return None
 
 
-def _beside(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Tensor | None:
-    """The weight of a mask with the outputs' shape, or with that shape but for the dimension of the classes."""
+def _weight_of_mask(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Tensor | None:
+    """Turn a mask into a weight if its shape is that of the outputs, or of the outputs without class dimension."""
     for dim in (values.ndim - 1, 1) if values.ndim > 1 else ():
         if mask.shape == (*values.shape[:dim], *values.shape[dim + 1 :]):
             return mask.to(values).unsqueeze(dim)
@@ -173,18 +174,18 @@ def _beside(model: nn.Module, batch: Batch, values: Tensor, mask: Tensor) -> Ten
 
 
 def _has_prompt(model: Any) -> bool:
-    """Whether a model puts tokens of its own in front: by prompt tuning, or of an image that it writes about."""
+    """Whether a model prepends tokens to its input: those of prompt tuning or of an image."""
     config = getattr(model, "active_peft_config", None)
     return generates(model) or bool(getattr(config, "is_prompt_learning", False))
 
 
-def _behind_prompt(mask: Tensor, length: int, fill: bool) -> Tensor:
-    """A mask [N, T] with the tokens that a model puts in front, [N, length]."""
+def _pad_for_prompt(mask: Tensor, length: int, fill: bool) -> Tensor:
+    """Pad a mask [N, T] on the left for the tokens that a model prepends, to [N, length]."""
     return nn.functional.pad(mask, (max(length - mask.shape[1], 0), 0), value=fill)
 
 
 def _frame_mask(model: nn.Module, mask: Tensor, length: int) -> Tensor | None:
-    """Turn a mask of samples or features [N, L] into one of frames [N, length] by the model's own rule.
+    """Turn a mask of samples or features [N, L] into a mask of frames [N, length] with the model's method.
 
     Convolutional front ends shorten their inputs; every family of speech models has a method for the lengths of its
     outputs, in the model or in its encoder.
@@ -194,7 +195,7 @@ def _frame_mask(model: nn.Module, mask: Tensor, length: int) -> Tensor | None:
             if callable(getattr(module, name, None)):
                 try:
                     frames: Tensor | None = call(getattr(module, name), mask.long(), length)
-                except (RuntimeError, TypeError, IndexError):  # a rule for other inputs
+                except (RuntimeError, TypeError, IndexError):  # the method does not apply to these inputs
                     continue
                 if frames is not None and frames.shape == (len(mask), length):
                     return frames
@@ -202,7 +203,7 @@ def _frame_mask(model: nn.Module, mask: Tensor, length: int) -> Tensor | None:
 
 
 def _frames_of_lengths(lengths: Any, mask: Tensor, length: int) -> Tensor | None:
-    """A mask made of a rule from input lengths to output lengths, if it holds for the whole width of the batch."""
+    """Build a mask with a method that maps input lengths to output lengths; None if it contradicts `length`."""
 
     def outputs(inputs: Tensor) -> Tensor:
         found: Any = lengths(inputs)

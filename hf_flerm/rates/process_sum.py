@@ -1,7 +1,7 @@
-"""Several processes measure together: each probes its own examples, and only sums travel between them.
+"""Combine the measurements of several processes: each probes its own examples, and only sums are communicated.
 
-All estimates are sums over probes (`Totals`, and some squared joint rates), so one sum over processes turns their
-measurements into one: as many times the examples as there are processes. All processes get the same bits.
+All estimates are sums over probes (`Totals`, and some squared joint rates), so one sum over processes makes one
+measurement of them, on the examples of all processes. All processes get the same bits.
 """
 
 from __future__ import annotations
@@ -14,64 +14,69 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from ..engines.processes import sum_over_processes
-from .estimators import FALLBACK, num_factors, rates_from
+from .estimators import FALLBACK_ESTIMATOR, num_factors, rates_from
 from .measurement import UNUSED, Measurement
 from .totals import Totals, combination_key
 
-_HEADER = 4  # failures, those for want of memory, probes, M
+_HEADER = 4  # processes that failed, those that ran out of memory, number of probes, M
 
 
 class ProcessSum:
     """Adds up the measurements of all processes, in one collective call.
 
+    The summed vector is float64: the header (`_HEADER`); for each tensor 2 + F numbers, namely M * rate^2 if it is
+    measured per example, the variance of M * rate^2, and the F factors of its weight-gradient estimator, 0 for one
+    that it does not have; then M * (joint rate)^2 of every combination, and their variances.
+
     Args:
-        shapes: `{canonical name: shape of Z = U * G}` of what is measured.
-        estimator: As for `measure_rates`.
-        combinations: Those whose joint rates will be asked for: `{canonical name: factor on its update}` each.
+        shapes: `{canonical name: shape of Z = U * G}` of the measured tensors.
+        estimator: One of `hf_flerm.choices.Estimator`.
+        combinations: Combinations whose joint rates will be needed, each `{canonical name: factor on its update}`.
     """
 
     def __init__(
         self, shapes: Mapping[str, torch.Size], estimator: str, combinations: Iterable[Mapping[str, float]]
     ) -> None:
-        self._estimator = FALLBACK if estimator == "per_example" else estimator
+        self._estimator = FALLBACK_ESTIMATOR if estimator == "per_example" else estimator
         self._widths = {name: 2 + num_factors(estimator, len(shape)) for name, shape in shapes.items()}
         self._combinations = {combination_key(shares): shares for shares in combinations if len(shares) > 1}
 
-    def __call__(self, own: Measurement | None, failure: Exception | None = None) -> Measurement | None:
-        """Add up what all processes have measured; a collective call, also for a process whose measurement failed.
+    def __call__(self, local: Measurement | None, failure: Exception | None = None) -> Measurement | None:
+        """Add up the measurements of all processes; a collective call, also for a process whose measurement failed.
 
         Args:
-            own: The measurement of this process; None if there was nothing to measure or it failed.
-            failure: Why it failed; None if it did not.
+            local: The measurement of this process; None if there was nothing to measure or it failed.
+            failure: The exception of this process; None if it did not fail.
 
         Returns:
-            The measurement of all together: rates, standard errors and these joint rates are the same bits on
-            every process. None if there was nothing to measure on any of them.
+            The combined measurement, whose rates, standard errors and joint rates of the combinations are the same bits
+            on every process. None if there was nothing to measure on any of them.
 
         Raises:
-            OutOfMemoryError: On every process, if memory did not suffice on one.
-            Exception: `failure` where there is one, and a RuntimeError on the other processes.
+            OutOfMemoryError: On every process, if one ran out of memory.
+            Exception: `failure` on a process that has one, a RuntimeError on the others.
         """
         if PartialState().num_processes == 1:
             if failure is not None:
                 raise failure
-            return own
+            return local
         numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._combinations), dtype=torch.float64)
         if failure is not None:
             numbers[0], numbers[1] = 1.0, should_reduce_batch_size(failure)
-        elif own is not None:
-            numbers = self._numbers(own)
+        elif local is not None:
+            numbers = self._numbers(local)
         summed = sum_over_processes(numbers)
         failed, out_of_memory, num_probes = (int(number) for number in summed[:3])
         if failed:
             processes = f"of {PartialState().num_processes} processes"
             if out_of_memory:
                 raise torch.OutOfMemoryError(f"{out_of_memory} {processes} ran out of memory.") from failure
-            raise failure or RuntimeError(f"the probe failed on {failed} {processes}.")
-        return self._read(own, summed) if own is not None and num_probes else None
+            raise failure or RuntimeError(f"the measurement failed on {failed} {processes}.")
+        return self._read(local, summed) if local is not None and num_probes else None
 
-    def _numbers(self, own: Measurement) -> Tensor:
-        totals = own.totals
+    def _numbers(self, local: Measurement) -> Tensor:
+        """Return the vector of this process; see the class for its layout."""
+        totals = local.totals
         numbers = [torch.tensor([0.0, 0.0, totals.num_probes, totals.num_outputs], dtype=torch.float64)]
         for index, (name, width) in enumerate(self._widths.items()):
             row = torch.zeros(width, dtype=torch.float64)
@@ -80,28 +85,27 @@ class ProcessSum:
                 _, factors = totals.factors[name]
                 row[2 : 2 + len(factors)] = factors
             numbers.append(row)
-        squares, variances = own.joint_squares(self._combinations.values())
+        squares, variances = local.joint_squares(self._combinations.values())
         return torch.cat([*numbers, squares * totals.num_outputs, variances * totals.num_outputs**2])
 
-    def _read(self, own: Measurement, summed: Tensor) -> Measurement:
+    def _read(self, local: Measurement, summed: Tensor) -> Measurement:
+        """Make a measurement of the summed vector; `inner_products` and `draws` stay those of this process."""
         header, *rows, joint, joint_variances = summed.split(
             [_HEADER, *self._widths.values(), *[len(self._combinations)] * 2]
         )
         *_, num_probes, num_outputs = header.tolist()
         squares, variances = (torch.stack([row[column] for row in rows]) for column in range(2))
-        factors = {}
+        factors, estimators = {}, dict(local.estimators)
         for name, row in zip(self._widths, rows, strict=True):
-            estimator, mine = own.totals.factors.get(name, (self._estimator, row[2:]))
             if row[2:].any():
-                factors[name] = estimator, row[2 : 2 + len(mine)]
+                # Without outputs that depend on the tensor this process has no factors, but others may have some.
+                estimator, local_factors = local.totals.factors.get(name, (self._estimator, row[2:]))
+                factors[name] = estimator, row[2 : 2 + len(local_factors)]
+            if estimators[name] == UNUSED and (name in factors or row[0]):
+                estimators[name] = self._estimator if name in factors else "per_example"
         totals = Totals(int(num_probes), num_outputs, squares, variances, factors)
-        estimators = {
-            name: of_own if of_own != UNUSED or not row[[0, *range(2, len(row))]].any() else self._used(name, factors)
-            for (name, of_own), row in zip(own.estimators.items(), rows, strict=True)
-        }
         rates, errors = rates_from(joint, joint_variances, num_outputs)
         joint_rates = dict(zip(self._combinations, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
-        return Measurement.of(totals, estimators, own.inner_products, own.draws, own.same_moves, joint_rates)
-
-    def _used(self, name: str, factors: Mapping[str, object]) -> str:
-        return self._estimator if name in factors else "per_example"
+        return Measurement.from_sums(
+            totals, estimators, local.inner_products, local.draws, local.shared_updates, joint_rates
+        )

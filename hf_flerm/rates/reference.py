@@ -1,14 +1,16 @@
-"""The whole mathematics, slow and literal. Start here: every fast path of this package must give these numbers.
+"""The definitions, computed slowly and literally. Read this first.
 
-Symbols: f[n, k] is output k of example n, k running over all outputs of an example that
-count (positions x vocabulary); M is the number of all (n, k). W is a parameter tensor, U its unit update (weight per
-unit learning rate), D f = d f / d W . U the first-order change of f along U.
+The tests compare every fast estimator with these functions (`tests/rates/test_reference.py`).
+
+Symbols: f[n, k] is output k of example n, k running over all outputs of an example that count (positions x
+vocabulary); M is the number of all (n, k). W is a parameter tensor, U its unit update (weight per unit learning rate),
+D f = d f / d W . U the first-order change of f along U.
 
     rate = sqrt(1/M * sum_nk (D f[n, k])^2)                                                     (euclidean metric)
 
 With omega[n, k] ~ N(0, 1) and phi_n = sum_k omega[n, k] f[n, k], D phi_n is N(0, sum_k (D f[n, k])^2): the square of
 one number per example is an unbiased sample of the sum over all outputs. Source: Milsom, Anson, Aitchison,
-"Function-Space Learning Rates" (arXiv 2502.17405); one phi_n per example is this package's own.
+"Function-Space Learning Rates" (arXiv 2502.17405); one phi_n per example is new in this package.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ Tensors = Mapping[str, Tensor]
 
 
 def output_change(f: Callable[[], Tensor], weights: Tensors, updates: Tensors, step: float = 1e-4) -> Tensor:
-    """D f along all `updates` at once, shaped like f(): a central difference that moves the weights themselves."""
+    """D f along all `updates` together, shaped like f(), by a central difference."""
     before = {name: weights[name].detach().clone() for name in updates}
 
     def at(distance: float) -> Tensor:
         for name, update in updates.items():
-            weights[name].add_(distance * update)  # in place: whatever shares this memory moves along
+            weights[name].add_(distance * update)  # in place, so that tensors that share this memory change too
         values = f()
         for name, value in before.items():
             weights[name].copy_(value)
@@ -43,14 +45,14 @@ def rate(change: Tensor, counts: Tensor) -> float:
 
 
 def fisher_rate(change: Tensor, counts: Tensor, logits: Tensor) -> float:
-    """The same in the metric of p = softmax(f): rate^2 * step^2 / 2 is KL(before, after), in nats per position."""
+    """Rate in the Fisher metric of p = softmax(f): rate^2 * step^2 / 2 is KL(before, after), in nats per position."""
     p = logits.softmax(-1)
     variance = (p * change.square()).sum(-1, keepdim=True) - (p * change).sum(-1, keepdim=True).square()
     return ((variance * counts).sum() / counts.expand_as(variance).sum()).sqrt().item()
 
 
 def joint_rate(changes: Tensors, counts: Tensor) -> float:
-    """Rate of several tensors that move together: D f is linear in the update, so their changes add up."""
+    """Rate of several tensors that change together: D f is linear in the update, so their output changes add up."""
     return rate(torch.stack(list(changes.values())).sum(0), counts)
 
 
@@ -67,7 +69,7 @@ def per_example_derivatives(f: Callable[[], Tensor], weights: Tensors, updates: 
 
 
 def per_example_rate(derivatives: Tensors, num_outputs: float) -> float:
-    """Joint rate of all these tensors, from one probe: sqrt(sum_n (sum_l D_l phi_n)^2 / M). Of one, its own rate."""
+    """Joint rate of these tensors from one probe: sqrt(sum_n (sum_l D_l phi_n)^2 / M). For one tensor, its rate."""
     return (torch.stack(list(derivatives.values())).sum(0).square().sum() / num_outputs).sqrt().item()
 
 

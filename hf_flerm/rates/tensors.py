@@ -1,8 +1,8 @@
-"""What one measured tensor is: a parameter, and every other parameter that lies in its memory.
+"""A measured tensor: a parameter together with the other parameters that share its memory.
 
-An update writes into memory. Where two parameters share it (a head tied by hand to the transposed embedding, PEFT's
-`ensure_weight_tying`), the update of one moves the other, and D f is the derivative with both moved. The gradient of
-one tensor is, likewise, the sum over all parameters in its memory.
+An update writes into memory. If two parameters share memory (a head tied by hand to the transposed embedding, PEFT's
+`ensure_weight_tying`), the update of one changes the other, and D f is the derivative with both changed. Likewise, the
+gradient of a tensor is the sum over all parameters in its memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..engines.engine import Engine
+from ..model.storage import by_storage
 
 logger = logging.get_logger(__name__)
 
@@ -24,7 +25,10 @@ Named = tuple[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a parameter's numbers lie in a storage, in units of real numbers: entry i is at offset + i . strides."""
+    """Where a parameter's elements lie in its storage: element i is at offset + i . strides.
+
+    Positions are counted in real numbers: a complex element is two of them, along a last dimension of size 2.
+    """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -41,36 +45,37 @@ class _Layout:
         return self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
 
     def entries(self, start: int, device: torch.device) -> Tensor:
-        """Where the entries lie in a buffer that begins with number `start` of the storage, int64 [numel]."""
+        """Return the elements' positions in a buffer that begins at position `start` of the storage, int64 [numel]."""
         numbers = torch.arange(self.end - start, device=device)
         return numbers.as_strided(self.sizes, self.strides, self.offset - start).flatten()
 
 
 @dataclass(frozen=True)
-class View:
-    """A tensor shaped like one parameter (the source), as another one in the same memory (the target) sees it."""
+class MemoryMap:
+    """Maps a tensor shaped like one parameter (source) to one shaped like another in the same memory (target)."""
 
     source: _Layout
     target: _Layout
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Write values where the source lies, read them where the target lies: 0 where the target holds other memory.
+        """Scatter values into memory as the source, and gather them as the target.
 
-        Values that the source holds at one place (an expanded parameter's gradient) are added up.
+        Elements of the target outside the source are 0. Values that the source has at one position of memory (the
+        gradient of an expanded parameter) are summed.
         """
         real = as_real(values)
         start, end = self._extent
         buffer = real.new_zeros(end - start)
         buffer.index_add_(0, self.source.entries(start, real.device), real.flatten())
-        seen = buffer[self.target.entries(start, real.device)].reshape(self.target.sizes)
-        return torch.view_as_complex(seen) if self.target.is_complex else seen
+        gathered = buffer[self.target.entries(start, real.device)].reshape(self.target.sizes)
+        return torch.view_as_complex(gathered) if self.target.is_complex else gathered
 
-    def reverse(self) -> View:
-        """Return the source's view of the target."""
-        return View(self.target, self.source)
+    def reverse(self) -> MemoryMap:
+        """Return the map from the target to the source."""
+        return MemoryMap(self.target, self.source)
 
     def is_empty(self) -> bool:
-        """Tell whether no number lies in both: extents may meet without one, as those of two columns do."""
+        """Whether source and target share no element; the ranges of two columns overlap without one, for instance."""
         start, end = self._extent
         taken = torch.zeros(end - start, dtype=torch.bool)
         taken[self.source.entries(start, taken.device)] = True
@@ -82,51 +87,51 @@ class View:
 
 
 @dataclass(frozen=True)
-class MeasuredTensor:
-    """A parameter and the others that lie in its memory.
+class TensorAliases:
+    """A parameter and the others that share its memory.
 
     Attributes:
         parameter: The parameter under whose name the tensor is measured.
-        views: `{other parameter: its view of what is shaped like `parameter`}`.
+        maps: `{other parameter: map from a tensor shaped like `parameter` to one shaped like the other}`.
     """
 
     parameter: nn.Parameter
-    views: Mapping[nn.Parameter, View]
+    maps: Mapping[nn.Parameter, MemoryMap]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters that an update moves."""
-        return [self.parameter, *self.views]
+        """All parameters that an update changes."""
+        return [self.parameter, *self.maps]
 
-    def seen_by(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
-        """Show an update of the tensor as one of `parameters` sees it."""
-        view = self.views.get(parameter)
-        return update if view is None else view(update)
+    def change_of(self, parameter: nn.Parameter, update: Tensor) -> Tensor:
+        """Return the change of one of `parameters` that an update of the tensor causes."""
+        to_other = self.maps.get(parameter)
+        return update if to_other is None else to_other(update)
 
-    def part_of_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-        """Turn the gradient of one of `parameters` into its part of the tensor's gradient."""
-        view = self.views.get(parameter)
-        return gradient if view is None else view.reverse()(gradient)
+    def gradient_part(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """Return what the gradient of one of `parameters` adds to the gradient of the tensor."""
+        to_other = self.maps.get(parameter)
+        return gradient if to_other is None else to_other.reverse()(gradient)
 
-    def moved_in(self, module: nn.Module, attribute: str) -> list[nn.Parameter]:
-        """List the parameters below a module that an update moves.
+    def changed_in(self, module: nn.Module, attribute: str) -> list[nn.Parameter]:
+        """List the parameters below a module that an update changes.
 
         Args:
             module: The module.
-            attribute: Name below it of one of `parameters`. What is found there while the module runs may be another
-                object: FSDP2 gathers parameters, `torch.func.functional_call` replaces them. It counts as `parameter`.
+            attribute: Name below it of one of `parameters`. While the module runs, another object may be there: an engine
+                gathers parameters, `torch.func.functional_call` replaces them. It is treated like `parameter`.
         """
         path, _, name = attribute.rpartition(".")
         # By `get`: ZeRO-3 gathers a parameter whose slot is looked up by index or attribute in a forward pass.
         named: Any = module.get_submodule(path)._parameters.get(name)
-        below = set(module.parameters()) if self.views else set()
+        below = set(module.parameters()) if self.maps else set()
         return list(dict.fromkeys([named, *(p for p in self.parameters if p in below)]))
 
 
-class SharedMemory:
-    """Which parameters of a model share memory.
+class OverlappingMemory:
+    """Which parameters of a model have memory in common, all of it or a part (see also `model.storage.shared_memory`).
 
-    It is looked at once, at the start: while a step is measured, weights from before it lie in memory of their own.
+    Computed once, at the start: during a measurement the weights from before the step lie in other memory.
 
     Args:
         model: The model.
@@ -134,34 +139,29 @@ class SharedMemory:
     """
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
-        by_storage: dict[tuple[torch.device, int], list[Named]] = {}
-        for name, parameter in () if engine.sharded else model.named_parameters():
-            if parameter.numel() and not parameter.is_meta:
-                key = parameter.device, parameter.untyped_storage().data_ptr()
-                by_storage.setdefault(key, []).append((name, parameter))
-        self._views: dict[nn.Parameter, dict[nn.Parameter, View]] = {}
-        for sharing in by_storage.values():
-            for (name, one), (other_name, other) in _meeting(sharing):
+        self._maps: dict[nn.Parameter, dict[nn.Parameter, MemoryMap]] = {}
+        for parameters in by_storage(() if engine.sharded else model.named_parameters()):
+            for (name, one), (other_name, other) in _overlapping(parameters):
                 if _real_dtype(one) != _real_dtype(other):
                     logger.warning_once(
                         f"{name} ({one.dtype}) and {other_name} ({other.dtype}) lie in the same memory in different "
-                        "dtypes: the rate of each is measured as if its update did not move the other."
+                        "dtypes: the rate of each is measured as if its update did not change the other."
                     )
                     continue
-                view = View(_Layout.of(one), _Layout.of(other))
-                if not view.is_empty():
-                    self._views.setdefault(one, {})[other] = view
-                    self._views.setdefault(other, {})[one] = view.reverse()
+                to_other = MemoryMap(_Layout.of(one), _Layout.of(other))
+                if not to_other.is_empty():
+                    self._maps.setdefault(one, {})[other] = to_other
+                    self._maps.setdefault(other, {})[one] = to_other.reverse()
 
-    def tensor(self, parameter: nn.Parameter) -> MeasuredTensor:
-        """Return a parameter with all that lie in its memory."""
-        return MeasuredTensor(parameter, self._views.get(parameter, {}))
+    def tensor(self, parameter: nn.Parameter) -> TensorAliases:
+        """Return a parameter together with those that share its memory."""
+        return TensorAliases(parameter, self._maps.get(parameter, {}))
 
 
-def _meeting(sharing: list[Named]) -> Iterator[tuple[Named, Named]]:
-    """Pairs of parameters of one storage whose extents meet: of a flat buffer of many slices, none."""
+def _overlapping(parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[Named, Named]]:
+    """Yield pairs of parameters of one storage whose address ranges overlap; slices of a flat buffer have none."""
     extents = []
-    for name, parameter in sharing:
+    for name, parameter in parameters.items():
         layout, width = _Layout.of(parameter), _real_dtype(parameter).itemsize
         extents.append((layout.offset * width, layout.end * width, (name, parameter)))
     extents.sort(key=lambda extent: extent[:2])
@@ -177,12 +177,12 @@ def _real_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A tensor of real numbers as it is, one of complex numbers as pairs of these, along a new last dimension."""
+    """Return a real tensor unchanged, a complex one as pairs of real numbers along a new last dimension."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def product_shapes(parameters: Mapping[str, Tensor], engine: Engine) -> dict[str, torch.Size]:
-    """Return `{canonical name: shape of Z = U * G}` of whole parameters."""
+    """Return `{canonical name: shape of Z = U * G}` of whole parameters, gathered if they are sharded."""
     return {
         name: torch.Size((*engine.shape(parameter), 2)) if parameter.is_complex() else engine.shape(parameter)
         for name, parameter in parameters.items()

@@ -1,4 +1,4 @@
-"""Unnormalized numbers of probes: the draws one by one, and sums of squares that add up over probes and processes.
+"""Unnormalized results of probes: `Draws` (each draw) and `Totals` (sums over probes; processes add theirs up).
 
 Axes: l a tensor of L, p a probe of P, s an example of a probe, over all probes S of them.
 """
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from .estimators import combined, from_examples, rates_from
 
-Combination = frozenset[tuple[str, float]]  # of updates: canonical names, each with a factor on its update
+Combination = frozenset[tuple[str, float]]  # a linear combination of updates: pairs (canonical name, factor)
 
 
 def combination_key(shares: Mapping[str, float]) -> Combination:
-    """Return a key that is the same for two equal combinations `{canonical name: factor on its update}`."""
+    """Return a hashable key of a combination `{canonical name: factor on its update}`."""
     return frozenset(shares.items())
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Derivatives of single draws of omega, tensors in the order of the measurement.
+    """Derivatives for each draw of omega, tensors in the order of the measurement.
 
     Attributes:
         derivatives: D phi_n of every probe and example, float64 [L, S]; 0 for a tensor measured by weight gradient.
-        by_example: Which tensors are measured by example, bool [L].
+        by_example: Which tensors are measured per example, bool [L].
         sums: D phi of every probe, float64 [L, P].
         probes: The probe of every example, int64 [S].
         num_outputs: M of every probe, float64 [P].
@@ -43,7 +43,7 @@ class Draws:
     def inner_products(self) -> Tensor:
         """Estimate <D_l f, D_m f> / M, float64 [L, L].
 
-        Two tensors measured by example need sum_s D_l phi_s D_m phi_s; any other pair has only the sums of whole
+        For two tensors measured per example it is sum_s D_l phi_s D_m phi_s. Any other pair has only the sums over
         probes, whose product has the same expectation and a larger variance.
         """
         both = self.by_example.outer(self.by_example)
@@ -61,27 +61,28 @@ class Draws:
         """
         values = weights @ self.derivatives
         _, variances = from_examples(values)
-        mixed = (weights[:, ~self.by_example] != 0).any(1)
+        mixed = (weights[:, ~self.by_example] != 0).any(1)  # combinations with a tensor measured by weight gradient
         if not mixed.any():
             return variances
         count = len(self.num_outputs)
         of_probe = torch.zeros(len(weights), count, dtype=values.dtype)
         by_example = of_probe.index_add(1, self.probes, values.square())
         of_probe.index_add_(1, self.probes, values)
-        # (sum over the probe of everything)^2, in which the part by example is replaced by its smaller estimate.
+        # For each probe, (sum over all tensors)^2, with the per-example part replaced by its lower-variance estimate.
         squares = (weights @ self.sums).square() - of_probe.square() + by_example
+        # M * (joint rate)^2 is a sum over independent probes: its variance is the variance of one, times their number.
         spread = squares.var(1) if count > 1 else torch.full_like(variances, math.nan)
         return torch.where(mixed, spread * count, variances)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over probes from which rates follow; they add up over processes, too.
+    """Sums over probes from which rates are computed; the sums of several processes are added.
 
     Attributes:
         num_probes: P.
         num_outputs: M.
-        squares: M * rate^2 of the tensors measured by example, 0 for the others, float64 [L].
+        squares: M * rate^2 of the tensors measured per example, 0 for the others, float64 [L].
         variances: Variances of M * rate^2, float64 [L]; nan where one probe is not enough to estimate them.
         factors: `{name: (estimator, factors)}` of the tensors measured by weight gradient, float64 [F] each.
     """

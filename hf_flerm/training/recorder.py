@@ -74,7 +74,7 @@ class Recorder:
                 logger.warning(f"{error} Training continues, but FLeRM cannot measure anything.")
         research = config.research
         self._probe = RateProbe(
-            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, outputs=output
+            model, estimator=research.estimator, probes_per_batch=research.probes_per_batch, output=output
         )
         self._probe_data = probe_data
         self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}

@@ -205,7 +205,9 @@ def test_a_matched_run_is_that_of_one_process(
         with monkeypatch.context() as patch:
             drawn_by_all(patch, ranks)
             if ENGINES[name]["stage"] == 3:
-                patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in parts
+                patch.setattr(
+                    LinearHead, "saves_work", staticmethod(lambda *args: False)
+                )  # no head is skipped in parts
             alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * ranks)
         assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
         for part in ("rates", "joint"):
@@ -348,7 +350,7 @@ def test_a_model_that_is_loaded_in_parts_is_measured_as_a_whole_one(
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
     together = launch(runs_in_parts, PAIR, tmp_path, tmp_path)
     drawn_by_all(monkeypatch, PAIR)
-    monkeypatch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+    monkeypatch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))
     for name, (adapter, own) in IN_PARTS.items():
         alone = llama_run(tmp_path, adapter, TWICE, per_device_train_batch_size=2 * PAIR, **own).rate_profile.rates
         assert together[0][name] == together[1][name]

@@ -112,7 +112,7 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         assert first["profile"] == second["profile"]
         with monkeypatch.context() as patch:
             drawn_by_all(patch, PAIR)
-            patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in shards
+            patch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))  # no head is skipped in shards
             alone = matched_run(tmp_path, kind, per_device_train_batch_size=2 * PAIR)
         assert first["scales"] == pytest.approx(alone["scales"], rel=1e-3)
         for part in ("rates", "joint"):
@@ -129,7 +129,7 @@ def test_sharded_weights_are_measured_and_matched_as_whole_ones(
         torch.testing.assert_close(four[0]["resumed"]["weights"][name], weight, rtol=1e-4, atol=1e-5)
     with monkeypatch.context() as patch:
         drawn_by_all(patch, 2 * PAIR)
-        patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+        patch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))
         alone = matched_run(tmp_path, "full", steps=EARLY, per_device_train_batch_size=2 * PAIR)
     for mesh in ("own", "hybrid"):
         for result in four:

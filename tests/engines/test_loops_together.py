@@ -119,7 +119,9 @@ def test_a_loop_is_that_of_one_process(tmp_path: Path, engine: str, monkeypatch:
         with monkeypatch.context() as patch:
             drawn_by_all(patch, PAIR)
             if engine == "fsdp2":
-                patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))  # no head is skipped in shards
+                patch.setattr(
+                    LinearHead, "saves_work", staticmethod(lambda *args: False)
+                )  # no head is skipped in shards
             alone.train(run)
         expected = outcome(alone, run)
         assert len(set(first["scales"].values())) > 3

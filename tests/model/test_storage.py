@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_flerm.model.storage import shared_memory
+from tests.shared.wrapped_tensor import WrappedTensor
 
 BUFFER = torch.zeros(24)
 
@@ -46,4 +47,5 @@ def test_a_part_in_common_is_refused(a: Tensor, b: Tensor) -> None:
 
 def test_what_has_no_memory_shares_none() -> None:
     parameters = {name: nn.Parameter(torch.empty(3, device="meta")) for name in ("a", "b")}
+    parameters |= {name: nn.Parameter(WrappedTensor(torch.ones(3)), requires_grad=False) for name in ("d", "e")}
     assert shared_memory(parameters | {"c": nn.Parameter(torch.empty(0))}) == {}

@@ -244,7 +244,7 @@ def test_an_option_decides_on_adafactor() -> None:
 
     parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "beta1": 0.9}]
-    with pytest.raises(ValueError, match="Match with it with beta1=None"):
+    with pytest.raises(ValueError, match="Match with Adafactor with beta1=None"):
         check_optimizer(Adafactor(groups, lr=LR, relative_step=False), "match")
     check_optimizer(Adafactor(parameters, lr=LR, relative_step=False), "match")
 

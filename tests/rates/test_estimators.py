@@ -27,12 +27,9 @@ from hf_flerm.rates.reference import kronecker_rate
 SHAPES = {"0-d": (), "1-D": (5,), "one": (1, 1), "2-D": (4, 3), "3-D": (2, 4, 3)}
 
 
-def rate_from(
-    estimator: str, products: Tensor, num_outputs: float = 1.0, dims: tuple[int, ...] = ()
-) -> tuple[float, float]:
+def rate_from(estimator: str, products: Tensor, num_outputs: float = 1.0) -> tuple[float, float]:
     """Rate and standard error from Z [P, ...]."""
-    statistics = {"full": full_statistics, "iid": iid_statistics}.get(estimator, kronecker_statistics)
-    rows = torch.stack([statistics(z, dims) for z in products])
+    rows = torch.stack([WEIGHT_GRADIENT_ESTIMATORS[estimator].statistics(z) for z in products])
     return rate_of(estimator, rows, num_outputs * len(products))
 
 
@@ -106,7 +103,7 @@ def test_independent_dimensions_make_kronecker_exact_there() -> None:
     mixing = torch.randn(5, 3, 3, generator=generator, dtype=torch.float64)
     products = torch.einsum("rij,prj->pri", mixing, torch.randn(4000, 5, 3, generator=generator, dtype=torch.float64))
     expected = mixing.sum(1).square().sum().sqrt().item()
-    rate, error = rate_from("kronecker_output", products, dims=(0,))
+    rate, error = rate_from("kronecker_output", products)
     assert abs(rate - expected) < 4 * error
     assert error < 0.05 * expected
     by_hand = torch.stack([products.sum(2).square().sum(1), products.square().sum((1, 2))], 1)
@@ -117,7 +114,8 @@ def test_independent_dimensions_make_kronecker_exact_there() -> None:
 @pytest.mark.parametrize("dims", [(0,), (-1,)])
 def test_an_independent_bias_is_summed_as_squares(dims: tuple[int, ...]) -> None:
     products = torch.tensor([[1.0, -2.0], [3.0, 1.0]], dtype=torch.float64)
-    assert rate_from("kronecker_output", products, 2.0, dims)[0] == pytest.approx(math.sqrt(15 / 2 / 2))
+    rows = torch.stack([kronecker_statistics(z, dims) for z in products])
+    assert rate_of("kronecker_output", rows, 2.0 * 2)[0] == pytest.approx(math.sqrt(15 / 2 / 2))
 
 
 @pytest.mark.parametrize("estimator", ["kronecker", "full", "iid"])

@@ -49,7 +49,7 @@ def test_estimated_joint_rates(name: str, estimator: str) -> None:
     # M * rate^2 of a group is unbiased: its mean over repetitions must meet the finite difference of the joint update.
     repetitions, probes = 20, 6
     made = case(name)
-    probe = RateProbe(made.model, estimator=estimator, probes_per_batch=probes, outputs=MeasuredOutput(made.output))
+    probe = RateProbe(made.model, estimator=estimator, probes_per_batch=probes, output=MeasuredOutput(made.output))
     results = [probe.measure(made.updates, made.batches, seeded(seed)) for seed in range(repetitions)]
     tensors = list(results[0].rates)
     for group in (tensors, tensors[:2], tensors[1::3]):
@@ -92,7 +92,7 @@ def test_joint_rates_of_tensors_with_different_estimators() -> None:
     model, batch = Half(), features(3, 5, 4)
     updates = {"a.weight": torch.randn(4, 4), "b.weight": torch.randn(4, 4)}
     joint_rate = finite_difference(model, updates, [batch], output).rate
-    probe = RateProbe(model, probes_per_batch=10, outputs=MeasuredOutput(output))
+    probe = RateProbe(model, probes_per_batch=10, output=MeasuredOutput(output))
     results = [probe.measure(updates, [batch], seeded(seed)) for seed in range(40)]
     assert results[0].estimators == {"a.weight": "kronecker", "b.weight": "per_example"}
     squares = torch.tensor([result.total**2 for result in results])

@@ -156,7 +156,7 @@ def test_a_small_draw_of_few_examples_is_no_round_off(examples: int, dtype: torc
 
 def test_round_off_stays_0_after_many_measurements() -> None:
     model, batch, blind, updates = build("bert")
-    probe = RateProbe(model, outputs=MeasuredOutput())
+    probe = RateProbe(model, output=MeasuredOutput())
     for step in range(12):
         result = probe.measure(updates, [batch], seeded(step))
         assert {key for key, rate in result.rates.items() if rate == 0} == {key for key in updates if blind in key}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from hf_flerm import Measurement, measure_rates
 from hf_flerm.engines import engine_of
 from hf_flerm.rates.reference import output_change, rate
-from hf_flerm.rates.tensors import SharedMemory
+from hf_flerm.rates.tensors import OverlappingMemory
 from tests.shared.cases import WIDTH, llama, perturb, seeded, text
+from tests.shared.wrapped_tensor import WrappedTensor
 
 SIZES = {"dtype": torch.float64}
 Made = tuple[nn.Module, dict[str, Tensor]]
@@ -213,8 +214,8 @@ def test_slices_of_one_buffer_that_do_not_meet_are_tensors_of_their_own() -> Non
     for parameter in model.parameters():
         parameter.data = buffer[start : start + parameter.numel()].view(parameter.shape)
         start += parameter.numel()
-    memory = SharedMemory(model, engine_of(model))
-    assert all(not memory.tensor(parameter).views for parameter in model.parameters())
+    memory = OverlappingMemory(model, engine_of(model))
+    assert all(not memory.tensor(parameter).maps for parameter in model.parameters())
     together = measure_rates(model, updates, [batch], generator=seeded(0))
     assert together.rates == apart.rates
 
@@ -224,8 +225,20 @@ def test_columns_of_one_matrix_do_not_meet() -> None:
     even, odd = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
     even.weight, odd.weight = nn.Parameter(matrix[:, ::2]), nn.Parameter(matrix[:, 1::2])
     model = nn.ModuleList([even, odd])
-    memory = SharedMemory(model, engine_of(model))
-    assert not memory.tensor(even.weight).views
+    memory = OverlappingMemory(model, engine_of(model))
+    assert not memory.tensor(even.weight).maps
+
+
+def test_weights_that_wrap_other_tensors_share_no_memory() -> None:
+    """As quantized weights do: their own storage is empty."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3))
+    updates = {name: torch.randn(value.shape) for name, value in model.named_parameters() if name.startswith("2.")}
+    batch = {"input": torch.randn(3, WIDTH)}
+    plain = measure_rates(model, updates, [batch], generator=seeded(0)).rates
+    for layer in (model[0], model[3]):
+        layer.weight = nn.Parameter(WrappedTensor(layer.weight.detach()), requires_grad=False)
+    assert measure_rates(model, updates, [batch], generator=seeded(0)).rates == pytest.approx(plain)
 
 
 def test_one_memory_in_two_dtypes_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
 from hf_flerm import measure_rates
 from hf_flerm.engines import engine_of
-from hf_flerm.rates.per_example.tangents import jvp, swapped
+from hf_flerm.rates.per_example.tangents import jvp, replaced_parameters
 from tests.shared.cases import WIDTH, llama, perturb, seeded, text
 from tests.shared.reference import Batch, finite_differences
 
@@ -122,7 +122,7 @@ def test_without_forward_mode_every_use_is_swapped_once_too(monkeypatch: pytest.
     update = torch.randn(parameter.shape, generator=seeded(0))
 
     def f(weight: Tensor) -> tuple[Tensor, ...]:
-        with swapped(model, {parameter: weight}):
+        with replaced_parameters(model, {parameter: weight}):
             return (model(**batch),)
 
     (expected,) = jvp(f, [parameter], [update], model, engine_of(model))
@@ -138,7 +138,7 @@ def test_a_swap_is_undone_when_the_block_raises_under_forward_mode() -> None:
 
     def run() -> None:
         dual = make_dual(parameter.detach(), torch.ones_like(parameter))
-        with swapped(model, {parameter: dual}):
+        with replaced_parameters(model, {parameter: dual}):
             assert unpack_dual(model(**batch)).tangent is not None
             raise RuntimeError("midway")
 

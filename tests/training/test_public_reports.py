@@ -188,5 +188,5 @@ def test_a_second_training_of_another_adapter_is_refused_with_the_remedy(folder:
     trainer = make_trainer(folder, two_adapters(), FLeRMConfig(), max_steps=1)
     trainer.train()
     trainer.model.set_adapter("two")
-    with pytest.raises(ValueError, match="make a new Trainer after another adapter was made the active one"):
+    with pytest.raises(ValueError, match="make a new Trainer after you have activated another"):
         trainer.train()

@@ -168,7 +168,7 @@ def test_other_settings_are_named_and_used(tmp_path: Path, warnings_of: Callable
     )
     (warning,) = warnings_of()
     assert "measured with {'estimator': 'per_example', 'probes': 1} before" in warning
-    assert "{'estimator': 'kronecker', 'probes': 3} from here on" in warning
+    assert "now with {'estimator': 'kronecker', 'probes': 3}" in warning
     assert resumed.rate_profile.metadata["flerm"]["estimator"] == "kronecker"
 
 

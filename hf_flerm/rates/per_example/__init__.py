@@ -1,1 +1,1 @@
-"""The `per_example` estimator: per-example directional derivatives, read off by hooks in one backward pass."""
+"""The `per_example` estimator: per-example directional derivatives, computed by hooks in one backward pass."""

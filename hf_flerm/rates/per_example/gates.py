@@ -1,13 +1,13 @@
 """Gates: D phi_n of many tensors from one backward pass through activations, without any weight gradient.
 
-Think of a number gate_n = 0 for every example and tensor, by which the example runs with W + gate_n U:
+Imagine a number gate_n = 0 for every example and tensor, with which the example runs at W + gate_n U:
 
     D phi_n = d phi_n / d gate_n = sum over the tensor's sites and their calls of  g[n, ...] . T[n, ...]
 
-with g the gradient of phi in the output of a site (a module whose forward is called and through which the tensor acts)
-and T the output's derivative along U. No such number is made: a node behind the output reads g in the backward pass
-and contracts it with T (`readers.py`). What several sites of one tensor read adds up: tied weights, a module that is
-called twice.
+with g the gradient of phi in the output of a site (a module whose output depends on the tensor) and T the output's
+derivative along U. Gates are only a notation: instead of them, an autograd node on the output of the site receives g in
+the backward pass and contracts it with T (`readers.py`). Contributions of several sites or calls of a tensor are added
+(tied weights, a module that is called twice).
 
 Axes: n an example of N, t a position, o an output feature. An output has N * k rows along its example dimension, the k
 rows of an example together: k = 1 for [N, t, o], k = t for positions folded into the rows, [N t, o].
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...engines.engine import Engine
-from ..tensors import MeasuredTensor
+from ..tensors import TensorAliases
 from .readers import Reader, Readers, Saved
 from .sites import Site
 from .tangents import ModuleTangents, is_differentiable
 
-# Factors on phi, tried in turn until no derivative overflows. Powers of two change no bit of a result that stays in
-# range. The first one lifts gradients that float16 would flush to 0; later ones give way to gradients that overflow.
+# Scales of phi, tried in order until no derivative overflows. Powers of two are exact. The first scale keeps small
+# float16 gradients from underflowing to 0; the later ones avoid overflow.
 _PHI_SCALES = (2.0**6, 1.0, 2.0**-6, 2.0**-12)
 
 Reduce = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass
 class ModuleCalls:
-    """What the outputs of one module looked like in a forward pass.
+    """Layout of the outputs of one module in a forward pass.
 
     Attributes:
         rows: Rows per example along the first dimension of each output, in the order of the calls; 0 for an output
@@ -56,7 +56,7 @@ class ModuleCalls:
 
 
 class _Node(torch.autograd.Function):
-    """The identity on an output; its backward pass calls `read` with the output gradient and the saved tensors."""
+    """Identity function whose backward pass also calls `read(output gradient, saved tensors)`."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, read: Callable[..., None], *saved: Tensor) -> Tensor:
@@ -73,39 +73,40 @@ class _Node(torch.autograd.Function):
 
 
 def unchanged(output: Tensor) -> Tensor:
-    """Pass a module's output on as it is."""
+    """Return a module's output unchanged."""
     return output
 
 
 class Gates(AbstractContextManager["Gates"]):
-    """Gates on the sites of some tensors, in place while the context lasts.
+    """Context manager: gates on the sites of some tensors.
 
     They must stay in place until the last backward pass: an activation checkpoint runs the forward pass of a layer
     again in the backward pass, and needs the same hooks to make the same graph.
 
     Attributes:
         precision: Largest machine epsilon of the outputs that have a gate; 0 before the first.
-        broadcast: Tensors of which a site puts out a single row that is broadcast over the examples later.
-        failures: `{tensor: error}` of the tensors of which a site could not be differentiated; it has no gate.
-        calls: What each site's module put out, by the module's name.
-        reached: Tensors of which a gate was met in a backward pass.
-        terms: `{tensor: root of the sum of squares of all terms that its D phi_n are sums of}`, if asked for.
+        broadcast: Tensors with a site whose output has a single row, which the model broadcasts over examples later.
+        failures: `{tensor: error}` of tensors with a site that could not be differentiated; that site has no gate.
+        calls: Output layout of each site's module, by the name of the module.
+        reached: Tensors with a gate that a backward pass has reached.
+        terms: `{tensor: sqrt(sum of squared terms of all D phi_n)}`, set by `differentiate(keep_terms=True)`. If
+            D phi_n are much smaller, their terms cancel.
 
     Args:
         model: The model.
         tensors: The measured tensors.
         sites: The sites of each tensor, by the same names.
-        updates: Unit update of each tensor; looked up each time one is needed.
-        num_examples: N of the batch that will go through.
+        updates: Unit update of each tensor; looked up whenever it is needed.
+        num_examples: N of the batch.
         tangents: Differentiates modules along updates.
-        pass_on: `torch.clone` for a model that writes into its modules' outputs in place.
+        pass_on: Applied to outputs with a gate; `torch.clone` if the model modifies module outputs in place.
         engine: The engine that holds the model's weights.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tensors: Mapping[str, MeasuredTensor],
+        tensors: Mapping[str, TensorAliases],
         sites: Mapping[str, Sequence[Site]],
         updates: Mapping[str, Tensor],
         num_examples: int,
@@ -118,7 +119,7 @@ class Gates(AbstractContextManager["Gates"]):
         self._num_examples = num_examples
         self._pass_on = pass_on
         self._engine = engine
-        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}  # the gathered parameters, of sharded ones
+        self._leaves: Mapping[nn.Parameter, nn.Parameter] = {}  # {sharded parameter: gathered parameter}
         self._stack = ExitStack()
         self._readers = Readers(tensors, updates, tangents)
         self._paths: dict[nn.Module, str] = {}
@@ -133,7 +134,7 @@ class Gates(AbstractContextManager["Gates"]):
         self._row_of = {name: row for row, name in enumerate(sites)}
         self._derivatives = torch.zeros(len(self._row_of), num_examples, dtype=torch.float64, device=device)
         self._squared_terms: Tensor | None = None
-        self._anchor = torch.zeros((), device=device, requires_grad=True)  # so that every node is differentiated
+        self._anchor = torch.zeros((), device=device, requires_grad=True)  # makes autograd visit every node
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._is_differentiating = False
         self.precision = 0.0
@@ -171,21 +172,22 @@ class Gates(AbstractContextManager["Gates"]):
         keep_tangents: bool = False,
         keep_terms: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Differentiate phi = sum(omega * values) by the gates, and by some tensors.
+        """Differentiate phi = sum(omega * values) with respect to the gates, and to the weights of some tensors.
 
-        A weight gradient is reduced as soon as it is there, and let go: two are held at once only of parameters that
-        share memory.
+        Each weight gradient is reduced immediately and freed. Only gradients of parameters that share memory are held
+        together.
 
         Args:
             values: Outputs.
-            omega: Shaped like `values`.
-            reductions: For tensors whose parameters require a gradient, what to keep of G = d phi / d W.
+            omega: Random output weights, shaped like `values`.
+            reductions: `{tensor: function of G = d phi / d W}`, for tensors whose parameters require a gradient.
             retain_graph: Whether the graph is needed again.
-            keep_tangents: Whether to keep what the next pass can use: faster, for the memory of the sites' outputs.
+            keep_tangents: Whether to keep tangents for the next backward pass: faster, but needs the memory of the
+                sites' outputs.
             keep_terms: Whether to set `terms`.
 
         Returns:
-            `{name: D phi_n}`, float64 [N] each, and the reductions of those tensors that phi depends on.
+            `{name: D phi_n}`, float64 [N] each, and `{name: reduction}` of the tensors that phi depends on.
         """
         self._readers.keep_tangents = keep_tangents
         gradients = _Gradients(self._tensors, reductions or {})
@@ -202,13 +204,13 @@ class Gates(AbstractContextManager["Gates"]):
                     leaf.requires_grad_(True)
             handles = [leaf.register_hook(partial(gradients.add, p, scale)) for p, leaf in leaves.items()]
             try:
-                # The caller's autocast is for the forward pass.
+                # Disable the caller's autocast, which is for the forward pass.
                 with torch.autocast(values.device.type, enabled=False), self._engine.repeatable_backward():
                     torch.autograd.grad(
                         values,
                         [self._anchor, *leaves.values()],
                         (omega * scale).to(values.dtype),
-                        retain_graph=retain_graph or not is_last,
+                        retain_graph=retain_graph or not is_last,  # a smaller scale may need another pass
                         allow_unused=True,
                     )
             finally:
@@ -216,15 +218,17 @@ class Gates(AbstractContextManager["Gates"]):
                     handle.remove()
             reduced = gradients.reduced()
             finite = [found.isfinite().all().to(values.device) for found in (self._derivatives, *reduced.values())]
+            # Processes that run the model together take the same number of passes: the scale that suits all of them.
             if not any(self._engine.agree([not bool(torch.stack(finite).all())])):
                 break
-        if self._squared_terms is not None:
+        if self._squared_terms is not None:  # `scale` is the one of the last pass: derivatives are those of scale * phi
             self.terms = dict(zip(self._row_of, (self._squared_terms.sum(1).sqrt() / scale).tolist(), strict=True))
             self._squared_terms = None
         return dict(zip(self._row_of, self._derivatives / scale, strict=True)), reduced
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._is_differentiating:  # a tangent calls the module, or one above it, again
+        """Forward hook of a site's module: put gates on its outputs."""
+        if self._is_differentiating:  # computing a tangent calls this module, or one that contains it, again
             return output
         outputs, spec = tree_flatten(output)
         readers: dict[int, list[Reader]] = {i: [] for i, value in enumerate(outputs) if _can_have_gate(value)}
@@ -251,17 +255,18 @@ class Gates(AbstractContextManager["Gates"]):
         return tree_unflatten(outputs, spec)
 
     def _gate(self, module: nn.Module, output: Tensor, readers: Sequence[Reader]) -> Tensor:
+        """Note the layout of one output, and put a node on it that calls the readers in the backward pass."""
         calls = self.calls.setdefault(self._paths[module], ModuleCalls())
         calls.transposable |= output.ndim > 2 and output.shape[1] == self._num_examples
         calls.rows.append(self._rows_per_example(output, 0))
         if len(output) == 1 < self._num_examples and all(reader.dim == 0 for reader in readers):
-            # A single row that the model broadcasts over the examples later (position embeddings, [1, t, o]). Behind
-            # that broadcast the examples' gradients are summed into one; so it is made here, before the gate. If the
-            # model cannot go on with N rows, verification sees the failure and widens these sites.
+            # A single row that the model broadcasts over the examples later (position embeddings, [1, t, o]) has one
+            # gradient, summed over the examples. Expand it here, before the gate, so that each example has its own. If
+            # the model fails with N rows, verification moves these sites to the enclosing module.
             output = output.expand(self._num_examples, *output.shape[1:])
             self.broadcast.update(name for name, _ in self._sites[module])
         self.precision = max(self.precision, torch.finfo(output.dtype).eps)
-        # An output whose rows are not N * k has no gate: verification finds what is missing from the sum.
+        # No gate on an output whose rows are not N * k. Verification detects the missing contribution.
         readers = [reader for reader in readers if self._rows_per_example(output, reader.dim)]
         if not readers:
             return output
@@ -283,7 +288,7 @@ class Gates(AbstractContextManager["Gates"]):
         return self._pass_on(_Node.apply(output, self._anchor, read, *saved))
 
     def _rows_per_example(self, output: Tensor, dim: int) -> int:
-        """Return k of an output with N * k rows along a dimension; 0 if it is not laid out like this."""
+        """Return k of an output with N * k rows along a dimension; 0 if N does not divide its length."""
         if output.ndim <= dim or output.shape[dim] % self._num_examples:
             return 0
         return output.shape[dim] // self._num_examples
@@ -293,10 +298,10 @@ class _Gradients:
     """Weight gradients of some tensors, reduced as they arrive.
 
     Attributes:
-        names: `{parameter: tensors of which its gradient is a part}`; several where parameters share memory.
+        names: `{parameter: names of the tensors that its gradient contributes to}`; several if they share memory.
     """
 
-    def __init__(self, tensors: Mapping[str, MeasuredTensor], reductions: Mapping[str, Reduce]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorAliases], reductions: Mapping[str, Reduce]) -> None:
         self._tensors = tensors
         self._reductions = reductions
         self.names: dict[nn.Parameter, list[str]] = {}
@@ -311,21 +316,21 @@ class _Gradients:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, parameter: nn.Parameter, scale: float, grad: Tensor) -> Tensor:
-        """Take the gradient of `scale` * phi in a parameter; hand autograd zeros without memory in its place."""
+        """Reduce a parameter's gradient of `scale` * phi; return zeros without storage of their own to autograd."""
         with torch.no_grad():
             dense = grad.to_dense() if grad.is_sparse else grad
             dense = (dense.float() if dense.dtype == torch.float16 else dense) / scale
             for name in self.names[parameter]:
                 tensor = self._tensors[name]
-                if tensor.views:
-                    part = tensor.part_of_gradient(parameter, dense)
+                if tensor.maps:
+                    part = tensor.gradient_part(parameter, dense)
                     self._sums[name] = self._sums[name] + part if name in self._sums else part
                 else:
                     self._reduced[name] = self._reductions[name](dense)
         return grad if grad.is_sparse else grad.new_zeros(()).expand(grad.shape)
 
     def reduced(self) -> dict[str, Tensor]:
-        """Return the reductions of the tensors of which a gradient has arrived."""
+        """Return the reductions of the tensors that a gradient was added to."""
         with torch.no_grad():
             return self._reduced | {name: self._reductions[name](total) for name, total in self._sums.items()}
 
@@ -335,5 +340,5 @@ def _can_have_gate(value: Any) -> bool:
 
 
 def call_layouts(calls: Mapping[str, ModuleCalls], modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return `{module: rows per example, call by call}` of those modules that were called."""
+    """Return `{module: rows per example in each call}` of the modules that were called."""
     return {module: tuple(calls[module].rows) for module in modules if module in calls}

@@ -1,4 +1,4 @@
-"""Layers whose output is linear in a parameter: the derivative of the output along an update, as one known product.
+"""Layers whose output is linear in a parameter, with their tangent (the derivative along an update) in closed form.
 
 Axes: n an example, t a position, i input features, o output features. The layer maps x [n, t, i] to y [n, t, o] with a
 parameter W, and U is the update of W. T = d y / d W . U [n, t, o] is the tangent; g [n, t, o] is the output gradient
@@ -6,8 +6,8 @@ d phi / d y. Then D phi_n = sum_to g[n, t, o] T[n, t, o].
 
 To add a layer type, add an entry to `LINEAR_LAYERS`: the layer's class and the name of its parameter, and the
 function (layer, U, x) -> T. The layer must have one input and be linear in that parameter. The entry is a shortcut,
-not a requirement: a layer without an entry is differentiated in forward mode (`tangents.py`), which is slower and
-always right.
+not a requirement: a layer without an entry is differentiated in forward mode (`tangents.py`), which is slower but
+always correct.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LayerMap = Callable[[Any, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LayerTangent:
-    """How one parameter of a layer type moves the layer's output.
+    """How the output of a layer type changes with one of its parameters.
 
     Attributes:
         tangent: (layer, U, x) -> T.
-        adjoint: (layer, U, g) -> U^T g [n, t, i], with <U^T g, x> = <g, T>: cheaper than T where the input is no wider
+        adjoint: (layer, U, g) -> U^T g [n, t, i], with <U^T g, x> = <g, T>: cheaper than T if the input is no wider
             than the output.
     """
 
@@ -37,7 +37,7 @@ class LayerTangent:
     adjoint: LayerMap | None = None
 
 
-# U itself, the same for all examples and positions; nothing of the forward pass is needed.
+# T = U for all examples and positions, so nothing is saved from the forward pass.
 BIAS = LayerTangent(lambda layer, update, x: update)
 
 LINEAR_LAYERS: dict[tuple[type[nn.Module], str], LayerTangent] = {
@@ -60,5 +60,5 @@ LINEAR_LAYERS: dict[tuple[type[nn.Module], str], LayerTangent] = {
 
 
 def layer_tangent(layer_type: type[nn.Module], attribute: str) -> LayerTangent | None:
-    """Look a parameter of a layer type up in `LINEAR_LAYERS`; a subclass of a listed type is not that type."""
+    """Return the entry of `LINEAR_LAYERS` for exactly this type (not for its subclasses); None if it has none."""
     return LINEAR_LAYERS.get((layer_type, attribute))

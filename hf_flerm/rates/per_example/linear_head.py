@@ -1,12 +1,12 @@
-"""Skip the vocabulary: probe a model whose output is one last linear map without ever building that output.
+"""Skip the last linear layer: probe a model that ends in a linear layer without computing its (wide) output.
 
 Axes: n an example of N, t a position of T, i one of d input features, k one of K outputs (the vocabulary), K >> d.
 
-Where the output is f = h V^T + b (h [N, T, d], V [K, d], b [K]), the gradient of phi in h is omega V [N, T, d]: at
-every position a Gaussian with covariance V^T V [d, d]. Drawing it from that matrix gives the same distribution as
-drawing the K numbers of omega, and needs neither logits nor omega. A measured head has updates U_V [K, d] and U_b [K]
-of its own, and D phi_n = sum_t h . (omega U_V) + omega . U_b. Then (omega V, omega U_V, omega . U_b) [2 d + 1] is
-drawn at once, with the covariance C^T C of the columns C = [V, U_V, U_b] [K, 2 d + 1]:
+If the output is f = h V^T + b (h [N, T, d], V [K, d], b [K]), the gradient of phi in h is omega V [N, T, d]: at
+every position a Gaussian with covariance V^T V [d, d]. Sampling it with that covariance gives the same distribution as
+sampling the K numbers of omega, and needs neither logits nor omega. A measured head also has updates U_V [K, d] and
+U_b [K], with D phi_n = sum_t h . (omega U_V) + omega . U_b. Then (omega V, omega U_V, omega . U_b) [2 d + 1] is sampled
+jointly, with the covariance C^T C of the columns C = [V, U_V, U_b] [K, 2 d + 1]:
 
     (omega V, omega U_V, omega . U_b) = noise R^T,  noise ~ N(0, 1),  R R^T = C^T C.
 """
@@ -23,20 +23,20 @@ from torch import Tensor, nn
 from ...model.isolation import replaced_forward
 from ..outputs import OutputValues
 
-# C^T C is made of products of pieces, a quarter of a block's columns each: the half above the diagonal is then a copy
-# of the other. More pieces save more of it (at most half of the work), in smaller and slower products.
+# To compute C^T C, the columns of each block are split into this many pieces. Only products on and below the diagonal
+# are computed; the others are their transposes. More pieces save more (up to half of the work), in slower products.
 _PIECES = 4
 
 
 class LinearHead:
-    """The last linear map of a model, and how omega reaches its input and its own tensors.
+    """The last linear layer of a model: samples what a probe sends to its input and to its measured parameters.
 
     Attributes:
         names: Names of its measured tensors, by attribute.
 
     Args:
-        module: The map.
-        updates: Unit updates of its measured tensors: of `{"weight": (name, U), "bias": (name, U)}` those it has.
+        module: The layer.
+        updates: Unit updates of its measured tensors: a subset of `{"weight": (name, U), "bias": (name, U)}`.
     """
 
     def __init__(self, module: nn.Linear, updates: Mapping[str, tuple[str, Tensor]]) -> None:
@@ -46,8 +46,8 @@ class LinearHead:
         blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
         blocks = {key: block.to(dtype) for key, block in blocks.items()}
-        # V, U_V and U_b differ by orders of magnitude (weights against weights per learning rate). Divided by their
-        # norms, they leave a Gram matrix that is as well conditioned as each of them.
+        # V, U_V and U_b differ by orders of magnitude (weights, and weights per learning rate). Divided by their norms,
+        # they give a Gram matrix that is as well conditioned as theirs.
         tiny = torch.finfo(dtype).tiny
         self._scales = {key: block.norm().clamp_min(tiny) for key, block in blocks.items()}
         self._widths = {key: block.shape[1] for key, block in blocks.items()}
@@ -57,7 +57,7 @@ class LinearHead:
         self._made_of = self._fingerprint()
 
     def is_current(self) -> bool:
-        """Tell whether this may be used in another measurement: the head is not measured and has not changed."""
+        """Whether this object is still valid: the head has no measured tensor and its weight has not changed."""
         return not self.names and self._made_of == self._fingerprint()
 
     def _fingerprint(self) -> tuple[int, int, float]:
@@ -65,20 +65,20 @@ class LinearHead:
         return weight.data_ptr(), weight._version, float(weight.sum(dtype=torch.float32))
 
     @staticmethod
-    def pays(module: nn.Linear, attributes: int) -> bool:
-        """Tell whether skipping a head saves work: whether K exceeds the number of columns that are drawn instead.
+    def saves_work(module: nn.Linear, attributes: int) -> bool:
+        """Whether skipping a head saves work: whether K exceeds the number of columns that are sampled instead.
 
         Args:
             module: The head.
-            attributes: How many of its tensors are measured.
+            attributes: Number of its tensors that are measured.
         """
         return module.out_features > module.in_features * (1 + attributes)
 
     def draw(self, hidden: OutputValues, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw what omega sends into the head's input and into its tensors.
+        """Sample the gradient of phi at the head's input, and D phi_n of the head's measured tensors.
 
         Args:
-            hidden: The head's input h, [N, ..., d], where its output would be.
+            hidden: The output of the model with the head bypassed: the head's input h, [N, ..., d].
             generator: Source of randomness.
 
         Returns:
@@ -100,7 +100,7 @@ class LinearHead:
 
 @contextmanager
 def bypassed(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Context manager: a module of one input returns that input in place of its output.
+    """Context manager: a module with one input returns that input instead of its output.
 
     Yields:
         The inputs, in the order of the calls.
@@ -115,8 +115,8 @@ def bypassed(module: nn.Module) -> Iterator[list[Tensor]]:
         yield inputs
 
 
-def is_cast(output: Tensor, source: Tensor) -> bool:
-    """Tell whether `output` is `source` itself, or `source` in another precision, by what autograd has recorded."""
+def is_same_up_to_dtype(output: Tensor, source: Tensor) -> bool:
+    """Whether `output` is `source` itself, or `source` cast to another dtype according to the autograd graph."""
     if output is source:
         return True
     node = output.grad_fn
@@ -126,15 +126,15 @@ def is_cast(output: Tensor, source: Tensor) -> bool:
 
 
 def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
-    """Find the `nn.Linear` whose output is, untouched, the output of the model.
+    """Find the `nn.Linear` whose output is returned unchanged as the model's output.
 
     Args:
         model: The model.
         forward: Runs it and returns its output.
 
     Returns:
-        Its name in `named_modules()`, or None: whatever is done to its output afterwards (a soft-cap, a softmax) makes
-        other numbers of it, or another version of the same tensor. A mere change of precision is looked through.
+        Its name in `named_modules()`; None if there is none, for instance because a soft-cap or a softmax follows. Such
+        operations change the values, or the version of the tensor. A change of dtype is allowed.
     """
     last: tuple[str, Tensor, int] | None = None  # name, output and version of the linear layer that was called last
 
@@ -169,7 +169,7 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
 
 
 def _gram(blocks: Sequence[Tensor]) -> Tensor:
-    """C^T C of the columns C of all blocks, one half computed and the other copied; C itself is never put together."""
+    """Compute C^T C for the columns C of all blocks, half of it by transposing; C itself is never concatenated."""
     pieces = [piece for block in blocks for piece in block.split(max(block.shape[1] // _PIECES, 1), 1)]
     starts = [0, *accumulate(piece.shape[1] for piece in pieces)]
     gram = blocks[0].new_empty(starts[-1], starts[-1])
@@ -182,10 +182,10 @@ def _gram(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _square_root(gram: Tensor) -> Tensor:
-    """A matrix R with R R^T = gram, for a positive semidefinite matrix that may be singular.
+    """Return a matrix R with R R^T = gram, for a positive semidefinite matrix that may be singular.
 
-    It is singular where columns are dependent: an update of rank 1, two equal columns. Cholesky then fails, and
-    eigenvalues that round-off has made negative count as 0.
+    It is singular if columns are dependent: an update of rank 1, two equal columns. Cholesky then fails; the square
+    root from eigenvalues is used instead, with eigenvalues that round-off made negative set to 0.
     """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(gram)

@@ -1,14 +1,14 @@
-"""Readers: D phi_n from one output of a site, in the backward pass.
+"""A reader computes D phi_n at one output of a site in the backward pass.
 
 Axes: n an example of N, t a position, i input features, o output features. At an output y [n, t, o] of a site,
 g = d phi / d y is the output gradient and T = d y / d W . U the tangent, and
 
     D phi_n = sum_to g[n, t, o] T[n, t, o],
 
-a contraction over everything but the examples. Where y = W x, T = U x, and the same number is
-sum_ti (U^T g)[n, t, i] x[n, t, i]. A reader saves from the forward pass the smaller of what the two forms need:
+a contraction over all dimensions but the examples. If y = W x, then T = U x, and D phi_n is also
+sum_ti (U^T g)[n, t, i] x[n, t, i]. A reader saves from the forward pass the smaller tensor that one of the forms needs:
 
-    T             where the output is narrower than the input (LoRA's A), or where no closed form of T is known
+    T             if the output is narrower than the input (LoRA's A), or if no closed form of T is known
     x             otherwise: the graph keeps x anyway
     nothing       for a bias, whose tangent is U itself
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors import MeasuredTensor, as_real
+from ..tensors import TensorAliases, as_real
 from .layers import BIAS, LayerTangent, layer_tangent
 from .tangents import ModuleTangents, is_differentiable
 
@@ -33,14 +33,14 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Reader:
-    """How D phi_n of one tensor is read at one output.
+    """Computes D phi_n of one tensor from the gradient of one output.
 
     Attributes:
         name: The tensor.
         dim: Dimension of the output along which the examples lie.
         factors: (g, saved) -> two tensors whose product, summed over an example and times `scale`, is D phi_n.
         saved: Tensors of the forward pass that `factors` needs.
-        scale: A factor that was taken out of U, so that float16 can hold the rest.
+        scale: Factor divided out of U so that U fits into float16.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Reader:
     scale: Tensor | float = 1.0
 
     def derivative(self, grad: Tensor, saved: Saved, num_examples: int) -> Tensor:
-        """Read D phi_n.
+        """Compute D phi_n.
 
         Args:
             grad: The output gradient g.
-            saved: The saved tensors, as autograd hands them back.
+            saved: The saved tensors, as unpacked by autograd.
             num_examples: N.
 
         Returns:
@@ -63,18 +63,18 @@ class Reader:
         return _contract(*_as_real(*self.factors(grad, saved)), self.dim, num_examples) * self.scale
 
     def squared_terms(self, grad: Tensor, saved: Saved, num_examples: int) -> Tensor:
-        """Sum the squares of the terms that D phi_n is the sum of: how large it would be if none cancelled.
+        """Return the sum of squared terms of D phi_n: its expected square if the terms did not cancel.
 
         Args:
-            grad: As for `derivative`.
-            saved: As for `derivative`.
+            grad: The output gradient g.
+            saved: The saved tensors, as unpacked by autograd.
             num_examples: N.
 
         Returns:
             Float64 [N].
         """
         factors = _as_real(*self.factors(grad, saved))
-        sizes = [_largest(factor) for factor in factors]  # divided by these, no square leaves float32's range
+        sizes = [_largest_magnitude(factor) for factor in factors]  # to keep the squares in the range of float32
         squares = [(factor.float() / size).square() for factor, size in zip(factors, sizes, strict=True)]
         unit = sizes[0].double() * sizes[1].double() * self.scale
         return _contract(squares[0], squares[1], self.dim, num_examples).double() * unit.square()
@@ -84,16 +84,16 @@ class Readers:
     """Makes readers for calls of modules.
 
     Attributes:
-        keep_tangents: Whether what one backward pass has computed is kept for the next.
+        keep_tangents: Whether to keep tangents for the next backward pass.
 
     Args:
         tensors: The measured tensors.
-        updates: Unit update of each tensor; looked up each time one is needed.
-        tangents: Differentiates the modules that have no closed form.
+        updates: Unit update of each tensor; looked up whenever it is needed.
+        tangents: Differentiates the modules without a closed form.
     """
 
     def __init__(
-        self, tensors: Mapping[str, MeasuredTensor], updates: Mapping[str, Tensor], tangents: ModuleTangents
+        self, tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor], tangents: ModuleTangents
     ) -> None:
         self.keep_tangents = False
         self._tensors = tensors
@@ -110,7 +110,7 @@ class Readers:
         kwargs: dict[str, Any],
         outputs: Sequence[Any],
     ) -> dict[int, Reader]:
-        """Make the readers of one tensor for one call of a module through which it acts.
+        """Make the readers of one tensor for one call of the module of a site.
 
         Args:
             module: The module.
@@ -122,29 +122,33 @@ class Readers:
             outputs: The flat outputs of the call.
 
         Returns:
-            A reader by index of the outputs.
+            `{index of an output: reader}`.
         """
         layer = layer_tangent(self._tangents.engine.own_type(module), attribute)
         tensor = self._tensors[name]
-        moved = tensor.moved_in(module, attribute)
-        if layer is None or len(moved) > 1 or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
+        changed = tensor.changed_in(module, attribute)
+        # No closed form: save T of every output, from a JVP of the module.
+        if layer is None or len(changed) > 1 or kwargs or len(args) != 1 or not isinstance(outputs[0], Tensor):
             update = self._updates[name]
-            updates = {parameter: tensor.seen_by(parameter, update) for parameter in moved}
+            updates = {parameter: tensor.change_of(parameter, update) for parameter in changed}
             tangents = self._tangents.of_call(module, attribute, updates, args, kwargs, outputs)
             return {i: Reader(name, dim, _with_saved, [tangent]) for i, tangent in enumerate(tangents)}
-        (parameter,) = moved
+        (parameter,) = changed
 
         def update_here() -> Tensor:
-            return tensor.seen_by(parameter, self._updates[name])
+            return tensor.change_of(parameter, self._updates[name])
 
+        # A bias: T = U, nothing is saved.
         if layer is BIAS:
             return {0: Reader(name, dim, lambda grad, saved: (grad, update_here()), [])}
         x, output = args[0].detach(), outputs[0]
+        # T is narrower than x: compute it now and save it.
         if layer.adjoint is not None and output.shape[-1] < x.shape[-1]:
             with torch.no_grad():
                 update, scale = _scaled(update_here(), output.dtype)
                 return {0: Reader(name, dim, _with_saved, [layer.tangent(module, update, x.to(output.dtype))], scale)}
-        scale = 1.0 if output.dtype != torch.float16 else _largest(update_here())
+        # Save x, and compute T or U^T g in the backward pass.
+        scale = 1.0 if output.dtype != torch.float16 else _largest_magnitude(update_here())
         return {0: Reader(name, dim, partial(self._from_input, module, layer, update_here, []), [x], scale)}
 
     def _from_input(
@@ -156,7 +160,7 @@ class Readers:
         grad: Tensor,
         saved: Saved,
     ) -> Factors:
-        """From the input, in the backward pass. `tangents` holds T from an earlier pass, or nothing."""
+        """Factors of a reader that saved the input x. `tangents` caches T of an earlier backward pass."""
         (x,) = saved
         if tangents:
             return grad, tangents[0]
@@ -173,27 +177,27 @@ def _with_saved(grad: Tensor, saved: Saved) -> Factors:
     return grad, saved[0]
 
 
-def _largest(update: Tensor) -> Tensor:
-    """The largest magnitude of an entry; above 0, also if there is none."""
+def _largest_magnitude(update: Tensor) -> Tensor:
+    """Return the largest magnitude of an entry, at least the smallest positive number (also without entries)."""
     largest = update.abs().amax() if update.numel() else update.new_zeros(()).abs()
     return largest.clamp_min(torch.finfo(update.dtype).tiny).float()
 
 
 def _scaled(update: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """An update as (update / scale, scale), where float16 could not hold it as it is."""
+    """Return (update / scale, scale), so that float16 can hold the update; scale is 1 for other dtypes."""
     if dtype != torch.float16:
         return update, 1.0
-    scale = _largest(update)
+    scale = _largest_magnitude(update)
     return update / scale, scale
 
 
 def _as_real(grad: Tensor, tangent: Tensor) -> Factors:
-    """Two factors as real numbers: of complex ones, d phi = Re(conj(g) T) is the product of pairs of real numbers."""
+    """Return two factors as real numbers: for complex ones d phi = Re(conj(g) T), the product of their real pairs."""
     return (as_real(grad), as_real(tangent.to(grad.dtype))) if grad.is_complex() else (grad, tangent)
 
 
 def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Tensor:
-    """Sum grad * tangent over everything but the examples.
+    """Sum grad * tangent over all dimensions but the examples.
 
     Args:
         grad: N * k entries along `dim`, the k of an example together.
@@ -207,7 +211,7 @@ def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Ten
     tangent = tangent.reshape((1,) * (grad.ndim - tangent.ndim) + tangent.shape)
     if dim:
         grad, tangent = grad.movedim(dim, 0), tangent.movedim(dim, 0)
-    # Where the tangent repeats itself (a bias over positions), g is summed first and no product of full size is made.
+    # Where the tangent is broadcast (a bias over positions), sum g first: this avoids a product of full size.
     repeated = [d for d in range(1, grad.ndim) if tangent.shape[d] == 1 != grad.shape[d]]
     if repeated:
         grad = grad.sum(repeated, keepdim=True)

@@ -1,4 +1,4 @@
-"""Sites: the modules through whose outputs a tensor acts."""
+"""Sites: the modules at whose outputs the derivative of a tensor is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Site:
-    """A module through whose outputs a tensor acts.
+    """A module whose outputs depend on a tensor, at which the tensor's derivative is read.
 
     Attributes:
         module: Name of the module in the model's `named_modules()`.
@@ -35,7 +35,7 @@ class Site:
 
 
 def owners(model: nn.Module, parameter: nn.Parameter) -> list[Site]:
-    """List the modules that hold a parameter themselves; a tied parameter has several."""
+    """List the modules that hold a parameter directly; a tied parameter has several."""
     return [
         Site(path, attribute)
         for path, module in model.named_modules()

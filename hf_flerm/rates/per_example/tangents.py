@@ -1,11 +1,11 @@
-"""The tangent of a module: how its outputs move along an update of a tensor below it.
+"""The tangent of a module: the derivative of its outputs along an update of a tensor in it.
 
-Symbols: y are the outputs of a module, W a tensor that it or its parts hold, U the update of W.
+Symbols: y are the outputs of a module, W a tensor that it or a submodule holds, U the update of W.
 T = lim_{s -> 0} (y(W + s U) - y(W)) / s, shaped like y.
 
 `layers.py` knows T of common layers in closed form. Everything else is differentiated here: by a forward-mode
-derivative (JVP) of the module alone, and, where a trial has shown the module to be affine in W, by y(W + U) - y(W),
-which is the same number for half of the time.
+derivative (JVP) of the module alone, or, if a trial has shown the module to be affine in W, by y(W + U) - y(W), which
+is equal and twice as fast.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Updates = Mapping[nn.Parameter, Tensor]
 
 
 class ModuleTangents:
-    """Tangents of modules; remembers which parameters a trial has shown a module to be affine in.
+    """Computes tangents of modules. Caches in which parameters a module is affine.
 
     Args:
         engine: The engine that holds the model's weights.
@@ -51,16 +51,17 @@ class ModuleTangents:
         Args:
             module: The module.
             attribute: Name of the tensor below it.
-            updates: `{parameter: U}`, the same of all parameters below the module that are moved with the tensor.
+            updates: `{parameter: U}` for each parameter in the module that changes with the tensor.
             args: Positional arguments of the call.
             kwargs: Keyword arguments of the call.
             outputs: The flat outputs of the call.
 
         Returns:
-            T of every output; 0 for one that is not a tensor of numbers.
+            T of each output; 0 for an output that is not a tensor of real or complex numbers.
         """
         key = (module, attribute)
-        arguments = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]  # of DoRA's layers
+        # DoRA passes a layer as an argument, whose weights the JVP needs as well.
+        arguments = [value for value in tree_leaves((args, kwargs)) if isinstance(value, nn.Module)]
         with self.engine.gathered([module, *arguments]):
             if self._affine.get(key):
                 return _difference(module, updates, args, kwargs, outputs)
@@ -71,10 +72,10 @@ class ModuleTangents:
 
 
 @contextmanager
-def swapped(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Put a tensor in the place of each given parameter, wherever a module or its parts hold it, for a block.
+def replaced_parameters(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Context manager: replace parameters of a module and its submodules by tensors.
 
-    Every (owner, name) is swapped once, however many paths lead to the owner, and put back by reference.
+    Each (owner, name) is replaced once, however many paths lead to the owner, and restored by reference.
 
     Args:
         module: The module.
@@ -82,7 +83,7 @@ def swapped(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> Iterato
     """
     places: list[tuple[dict[str, Any], str, nn.Parameter]] = [
         (part._parameters, name, held)
-        for part in module.modules()  # each part once
+        for part in module.modules()  # each submodule once
         for name, held in part._parameters.items()
         if held is not None and held in values
     ]
@@ -102,11 +103,11 @@ def jvp(
     model: nn.Module,
     engine: Engine,
 ) -> tuple[Tensor, ...]:
-    """Differentiate a function along a direction: in forward mode, or by two backward passes where that is missing.
+    """Compute a JVP: in forward mode if it is supported, else by two backward passes.
 
     Args:
-        function: Tensors to tensors.
-        primals: Where to differentiate.
+        function: Maps tensors shaped like `primals` to tensors.
+        primals: The point at which to differentiate.
         tangents: The direction, one tensor for each primal.
         model: The module that the function runs.
         engine: The engine that holds its weights.
@@ -116,7 +117,7 @@ def jvp(
     """
     primals = tuple(primal.detach() for primal in primals)
     tangents = tuple(tangent.to(primal.dtype) for primal, tangent in zip(primals, tangents, strict=True))
-    # The products of bitsandbytes drop forward-mode tangents without a word.
+    # The matrix products of bitsandbytes drop forward-mode tangents silently.
     drops_tangents = any(type(module).__module__.startswith("bitsandbytes.") for module in model.modules())
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second or forward-mode derivative
         if engine.forward_mode and not drops_tangents:
@@ -127,8 +128,8 @@ def jvp(
             except RuntimeError as error:
                 if should_reduce_batch_size(error):
                     raise
-        # An activation checkpoint around the model must not take what this saves for its own: a recomputation may
-        # differentiate another way, or not at all. Hooks that pass tensors on hide it.
+        # Identity hooks keep an activation checkpoint around the model from counting the tensors that are saved here:
+        # its recomputation may differentiate in another way, or not at all.
         with torch.enable_grad(), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
             backward: tuple[Tensor, ...] = torch.autograd.functional.jvp(function, primals, tangents)[1]
         return backward
@@ -137,10 +138,11 @@ def jvp(
 def _derivative(
     module: nn.Module, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any], engine: Engine
 ) -> list[Tensor]:
+    """T of each output by one JVP of the module."""
     args, kwargs = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, (args, kwargs))
 
     def forward(*values: Tensor) -> tuple[Tensor, ...]:
-        with swapped(module, dict(zip(updates, values, strict=True))):
+        with replaced_parameters(module, dict(zip(updates, values, strict=True))):
             return _tensors(module(*args, **kwargs))
 
     return list(jvp(forward, list(updates), list(updates.values()), module, engine))
@@ -149,12 +151,12 @@ def _derivative(
 def _difference(
     module: nn.Module, updates: Updates, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Sequence[Any]
 ) -> list[Tensor]:
-    """(y(W + c U) - y(W)) / c, the tangent if y is affine in W. c makes c U as large as W, against round-off."""
+    """(y(W + c U) - y(W)) / c, the tangent if y is affine in W; c makes c U as large as W, to reduce round-off."""
     weights, directions = ([tensor.detach() for tensor in tensors] for tensors in (updates, updates.values()))
-    size, scale = (_largest(tensors) for tensors in (weights, directions))
+    size, scale = (_largest_or_one(tensors) for tensors in (weights, directions))
     with torch.no_grad():
-        moved = [weight + direction * (size / scale) for weight, direction in zip(weights, directions, strict=True)]
-        with swapped(module, dict(zip(updates, moved, strict=True))):
+        changed = [weight + direction * (size / scale) for weight, direction in zip(weights, directions, strict=True)]
+        with replaced_parameters(module, dict(zip(updates, changed, strict=True))):
             after = _tensors(module.forward(*args, **kwargs))
         return [
             (end - start) * (scale / size).to(end.dtype) for end, start in zip(after, _tensors(outputs), strict=True)
@@ -169,10 +171,10 @@ def _is_affine(
     outputs: Sequence[Any],
     tangents: Sequence[Tensor],
 ) -> bool:
-    """Whether differences along U and along -U, as large as W, give the tangents; never of a module with parts.
+    """Whether finite differences along U and -U, as large as W, equal the tangents; False for one with submodules.
 
-    A part may have a nonlinearity that these inputs do not reach, and others do. The tolerances are those of float32
-    products: anything nonlinear that is worth the name is off by far more at a step as large as W.
+    A submodule may have a nonlinearity that these inputs do not activate and others do. The tolerances are those of
+    float32 products; a real nonlinearity differs by far more at a step as large as W.
     """
     if next(module.children(), None) is not None:
         return False
@@ -186,14 +188,14 @@ def _is_affine(
     return True
 
 
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude of an entry; 1 where there is none."""
+def _largest_or_one(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest magnitude of an entry; 1 if all entries are 0 or there is none."""
     largest = torch.stack([t.abs().amax() if t.numel() else t.new_zeros(()).abs() for t in tensors]).amax()
     return torch.where(largest > 0, largest, 1.0)
 
 
 def _tensors(output: Any) -> tuple[Tensor, ...]:
-    """The flat outputs of a module; 0 in the place of what is not a tensor of numbers."""
+    """Return the flat outputs of a module, with 0 in place of values that are not real or complex tensors."""
     flat, _ = tree_flatten(output)
     return tuple(value if is_differentiable(value) else torch.zeros(()) for value in flat)
 

@@ -181,11 +181,11 @@ def test_examples_along_the_second_dimension(positions: int) -> None:
 def test_later_draws_of_a_forward_use_what_the_first_has_kept(name: str) -> None:
     # D phi is linear in omega: with the same omega a second backward pass reads the same numbers.
     made = case(name)
-    probe = RateProbe(made.model, probes_per_batch=3, outputs=MeasuredOutput(made.output))
+    probe = RateProbe(made.model, probes_per_batch=3, output=MeasuredOutput(made.output))
     original = OutputValues.omega
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputValues, "omega", lambda self, generator: original(self, seeded(1)))
-        patch.setattr(LinearHead, "pays", staticmethod(lambda *args: False))
+        patch.setattr(LinearHead, "saves_work", staticmethod(lambda *args: False))
         result = probe.measure(made.updates, made.batches[:1], seeded(0))
     assert result.draws is not None
     by_probe = result.draws.derivatives.reshape(len(result.rates), 3, -1)

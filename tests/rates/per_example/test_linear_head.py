@@ -137,7 +137,7 @@ def test_rates_with_and_without_the_vocabulary(
     model = made(make())
     updates = updates_of(model, *parts)
     if not skip:
-        monkeypatch.setattr(LinearHead, "pays", staticmethod(never_pays))
+        monkeypatch.setattr(LinearHead, "saves_work", staticmethod(never_pays))
     probes, repetitions, batches = 25, 16, [text(0, masked), text(1, masked)]
     probe = RateProbe(model, probes_per_batch=probes)
     results = [probe.measure(updates, batches, seeded(seed)) for seed in range(repetitions)]
@@ -235,7 +235,7 @@ def test_the_head_is_not_evaluated_on_a_probe(name: str, monkeypatch: pytest.Mon
     model = made(make())
     updates = updates_of(model, *parts)
     assert evaluations_per_batch(model, updates, model.head) == 0
-    monkeypatch.setattr(LinearHead, "pays", staticmethod(never_pays))
+    monkeypatch.setattr(LinearHead, "saves_work", staticmethod(never_pays))
     assert evaluations_per_batch(model, updates, model.head) == 1
 
 
@@ -279,7 +279,7 @@ def test_an_output_function_is_looked_through(output: OutputFunction, evaluation
     [(9, 8, 0, True), (8, 8, 0, False), (25, 8, 2, True), (24, 8, 2, False), (17, 8, 1, True), (16, 8, 1, False)],
 )
 def test_the_head_is_skipped_where_that_is_less_to_draw(outputs: int, inputs: int, attributes: int, pays: bool) -> None:
-    assert LinearHead.pays(nn.Linear(inputs, outputs), attributes) is pays
+    assert LinearHead.saves_work(nn.Linear(inputs, outputs), attributes) is pays
 
 
 def test_a_head_too_narrow_is_evaluated() -> None:
