@@ -100,7 +100,7 @@ class StepScales:
     def remove(self) -> None:
         """Remove the hooks; if a step was interrupted, restore the original param groups."""
         for groups in self._groups.values():
-            groups.join()
+            groups.remove()
         for steps in self._steps:
             steps.remove()
         self._before = {}
@@ -190,6 +190,20 @@ class _SplitGroups:
         self._groups: list[Group] = []
         self._whole: list[Group] = []
         self._parts: list[_GroupPart] = []
+        # After a step that has raised, whoever saves or loads a checkpoint must find the groups as they were.
+        self._handles = [
+            optimizer.register_state_dict_pre_hook(self._before_state),
+            optimizer.register_load_state_dict_pre_hook(self._before_state),
+        ]
+
+    def remove(self) -> None:
+        """Put the groups together, and watch the optimizer's state no more."""
+        self.join()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_state(self, *_: Any) -> None:
+        self.join()
 
     def split(self, factors: Mapping[int, float], unread: Set[int]) -> None:
         """Split the param groups by factor; a group with a tensor in `unread` records whether its rate is read.

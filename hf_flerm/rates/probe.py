@@ -17,7 +17,7 @@ The weights, gradients, modes, hooks and random generators of the model are left
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -174,9 +174,7 @@ class RateProbe:
         unit_updates = UnitUpdates(updates, dict(zip(self._paths, updates, strict=True)), parameters, self.engine)
         device = self.engine.device(next(iter(parameters.values())))
         samples = Samples(unit_updates, _shared_updates(tensors, unit_updates))
-        if self._head is not None and not self._head.is_current():
-            self._head = None
-        with undisturbed(self.model, device), self.engine.released_after():
+        with undisturbed(self.model, device), self.engine.released_after(), self._kept_head():
             if generator is None:
                 generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
             first: Batch | None = None
@@ -196,6 +194,21 @@ class RateProbe:
             return measurement
         samples.set_to_zero(round_off)
         return samples.measurement()
+
+    @contextmanager
+    def _kept_head(self) -> Iterator[None]:
+        """Context manager: reuse the head of an earlier measurement only if its weight has not changed.
+
+        At the end, discard a head that is trained: its factor, (2d)^2 numbers, depends on this update alone, and
+        training needs the memory.
+        """
+        if self._head is not None and not self._head.is_current():
+            self._head = None
+        try:
+            yield
+        finally:
+            if self._head is not None and self._head.names:
+                self._head = None
 
     def _add_batch(
         self,

@@ -150,7 +150,7 @@ class FLeRMCallback(TrainerCallback):
         if resumed is not None:
             try:
                 run.resume(resumed, state.global_step)
-            except RateProfileError:
+            except BaseException:
                 run.close()
                 raise
         self._run = run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,36 +101,38 @@ class FLeRMRun:
         self._watch = StepWatch(self._engine, optimizer, parameters, config.snapshot_device)
         check_optimizer(self._watch.optimizer, config.mode)
 
+        self.steps = 0
+        self.seconds = 0.0
+        self._step = 0
+        self._was_due = False
+        self._failures = Failures()
+        self._logs: dict[str, float] = {}
+        self._saved: tuple[Path, RateProfile] | None = None
+        self._scaler: Scaler | None = None
+        self._schedule = Schedule(config.measure_every, config.measure_steps)
         self._accumulation = getattr(optimizer, "gradient_state", None)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         base = base_profile(config.profile)
-        self._scaler: Scaler | None = None
-        if base is not None:
-            self._watch.check_own_learning_rates()
-            self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, config)
-        self._schedule = Schedule(config.measure_every, config.measure_steps)
-        self._recorder = Recorder(
-            model,
-            parameters,
-            self._watch.optimizer,
-            config,
-            probe_data,
-            arguments,
-            [] if self._scaler is None else self._scaler.shares,
-        )
-        if base is not None:
-            warn_of_other_learning_rate(base, self._recorder.profile)
-
-        self.steps = 0
-        self.seconds = 0.0
-        self._step = 0
-        self._failures = Failures()
-        self._logs: dict[str, float] = {}
-        self._saved: tuple[Path, RateProfile] | None = None
-        # Last, because hooks run in the order of registration: after a step, the scaler's hooks must have restored the
-        # nominal learning rates before the update is measured.
-        self._watch.start(self._measure_update)
+        with ExitStack() as if_refused:
+            if_refused.callback(self.close)  # else the scaler's hooks would stay in the optimizer
+            if base is not None:
+                self._watch.check_own_learning_rates()
+                self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, config)
+            self._recorder = Recorder(
+                model,
+                parameters,
+                self._watch.optimizer,
+                config,
+                probe_data,
+                arguments,
+                [] if self._scaler is None else self._scaler.shares,
+            )
+            if base is not None:
+                warn_of_other_learning_rate(base, self._recorder.profile)
+            # After the scaler's hooks, which restore the nominal learning rates.
+            self._watch.start(self._measure_update)
+            if_refused.pop_all()
 
     @property
     def profile(self) -> RateProfile:
@@ -180,7 +182,9 @@ class FLeRMRun:
         steps = self._recorder.profile.steps
         self._step = step
         last = int(steps[-1]) if len(steps) else None
-        self._watch.begin(not self._failures.given_up and self._schedule.is_due(step, last))
+        is_due = not self._failures.given_up and self._schedule.is_due(step, last)
+        self._was_due |= is_due
+        self._watch.begin(is_due)
 
     def after_step(self) -> None:
         """End the step that `before_step` has begun."""
@@ -266,6 +270,11 @@ class FLeRMRun:
             reason = f"every measurement failed, the last one with {self._failures.latest}"
         elif self.seconds:
             reason = "no scheduled step changed the weights: the learning rate was 0, or steps were skipped."
+        elif self._was_due:
+            reason = (
+                f"no scheduled step reached {type(self._watch.optimizer).__name__}: steps were skipped, or another "
+                "function was called in the place of its step()."
+            )
         logger.warning(f"nothing was measured in this run, and its profile is empty: {reason}")
 
     def _measure_update(self) -> None:

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_flerm.engines.engine import MasterWeights
 from hf_flerm.model.names import trainable_parameters
 from hf_flerm.optimizer.step import Snapshot
+from hf_flerm.rates.per_example.gates import Gates
 from hf_flerm.rates.probe import RateProbe
 from tests.shared.cases import seeded, updates_of
 
@@ -117,3 +118,23 @@ def test_a_probe_holds_no_weight_gradient() -> None:
 @pytest.mark.parametrize("estimator", ["kronecker", "full", "iid"])
 def test_weight_gradients_are_held_one_at_a_time(estimator: str) -> None:
     assert probe_memory(estimator, 4) < probe_memory(estimator, 1) + 0.2
+
+
+def held_memory() -> int:
+    """Bytes of all tensors that Python knows of."""
+    gc.collect()
+    return sum(each.nbytes for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_between_measurements_a_probe_holds_nothing_of_an_update(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """The draw of a trained head has (2d)^2 numbers."""
+    steps = Steps(language_model())
+    before = held_memory()
+    steps.measured()
+    if fails:
+        monkeypatch.setattr(Gates, "differentiate", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            steps.measured()
+        steps.optimizer.zero_grad()
+    assert held_memory() < before + 4 * (2 * 64) ** 2
