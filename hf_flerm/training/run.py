@@ -294,14 +294,14 @@ class FLeRMRun:
             self._logs["flerm/seconds"] = self.seconds
 
     def _warn_of_unfrozen(self) -> None:
-        """Warn of tensors that have become trainable since training began: nothing is known of them here."""
+        """Warn of tensors that became trainable after training had begun: they have no place in the profile."""
         unfrozen = sorted(_trainable_names(self._model) - self._followed)
         if unfrozen:
             self._failures.warn_once(
                 "unfrozen",
                 f"{preview(unfrozen)} became trainable after training had begun: they are neither measured nor scaled. "
-                "Begin training with all of them trainable, and freeze those that are to rest when it has begun. Of "
-                "two adapters with the same names only one can be followed.",
+                "Make every tensor trainable that will be trained before training begins, and freeze the others after "
+                "that. Of two adapters with the same parameter names only one can be trained.",
             )
 
     def _measure(self, step: int, update: StepUpdate) -> None:

@@ -70,7 +70,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "profile of nothing in the model": (
         lambda: {"flerm": match(RateProfile([0], {"encoder.weight": [1.0]}), unmatched="nominal")},
-        r"share no tensor by name: the profile has \[encoder.weight\]",
+        r"have no tensor name in common: the profile has \[encoder.weight\]",
     ),
     "profile without steps": (
         lambda: {"flerm": match(RateProfile([], {name: [] for name in ones(gpt2())}))},

@@ -264,6 +264,9 @@ def test_tensors_may_be_frozen_and_unfrozen_meanwhile(
         assert rates["transformer.h.1.mlp.c_fc.weight"].count_nonzero() == STEPS
     else:
         assert "transformer.h.0.mlp.c_fc.weight" not in rates
+        (unfollowed,) = warnings_of()
+        assert "transformer.h.0.mlp.c_fc.weight" in unfollowed
+        return
     assert warnings_of() == []
 
 

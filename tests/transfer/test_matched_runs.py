@@ -127,7 +127,7 @@ def test_a_scale_that_is_held_is_reported_once(tmp_path: Path, caplog: pytest.Lo
     far = RateProfile(base.steps, {name: rates * 100 for name, rates in base.rates.items()})
     trainer = matched(tmp_path, gpt2(), far, max_scale=2.0, research=Research(beta=0.0))
     assert max(trainer.flerm_callback.scales.values()) == pytest.approx(2.0)
-    assert len([record for record in caplog.records if "held at max_scale = 2" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "have reached max_scale = 2" in record.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("make", [lambda: gpt2(layers=4), lambda: gpt2(width=32)], ids=["depth", "width"])

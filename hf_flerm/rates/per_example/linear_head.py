@@ -158,7 +158,8 @@ def find_linear_head(model: nn.Module, forward: Callable[[], Tensor]) -> str | N
             return None
         name, of_layer, version = last
         cast = (
-            output.dtype != of_layer.dtype
+            of_layer.is_floating_point()  # complex values are not cast but cut
+            and output.dtype != of_layer.dtype
             and output.shape == of_layer.shape
             and torch.equal(output, of_layer.to(output.dtype))
         )
