@@ -25,6 +25,12 @@ def _own_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _warned_of_nothing() -> None:
+    """Transformers gives some warnings once in a process; here every test gets its own, whatever ran before it."""
+    transformers.utils.logging.warning_once.cache_clear()
+
+
 @pytest.fixture
 def warnings_of(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """The warnings of the package so far."""
