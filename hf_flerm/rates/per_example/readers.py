@@ -55,7 +55,7 @@ class Reader:
         Args:
             grad: The output gradient g.
             saved: The saved tensors, as unpacked by autograd.
-            num_examples: N.
+            num_examples: Number of examples N of the batch.
 
         Returns:
             [N], in float32 at least.
@@ -68,7 +68,7 @@ class Reader:
         Args:
             grad: The output gradient g.
             saved: The saved tensors, as unpacked by autograd.
-            num_examples: N.
+            num_examples: Number of examples N of the batch.
 
         Returns:
             Float64 [N].
@@ -203,7 +203,7 @@ def _contract(grad: Tensor, tangent: Tensor, dim: int, num_examples: int) -> Ten
         grad: N * k entries along `dim`, the k of an example together.
         tangent: Broadcastable to `grad`.
         dim: Dimension along which the examples lie.
-        num_examples: N.
+        num_examples: Number of examples N of the batch.
 
     Returns:
         [N], in float32 at least.
