@@ -19,6 +19,7 @@ Depth = Literal["joint", "equal", "sqrt", "copy"]
 Unmatched = Literal["error", "global", "nominal", "freeze"]
 Pool = Literal["kind", "unit"]
 LogBy = Literal["kind", "tensor"]
+Decision = Literal["keep", "one", "match"]
 Picture = Literal["rates", "layers", "multipliers"]
 
 
