@@ -120,6 +120,12 @@ class ProfileMetadata:
         return self._object("optimizer")
 
     @property
+    def optimizer_class(self) -> str | None:
+        """Name of the optimizer's class."""
+        found = self.optimizer.get("class")
+        return found if isinstance(found, str) and found else None
+
+    @property
     def model_config(self) -> Mapping[str, Any]:
         """The config of the model, without default values."""
         return self._object("model_config")
