@@ -24,6 +24,7 @@ from transformers import (
 from ..choices import Decision
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
+from ..optimizer.param_groups import raw_optimizer
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
 from ..training.probe_data import OnCopies
@@ -372,8 +373,8 @@ def plan(
             f"nothing could be measured in {steps} steps: the learning rate is 0 (warm-up), or many tensors do not "
             "affect the outputs yet (LoRA's A while B is 0). Give more steps."
         )
-    change, steps_done = change_between(base, target), copied.state.global_step
-    return Plan(base_rate, overall, by_kind, change, mapped, steps_done, flerm.evidence)
+    change = change_between(base, target, raw_optimizer(copied.optimizer))
+    return Plan(base_rate, overall, by_kind, change, mapped, copied.state.global_step, flerm.evidence)
 
 
 class _Collector(TrainerCallback):

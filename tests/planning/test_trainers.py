@@ -182,7 +182,7 @@ def test_what_a_trainer_brings_is_not_given_too(tmp_path: Path, base: RateProfil
     trainer: Any = make_trainer(tmp_path, gpt2())
     with pytest.raises(TypeError, match="takes args, train_dataset from the trainer"):
         plan(trainer, arguments(tmp_path), Rows(), base)
-    with pytest.raises(TypeError, match="a trainer, or a model .* and its TrainingArguments"):
+    with pytest.raises(TypeError, match=r"a trainer, or a model .* and its TrainingArguments"):
         plan(gpt2(), profile=base)  # type: ignore[call-overload]
 
 
