@@ -238,7 +238,8 @@ class Plan:
 
     def _decision(self) -> str:
         if self.decision == "match":
-            return f"Match: one number cannot do it, kinds differ by {spread(self.multipliers).value:.2g}x."
+            times = float(f"{spread(self.multipliers).value:.2g}")
+            return f"Match: one number cannot do it, kinds differ by {times:g}x."
         if self.decision == "keep":
             return f"Keep {self.base_learning_rate:.3g}."
         return f"Use {self.learning_rate:.3g} for all tensors."

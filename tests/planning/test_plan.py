@@ -167,7 +167,7 @@ def test_a_decision_follows_from_the_factors(overall: float, kinds: list[float],
 
 def test_the_text_begins_with_decision_reason_range_and_rule(tmp_path: Path) -> None:
     found = planned(tmp_path, gpt2(width=32), recorded(tmp_path, gpt2()))
-    kinds = {"a": Multiplier(0.2, 0.1), "b": Multiplier(4.0, 0.1)}
+    kinds = {"a": Multiplier(0.01, 0.1), "b": Multiplier(4.0, 0.1)}
     keep = replace(found, overall=Multiplier(0.7, 0.1), multipliers={})
     use = replace(found, overall=Multiplier(0.25, 0.1), multipliers={"a": Multiplier(0.2, 0.1)})
     match = replace(found, overall=Multiplier(0.7, 0.1), multipliers=kinds)
@@ -178,8 +178,8 @@ def test_the_text_begins_with_decision_reason_range_and_rule(tmp_path: Path) -> 
     assert rule.startswith("A published rule says 0.005: muP: hidden matrices at lr / width (AdamW)")
     assert str(use).splitlines()[:2] == ["Use 0.0025 for all tensors.", use.reason]
     assert "would change the outputs 4 times as much as in the base run" in use.reason
-    assert str(match).splitlines()[0] == "Match: one number cannot do it, kinds differ by 20x."
-    assert match.reason.startswith("a needs 0.2 times the base's learning rate and b 4 times; mode='match'")
+    assert str(match).splitlines()[0] == "Match: one number cannot do it, kinds differ by 400x."
+    assert match.reason.startswith("a needs 0.01 times the base's learning rate and b 4 times; mode='match'")
     assert [p.decision for p in (keep, use, match)] == [p.to_dict()["decision"] for p in (keep, use, match)]
     assert match.to_dict()["range"] == pytest.approx([0.007 * math.exp(-0.1), 0.007 * math.exp(0.1)])
     assert [p.keeps for p in (keep, use, match)] == [True, False, False]
