@@ -144,6 +144,13 @@ def decided(
     return replace(evidence, log_scales=(prior + level).clamp(-limit, limit), log_level=level)
 
 
+def tensor_scales(evidence: Evidence, mapped: ProfileMap, prior: Mapping[str, float]) -> dict[str, float]:
+    """Return the scale of every trained tensor: its own prior, times what its unit needs beyond the unit's prior."""
+    beyond = evidence.log_scales - log_prior(mapped, prior)
+    scales = mapped.tensor_scales(dict(zip(evidence.units, beyond.tolist(), strict=True)))
+    return {name: scale * prior.get(name, 1.0) for name, scale in scales.items()}
+
+
 def log_prior(mapped: ProfileMap, prior: Mapping[str, float]) -> Tensor:
     """Return the logarithm of the prior of each unit, float64 [U]: the mean over its tensors, weighted by shares."""
     logs = []
