@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -173,7 +172,7 @@ class Scaler:
         return replace(empty, log_scales=log_prior(self._mapped, self.decision.prior))
 
     def _set_scales(self) -> None:
-        self._step_scales.scales = tensor_scales(self.evidence, self._mapped, self.decision.prior)
+        self._step_scales.scales = tensor_scales(self.evidence, self._mapped, self.decision)
         self.scales = self._step_scales.scales
         level = math.exp(self.evidence.log_level)
         self.without_level = {name: scale / level for name, scale in self.scales.items()}

@@ -144,11 +144,16 @@ def decided(
     return replace(evidence, log_scales=(prior + level).clamp(-limit, limit), log_level=level)
 
 
-def tensor_scales(evidence: Evidence, mapped: ProfileMap, prior: Mapping[str, float]) -> dict[str, float]:
-    """Return the scale of every trained tensor: its own prior, times what its unit needs beyond the unit's prior."""
-    beyond = evidence.log_scales - log_prior(mapped, prior)
+def tensor_scales(evidence: Evidence, mapped: ProfileMap, decision: Decision) -> dict[str, float]:
+    """Return the scale of every trained tensor.
+
+    Under a level every tensor keeps its own prior; a unit of several tensors that follows its joint rate has one scale.
+    """
+    if decision.policy in ("follow", "gate"):
+        return mapped.tensor_scales(dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True)))
+    beyond = evidence.log_scales - log_prior(mapped, decision.prior)
     scales = mapped.tensor_scales(dict(zip(evidence.units, beyond.tolist(), strict=True)))
-    return {name: scale * prior.get(name, 1.0) for name, scale in scales.items()}
+    return {name: scale * decision.prior.get(name, 1.0) for name, scale in scales.items()}
 
 
 def log_prior(mapped: ProfileMap, prior: Mapping[str, float]) -> Tensor:
