@@ -33,13 +33,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import axes
 import torch
-from axes import AXES, Axis, grid_index, grid_rate
+import unseen
+from axes import Axis, grid_index, grid_rate
 from baselines import equal_rates
 from report import Study, combined, picture, table
 from workload import arguments, in_parallel, pretrained, processes, quiet, trained
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
+
+AXES: Mapping[str, Axis] = {**axes.AXES, **unseen.UNSEEN}
 
 
 @dataclass(frozen=True)
@@ -257,10 +261,17 @@ class Runner:
         return list(found.values())
 
     def study(self, methods: list[str]) -> Study:
+        study = self.predictions(methods)
+        study.plain = self.sweep("plain", sorted({*self.axis.target.rates, study.base_rate}))
+        if self.axis.rule:
+            self.add_methods(study, ["rule"])
+        return study
+
+    def predictions(self, methods: list[str]) -> Study:
+        """A study of the base's sweep and the methods, before the target has been swept."""
         study = Study(self.axis.name, self.axis.claim, self.axis.rule.text if self.axis.rule else None, self.seeds)
         study.base = self.sweep("record", list(self.axis.base.rates))
-        study.plain = self.sweep("plain", sorted({*self.axis.target.rates, study.base_rate}))
-        self.add_methods(study, (["rule"] if self.axis.rule else []) + methods)
+        self.add_methods(study, methods)
         return study
 
     def add_methods(self, study: Study, methods: list[str]) -> None:
@@ -309,6 +320,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=[*METHODS, PLAN], default=[*METHODS, PLAN])
     parser.add_argument("--again", nargs="*", choices=METHODS, default=[], help="methods to run again")
     parser.add_argument("--stored", type=Path, help="folder of studies, AXIS.json, to add methods to")
+    parser.add_argument(
+        "--predict", type=Path, help="write what the methods and plan say to this folder, and sweep no target"
+    )
     parser.add_argument("--steps", type=int, help="of every run, in place of the axis's own")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
@@ -318,11 +332,18 @@ def main() -> None:
         parser.error(f"no axis is called {', '.join(unknown)}; there are {', '.join(AXES)}")
     quiet()
     pretrained(progress=True)
+    if not set(options.axes or AXES).isdisjoint(unseen.UNSEEN):
+        unseen.pretrain()
     with processes(options.workers) as pool:
         for name in options.axes or AXES:
             for method in options.again:
                 forget(AXES[name], method, options.output)
             runner = Runner(AXES[name], options.seeds, options.steps, options.output, pool)
+            if options.predict:
+                study = runner.predictions(runner.distinct(options.methods))
+                options.predict.mkdir(parents=True, exist_ok=True)
+                (options.predict / f"{name}.json").write_text(study.to_json())
+                continue
             if options.stored:
                 study = Study.from_json((options.stored / f"{name}.json").read_text())
                 runner.add_methods(study, runner.distinct(options.methods))

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,7 +18,7 @@ from ..profile.file import serialize
 from ..profile.metadata import MATCHING
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
-from ..transfer.decision import decide, decided, log_prior
+from ..transfer.decision import decide, decided, log_prior, tensor_scales
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import map_profile
 from .provenance import check_units, check_unscaled
@@ -173,8 +172,7 @@ class Scaler:
         return replace(empty, log_scales=log_prior(self._mapped, self.decision.prior))
 
     def _set_scales(self) -> None:
-        log_scales: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.log_scales.tolist(), strict=True))
-        self._step_scales.scales = self._mapped.tensor_scales(log_scales)
+        self._step_scales.scales = tensor_scales(self.evidence, self._mapped, self.decision)
         self.scales = self._step_scales.scales
         level = math.exp(self.evidence.log_level)
         self.without_level = {name: scale / level for name, scale in self.scales.items()}

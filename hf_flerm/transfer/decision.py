@@ -144,6 +144,18 @@ def decided(
     return replace(evidence, log_scales=(prior + level).clamp(-limit, limit), log_level=level)
 
 
+def tensor_scales(evidence: Evidence, mapped: ProfileMap, decision: Decision) -> dict[str, float]:
+    """Return the scale of every trained tensor.
+
+    Under a level every tensor keeps its own prior; a unit of several tensors that follows its joint rate has one scale.
+    """
+    if decision.policy in ("follow", "gate"):
+        return mapped.tensor_scales(dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True)))
+    beyond = evidence.log_scales - log_prior(mapped, decision.prior)
+    scales = mapped.tensor_scales(dict(zip(evidence.units, beyond.tolist(), strict=True)))
+    return {name: scale * decision.prior.get(name, 1.0) for name, scale in scales.items()}
+
+
 def log_prior(mapped: ProfileMap, prior: Mapping[str, float]) -> Tensor:
     """Return the logarithm of the prior of each unit, float64 [U]: the mean over its tensors, weighted by shares."""
     logs = []
