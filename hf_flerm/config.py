@@ -94,7 +94,7 @@ class Research:
             "help": "Which scales a matched run takes. 'hold': the prior, which is what published rules say of the "
             "change, or 1. 'level': the prior and one factor for all tensors, by the joint rate of the model. "
             "'follow': each kind of tensor follows its own rates. 'gate': the prior while the kinds are in balance, "
-            "else as 'follow'. None: by what changed since the base; see `hf_flerm.transfer.decision`."
+            "else as 'follow'. None: by what changed since the base; see `hf_flerm.transfer.strategy`."
         },
     )
     rules: str = field(

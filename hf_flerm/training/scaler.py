@@ -18,9 +18,9 @@ from ..profile.file import serialize
 from ..profile.metadata import MATCHING
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
-from ..transfer.decision import decide, decided, log_prior, tensor_scales
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import map_profile
+from ..transfer.strategy import choose_strategy, log_prior, tensor_scales, with_scales
 from .provenance import check_units, check_unscaled
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,7 @@ class Scaler:
 
     Attributes:
         evidence: The evidence for the scales so far.
-        decision: What is matched, chosen from what changed since the base.
+        strategy: What is matched, chosen from what changed since the base.
         scales: `{canonical name: factor on the learning rate}`, as applied.
         without_level: The scales without the factor that all of them have in common.
 
@@ -61,7 +61,7 @@ class Scaler:
         self._config = config
         research = config.research
         follows = research.beta is not None or research.pool != "kind"  # options of this policy alone
-        self.decision = decide(
+        self.strategy = choose_strategy(
             base,
             model,
             optimizer,
@@ -72,7 +72,7 @@ class Scaler:
         self._mapped = map_profile(
             base,
             model,
-            granularity=self.decision.granularity,
+            granularity=self.strategy.granularity,
             depth=research.depth,
             unmatched=config.unmatched,
         )
@@ -113,10 +113,10 @@ class Scaler:
         """
         old, config, research = self.scales, self._config, self._config.research
         evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate, self.without_level)
-        self.evidence = decided(
+        self.evidence = with_scales(
             evidence,
             self._mapped,
-            self.decision,
+            self.strategy,
             max_scale=config.max_scale,
             max_change=config.max_change,
             pool=research.pool,
@@ -169,10 +169,10 @@ class Scaler:
 
     def _without_evidence(self) -> Evidence:
         empty = Evidence.empty(self._mapped)
-        return replace(empty, log_scales=log_prior(self._mapped, self.decision.prior))
+        return replace(empty, log_scales=log_prior(self._mapped, self.strategy.prior))
 
     def _set_scales(self) -> None:
-        self._step_scales.scales = tensor_scales(self.evidence, self._mapped, self.decision)
+        self._step_scales.scales = tensor_scales(self.evidence, self._mapped, self.strategy)
         self.scales = self._step_scales.scales
         level = math.exp(self.evidence.log_level)
         self.without_level = {name: scale / level for name, scale in self.scales.items()}

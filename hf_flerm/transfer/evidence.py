@@ -5,7 +5,7 @@ At a measured step t, unit u (one tensor, or several that are matched together, 
     s[u] = base rate[u](t) / target rate[u](t)
 
 Single quotients are noisy, so scales are averaged in logarithms: y[t, u] = log s[u] at step t. The joint rate of the
-whole model gives one more quotient at each step, the level; `decision` says how scales follow from both. Axes and
+whole model gives one more quotient at each step, the level; `strategy` says how scales follow from both. Axes and
 symbols:
 
     T   measurements so far     y   log quotients                        float64 [T, U], nan if not compared

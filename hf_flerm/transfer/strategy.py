@@ -1,4 +1,4 @@
-"""The decision of a matched run: what to match, and whether to move at all, from what changed since the base.
+"""The strategy of a matched run: what to match, and whether to move at all, from what changed since the base.
 
 Learning-rate scales start from a prior: what the field's rules say of the change (`rules.prior_scales`), or 1. What the
 measurements may add depends on the change, because rates do not predict equally well everywhere. At their best learning
@@ -41,7 +41,7 @@ _BALANCED = 2.2
 
 
 @dataclass(frozen=True)
-class Decision:
+class Strategy:
     """What a matched run does.
 
     Attributes:
@@ -57,7 +57,7 @@ class Decision:
     reason: str
 
 
-def decide(
+def choose_strategy(
     base: RateProfile,
     model: nn.Module,
     optimizer: Optimizer,
@@ -65,7 +65,7 @@ def decide(
     policy: str | None = None,
     granularity: str | None = None,
     rules: str = "published",
-) -> Decision:
+) -> Strategy:
     """Choose policy, granularity and prior from what changed between base and target.
 
     Args:
@@ -85,7 +85,7 @@ def decide(
         chosen, reason = policy, f"policy={policy!r} was asked for"
     coarse = "global" if chosen == "level" else "tensor"
     prior = prior_scales(base, model, change) if rules == "published" else {}
-    return Decision(chosen, granularity or coarse, prior, reason)
+    return Strategy(chosen, granularity or coarse, prior, reason)
 
 
 def _policy(change: Change, base: RateProfile, rules: str) -> tuple[str, str]:
@@ -109,10 +109,10 @@ def _policy(change: Change, base: RateProfile, rules: str) -> tuple[str, str]:
     return "hold", "neither size, adapter nor optimizer changed"
 
 
-def decided(
+def with_scales(
     evidence: Evidence,
     mapped: ProfileMap,
-    decision: Decision,
+    strategy: Strategy,
     *,
     max_scale: float = math.inf,
     max_change: float = math.inf,
@@ -124,36 +124,36 @@ def decided(
     Args:
         evidence: The measurements, and the scales so far.
         mapped: What is matched.
-        decision: Policy and prior.
+        strategy: Policy and prior.
         max_scale: Largest scale, and the inverse of the smallest.
         max_change: Largest factor by which a scale changes from one measurement to the next; see `Evidence.estimated`.
         pool: How quotients are averaged over units under the policy "follow"; see `Evidence.estimated`.
         beta: How they are averaged over measurements.
     """
-    prior = log_prior(mapped, decision.prior)
-    follows = decision.policy == "follow"
-    if decision.policy == "gate":
+    prior = log_prior(mapped, strategy.prior)
+    follows = strategy.policy == "follow"
+    if strategy.policy == "gate":
         # Once out of balance, a run follows the rates to its end.
         has_moved = bool(evidence.steps[1:]) and not torch.equal(evidence.log_scales, prior)
         follows = has_moved or not is_balanced(evidence, mapped, prior)
     if follows:
         return evidence.estimated(mapped, prior=prior, pool=pool, beta=beta, max_scale=max_scale, max_change=max_change)
-    level = log_level(evidence)[0] if decision.policy == "level" else 0.0
+    level = log_level(evidence)[0] if strategy.policy == "level" else 0.0
     change, limit = math.log(max_change), math.log(max_scale)
     level = min(max(level, evidence.log_level - change), evidence.log_level + change)
     return replace(evidence, log_scales=(prior + level).clamp(-limit, limit), log_level=level)
 
 
-def tensor_scales(evidence: Evidence, mapped: ProfileMap, decision: Decision) -> dict[str, float]:
+def tensor_scales(evidence: Evidence, mapped: ProfileMap, strategy: Strategy) -> dict[str, float]:
     """Return the scale of every trained tensor.
 
     Under a level every tensor keeps its own prior; a unit of several tensors that follows its joint rate has one scale.
     """
-    if decision.policy in ("follow", "gate"):
+    if strategy.policy in ("follow", "gate"):
         return mapped.tensor_scales(dict(zip(evidence.units, evidence.log_scales.tolist(), strict=True)))
-    beyond = evidence.log_scales - log_prior(mapped, decision.prior)
+    beyond = evidence.log_scales - log_prior(mapped, strategy.prior)
     scales = mapped.tensor_scales(dict(zip(evidence.units, beyond.tolist(), strict=True)))
-    return {name: scale * decision.prior.get(name, 1.0) for name, scale in scales.items()}
+    return {name: scale * strategy.prior.get(name, 1.0) for name, scale in scales.items()}
 
 
 def log_prior(mapped: ProfileMap, prior: Mapping[str, float]) -> Tensor:
