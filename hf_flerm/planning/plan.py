@@ -17,6 +17,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
+from ..model.names import preview, tensor_kinds, trainable_parameters
+from ..optimizer.param_groups import raw_optimizer, stepping_optimizers
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
 from ..training.probe_data import OnCopies
@@ -65,7 +67,7 @@ class Plan:
     """The result of `plan`: the learning rate for a target. `str()` gives the advice as text.
 
     Attributes:
-        base_learning_rate: The learning rate of the base.
+        base_learning_rate: The learning rate of the base; of several, the largest.
         overall: Factor on it if all tensors have the same learning rate.
         multipliers: `{kind: factor}` on it if each kind of tensor has its own learning rate.
         change: How the target differs from the base.
@@ -141,6 +143,11 @@ class Plan:
 
     def _advice(self) -> str:
         base = f"{self.base_learning_rate:.3g}"
+        several = self.mapped.base.about.learning_rate_texts
+        if len(several) > 1:
+            base = " and ".join(several)
+        if not self.overall.is_one and len(several) > 1:
+            return f"Multiply the base's learning rates, {base}, by {self.overall}."
         if not self.overall.is_one:
             return f"Use {self.learning_rate:.3g}: the base's learning rate, {base}, times {self.overall}."
         kept = f"Keep {base} (measured factor {self.overall.value:.3g}, {self.overall.range})."
@@ -181,7 +188,8 @@ def plan(
 
     Args:
         model: The target, as it will be trained.
-        args: The training arguments of the target. Their learning rate is used only if the profile has none.
+        args: The training arguments of the target. Their learning rate is used only if the profile has none. The same
+            holds for the learning rates of `optimizer`: the copy has those that the base had for such tensors.
         train_dataset: The training set of the target.
         profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
         steps: Training steps of the copy; fewer if its training is shorter.
@@ -195,7 +203,8 @@ def plan(
 
     Raises:
         RateProfileError: If the profile does not fit the model, or holds no joint rates.
-        ValueError: If `steps` is below 1, nothing could be measured in these steps, or several processes run.
+        ValueError: If `steps` is below 1, nothing could be measured in these steps, several processes run, or the base
+            had several learning rates for the tensors of one param group.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
@@ -230,6 +239,7 @@ def plan(
             flerm=settings,
         )
         trainer.remove_callback(PrinterCallback)
+        _set_learning_rates(trainer, base, base_rate)
         collector.source = trainer.flerm_callback
         trainer.train()
     evidence = trainer.flerm_callback.evidence
@@ -249,6 +259,38 @@ def plan(
         trainer.state.global_step,
         evidence,
     )
+
+
+def _set_learning_rates(trainer: FLeRMTrainer, base: RateProfile, otherwise: float) -> None:
+    """Give every param group the learning rate that the base had for its tensors.
+
+    Args:
+        trainer: The trainer of the copy.
+        base: Profile of the base.
+        otherwise: The learning rate of groups without a tensor whose learning rate in the base is known.
+
+    Raises:
+        ValueError: If the base had several learning rates for the tensors of one group.
+    """
+    optimizer = raw_optimizer(trainer.create_optimizer())
+    kinds = tensor_kinds(trainer.model)
+    names = {id(parameter): name for name, parameter in trainable_parameters(trainer.model).items()}
+    rates = base.about.learning_rates_for({name: kinds[name] for name in names.values()})
+    for each in dict.fromkeys((optimizer, *stepping_optimizers(optimizer))):
+        for group in each.param_groups:
+            found: dict[float, list[str]] = {}
+            for name in (names.get(id(tensor), "") for tensor in group["params"]):
+                if name in rates:
+                    found.setdefault(rates[name], []).append(name)
+            if len(found) > 1:
+                listed = ", ".join(f"{rate:g} for {preview(of)}" for rate, of in found.items())
+                raise ValueError(
+                    f"the base had several learning rates for the tensors of one param group: {listed}. Pass an "
+                    "optimizer to plan that has a param group for each, such as Muon for matrices and AdamW for the "
+                    "rest."
+                )
+            if group.get("lr") is not None:  # else it is refused when training begins
+                group["lr"] = next(iter(found), otherwise)
 
 
 def _weighted_by_step(evidence: Evidence) -> Evidence:

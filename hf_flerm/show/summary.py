@@ -77,7 +77,7 @@ def describe(profile: RateProfile) -> dict[str, str]:
         ),
         "data": about.dataset_fingerprint and f"fingerprint {about.dataset_fingerprint}",
         "learning rate": _joined(
-            arguments.get("learning_rate"),
+            *(about.learning_rate_texts or [arguments.get("learning_rate")]),
             arguments.get("lr_scheduler_type"),
             *_fields(arguments, ("warmup_steps", "max_steps")),
         ),
