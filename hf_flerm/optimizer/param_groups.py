@@ -139,7 +139,8 @@ def described_groups(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> 
     names: dict[tuple[str, float, float], list[str]] = {}
     for name, parameter in parameters.items():
         stepping, group = groups[id(parameter)]
-        rate, decay = float(group.get("initial_lr", group["lr"])), float(group.get("weight_decay") or 0.0)
+        rate = float(group["initial_lr"] if "initial_lr" in group else group["lr"])
+        decay = float(group.get("weight_decay") or 0.0)
         names.setdefault((algorithm(stepping, group), rate, decay), []).append(name)
     keys = ("optimizer", "learning_rate", "weight_decay")
     return [dict(zip(keys, key, strict=True)) | {"names": found} for key, found in names.items()]
