@@ -32,7 +32,8 @@ from tests.shared.training import (
 )
 from tests.shared.wrapped_optimizers import Pair, SingleDeviceMuonWithAuxAdam
 
-MUON, ADAMW = {"lr": 0.02, "weight_decay": 0.1}, {"lr": 3e-4, "weight_decay": 0.01}
+MUON: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.01}
 Make = Callable[[nn.Module], Optimizer]
 
 
@@ -76,7 +77,9 @@ WAYS: dict[str, Make] = {"two classes": two_classes, "Moonlight": moonlight, "on
 
 def trainer_of(folder: Path, make: Make | None, flerm: FLeRMConfig | None, **options: Any) -> Any:
     model = options.pop("model", None) or gpt2()
-    extra = {"optimizer_cls_and_kwargs": (Factory, {})} if make is None else {"optimizers": (make(model), None)}
+    extra: dict[str, Any] = (
+        {"optimizer_cls_and_kwargs": (Factory, {})} if make is None else {"optimizers": (make(model), None)}
+    )
     return make_trainer(folder, model, flerm, extra=extra, learning_rate=3e-4, **options)
 
 
@@ -180,7 +183,7 @@ def test_the_metadata_say_what_stepped_what_at_which_learning_rate(tmp_path: Pat
 def test_an_adamw_base_is_matched_and_differences_are_named(
     tmp_path: Path, warnings_of: Callable[[], list[str]]
 ) -> None:
-    trainer = make_trainer(tmp_path, gpt2(), config(), optim="adamw_torch", learning_rate=3e-4)
+    trainer: Any = make_trainer(tmp_path, gpt2(), config(), optim="adamw_torch", learning_rate=3e-4)
     trainer.train()
     adamw = trainer.rate_profile
     matcher = trainer_of(tmp_path, two_classes, config(mode="match", profile=adamw, measure_steps=[0]))
