@@ -121,7 +121,9 @@ def algorithm(optimizer: Optimizer, group: Group) -> str:
     """
     if "use_muon" in group:
         return "Muon" if group["use_muon"] else "AdamW"
-    return re.sub(r"^Paged|(8|32)bit$", "", type(optimizer).__name__)
+    name = re.sub(r"^Paged|(8|32)bit$", "", type(optimizer).__name__)
+    adjustment = group.get("adjust_lr_fn")  # of torch's Muon; "match_rms_adamw" makes its steps as large as AdamW's
+    return name if adjustment in (None, "original") else f"{name} ({adjustment})"
 
 
 def described_groups(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> list[Group]:

@@ -122,15 +122,15 @@ class ProfileMetadata:
         return self._object("optimizer")
 
     @property
-    def optimizer_class(self) -> str | None:
-        """Name of the optimizer's class."""
-        found = self.optimizer.get("class")
-        return found if isinstance(found, str) and found else None
-
-    @property
     def algorithms(self) -> dict[str, str]:
         """`{canonical parameter name: algorithm that stepped it}`, such as "Muon" and "AdamW" in one run."""
         return {name: found for name, found in self._by_group("optimizer").items() if isinstance(found, str)}
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """The algorithms that stepped the run ("AdamW", or "AdamW, Muon"), else the class of its optimizer."""
+        own = self.optimizer.get("class")
+        return ", ".join(sorted(set(self.algorithms.values()))) or (own if isinstance(own, str) and own else None)
 
     @property
     def learning_rates(self) -> dict[str, float]:

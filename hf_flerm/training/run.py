@@ -120,7 +120,8 @@ class FLeRMRun:
             if_refused.callback(self.close)  # else the scaler's hooks would stay in the optimizer
             if base is not None:
                 self._watch.check_own_learning_rates()
-                self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, config)
+                algorithms = {name: group["optimizer"] for group in self._watch.groups for name in group["names"]}
+                self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, algorithms, config)
             self._recorder = Recorder(
                 model,
                 parameters,
