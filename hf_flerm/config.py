@@ -35,6 +35,7 @@ _ALLOWED: Mapping[str, object] = {
     "granularity": Granularity,
     "unmatched": Unmatched,
     "metric": Metric,
+    "positions": Positions,
     "log_by": LogBy,
     "estimator": Estimator,
     "depth": Depth,
@@ -218,21 +219,26 @@ class FLeRMConfig:
             "of the whole model, 'nominal' keeps their learning rate, 'freeze' sets it to 0."
         },
     )
-    metric: str = field(
-        default="euclidean",
-        metadata={"help": "How the size of an output change is measured; see `measure_rates`."},
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the size of an output change is measured: 'euclidean' or 'fisher'; see `measure_rates`. None: "
+            "in mode 'match' as in the profile; in mode 'record' 'fisher' if the outputs are logits of classes or of "
+            "0/1 labels according to labels or config, else 'euclidean'."
+        },
     )
     output: str | OutputFunction | None = field(
         default=None,
         metadata={
-            "help": "Which output of the model is measured; see `measure_rates`. A callable cannot be written to JSON."
+            "help": "Which output of the model is measured; see `measure_rates`. None: the logits, but in mode 'match' "
+            "as in the profile; if the base had a callable, pass it here again. A callable cannot be written to JSON."
         },
     )
     positions: str | None = field(
         default=None,
         metadata={
-            "help": "Which positions count; see `measure_rates`. None: 'attention_mask', but 'labels' in TRL's "
-            "trainers of language models."
+            "help": "Which positions count; see `measure_rates`. None: in mode 'match' as in the profile; in mode "
+            "'record' 'attention_mask', but 'labels' in TRL's trainers of language models."
         },
     )
     measure_every: int = field(
@@ -300,9 +306,7 @@ class FLeRMConfig:
             value = getattr(self, name)
             if not _is_number(value) or not value >= 1:
                 raise ValueError(f"{name} is {value!r}; it must be a number of at least 1.")
-        if self.positions is not None:
-            check_choice("positions", self.positions, values(Positions))
-        MeasuredOutput(self.output, self.positions or "attention_mask", self.metric)
+        MeasuredOutput(self.output, self.positions or "attention_mask", self.metric or "euclidean")
         if self.snapshot_device is not None:
             try:
                 torch.device(self.snapshot_device)
@@ -369,8 +373,9 @@ def check_config(config: object) -> FLeRMConfig:
 
 def _check_choices(config: Any) -> None:
     for entry in fields(config):
-        if entry.name in _ALLOWED:
-            check_choice(entry.name, getattr(config, entry.name), values(_ALLOWED[entry.name]))
+        value = getattr(config, entry.name)
+        if entry.name in _ALLOWED and not (value is None and entry.default is None):
+            check_choice(entry.name, value, values(_ALLOWED[entry.name]))
 
 
 def _check_known(what: str, given: Mapping[str, Any], known: set[str]) -> None:

@@ -190,7 +190,8 @@ def plan(
         optimizer: Function that creates the optimizer of a model, if `args.optim` does not name it.
         data_collator: Collate function of the training.
         probe_dataset: Examples to probe with. None: examples of the training set.
-        config: Options of the measurement. None: the defaults, with output, positions and metric of the profile.
+        config: Options of the measurement. None: the defaults. Output, positions and metric are the profile's if not
+            set; if the base's output was a callable, pass it here.
         callbacks: Callbacks for the training of the copy.
 
     Raises:
@@ -209,7 +210,7 @@ def plan(
     everything = map_profile(base, model, granularity="global")
     base_rate = base.about.learning_rate or args.learning_rate
     settings = replace(
-        config or FLeRMConfig(**base.about.config_units),
+        config or FLeRMConfig(),
         mode="match",
         profile=base,
         granularity="global",
