@@ -82,10 +82,11 @@ def measure_rates(
             `(model, batch) -> tensor` with examples first; every entry of its tensor counts.
         positions: Which positions count: those that are not padding (`attention_mask`), or those with a label that the
             loss uses (`labels`).
-        metric: Metric of output changes: `euclidean`, the root mean square over all outputs, or `fisher`: omega has the
-            covariance of the predicted distribution's Fisher matrix, so that rate^2 * lr^2 / 2 is the KL divergence, in
-            nats per position, between the predictions before and after a small step. The labels or the config determine
-            the distribution: classes, independent 0/1 labels, or a regression with unit variance.
+        metric: Metric of output changes: `euclidean` (the default here, whatever the output is), the root mean square
+            over all outputs, or `fisher`: omega has the covariance of the predicted distribution's Fisher matrix, so
+            that rate^2 * lr^2 / 2 is the KL divergence, in nats per position, between the predictions before and after
+            a small step. The labels or the config determine the distribution: classes, independent 0/1 labels, or a
+            regression with unit variance.
         target_error: Stop once the relative standard error of every rate is at most this value. `exact` has no error
             and uses every batch.
         generator: Random generator for omega. None: seeded from torch's global generator, whose state is restored.
