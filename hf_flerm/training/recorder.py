@@ -51,7 +51,6 @@ class Recorder:
         config: The options of the run.
         probe_data: Examples to probe with.
         arguments: Settings of the training for the profile's metadata; see `provenance`.
-        matched: Further combinations of tensors whose joint rates are needed, to match.
 
     Raises:
         ValueError: If the model lacks the output or, in mode 'match', cannot run on the probe data.
@@ -65,7 +64,6 @@ class Recorder:
         config: FLeRMConfig,
         probe_data: ProbeData,
         arguments: Mapping[str, Any] | None,
-        matched: Iterable[Shares],
     ) -> None:
         self._model = model
         self._engine = engine = engine_of(model)
@@ -86,21 +84,19 @@ class Recorder:
         )
         self._probe_data = probe_data
         self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}
-        joint = [shares for paths in self._joint.values() for shares in paths.values()]
-        self._sum_over_processes = ProcessSum(
-            product_shapes(parameters, engine), research.estimator, [*joint, *matched]
-        )
+        self._sum_over_processes = ProcessSum(product_shapes(parameters, engine), research.estimator)
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
         metadata = provenance(model, parameters, optimizer, config, probe_data, arguments)
         self.profile = empty_profile(metadata, self._joint)
         self.last_measurement: Measurement | None = None
 
-    def record(self, step: int, update: StepUpdate) -> Measurement | None:
+    def record(self, step: int, update: StepUpdate, matched: Iterable[Shares]) -> Measurement | None:
         """Measure an update and append its rates to the profile; a collective call.
 
         Args:
             step: The optimizer step that made the update.
             update: The update.
+            matched: Further combinations of tensors whose joint rates are needed, to match; the same on every process.
 
         Returns:
             The measurement of all processes together; None if the step changed no weight, on any process.
@@ -114,7 +110,8 @@ class Recorder:
         if self._metric_is_open:
             self._choose_metric(update.attempt)
         own = update.attempt.run(partial(self._probed, step, update)) if moved else None
-        measurement = self._sum_over_processes(own, update.attempt.failure)
+        joint_shares = [shares for paths in self._joint.values() for shares in paths.values()]
+        measurement = self._sum_over_processes(own, [*joint_shares, *matched], update.attempt.failure)
         if measurement is None:
             return None
         self._check(measurement)
@@ -177,7 +174,7 @@ class Recorder:
                 found = attempt.run(partial(default, batch))
         failed, is_euclidean = any_process([found is None, found == "euclidean"])
         if failed:
-            self._sum_over_processes(None, attempt.failure)
+            self._sum_over_processes(None, [], attempt.failure)
         self._set_metric("euclidean" if is_euclidean else "fisher")
 
     def _set_metric(self, metric: str) -> None:
