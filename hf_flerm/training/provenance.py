@@ -148,14 +148,19 @@ def with_units_of(profile: RateProfile, config: FLeRMConfig) -> FLeRMConfig:
         config: The options of the matched run.
 
     Raises:
-        RateProfileError: If what the profile says is not allowed, or not together with what is set.
+        RateProfileError: If what is set differs from the profile, or what the profile says is not allowed.
     """
     recorded = {"metric": "euclidean", **profile.about.config_units}
     if callable(config.output):
         recorded.pop("positions", None)  # the function chooses them
     unset = {name: value for name, value in recorded.items() if getattr(config, name) is None}
+    metric = unset.pop("metric", config.metric)
     try:
-        return replace(config, **unset)
+        config = replace(config, **unset)
+        check_units(profile, config, "the profile")  # before an output that is set meets the profile's metric
+        return replace(config, metric=metric)
+    except RateProfileError:
+        raise
     except ValueError as error:
         raise RateProfileError(f"the profile was recorded with {unset}, which this run cannot use: {error}") from error
 
