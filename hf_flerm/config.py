@@ -37,6 +37,7 @@ _ALLOWED: Mapping[str, object] = {
     "granularity": Granularity,
     "unmatched": Unmatched,
     "metric": Metric,
+    "positions": Positions,
     "log_by": LogBy,
     "estimator": Estimator,
     "depth": Depth,
@@ -45,7 +46,7 @@ _ALLOWED: Mapping[str, object] = {
     "rules": Rules,
 }
 # Options that may also be None.
-_OPTIONAL = ("granularity", "policy")
+_OPTIONAL = ("granularity", "metric", "policy", "positions")
 
 Config = TypeVar("Config", bound=type)
 
@@ -238,21 +239,26 @@ class FLeRMConfig:
             "of the whole model, 'nominal' keeps their learning rate, 'freeze' sets it to 0."
         },
     )
-    metric: str = field(
-        default="euclidean",
-        metadata={"help": "How the size of an output change is measured; see `measure_rates`."},
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the size of an output change is measured: 'euclidean' or 'fisher'; see `measure_rates`. None: "
+            "in mode 'match' as in the profile; in mode 'record' 'fisher' if the outputs are logits of classes or of "
+            "0/1 labels according to labels or config, else 'euclidean'."
+        },
     )
     output: str | OutputFunction | None = field(
         default=None,
         metadata={
-            "help": "Which output of the model is measured; see `measure_rates`. A callable cannot be written to JSON."
+            "help": "Which output of the model is measured; see `measure_rates`. None: the logits, but in mode 'match' "
+            "as in the profile; if the base had a callable, pass it here again. A callable cannot be written to JSON."
         },
     )
     positions: str | None = field(
         default=None,
         metadata={
-            "help": "Which positions count; see `measure_rates`. None: 'attention_mask', but 'labels' in TRL's "
-            "trainers of language models."
+            "help": "Which positions count; see `measure_rates`. None: in mode 'match' as in the profile; in mode "
+            "'record' 'attention_mask', but 'labels' in TRL's trainers of language models."
         },
     )
     measure_every: int = field(
@@ -320,9 +326,7 @@ class FLeRMConfig:
             value = getattr(self, name)
             if not _is_number(value) or not value >= 1:
                 raise ValueError(f"{name} is {value!r}; it must be a number of at least 1.")
-        if self.positions is not None:
-            check_choice("positions", self.positions, values(Positions))
-        MeasuredOutput(self.output, self.positions or "attention_mask", self.metric)
+        MeasuredOutput(self.output, self.positions or "attention_mask", self.metric or "euclidean")
         if self.snapshot_device is not None:
             try:
                 torch.device(self.snapshot_device)

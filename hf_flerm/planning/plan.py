@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from ..choices import Decision, Policy
+from ..choices import Decision
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.rate_profile import RateProfile, RateProfileError
@@ -94,7 +94,7 @@ def estimate(
     return factors(overall, everything).get(""), factors(by_kind, mapped)
 
 
-def advise(measured: Multiplier, change: Change, policy: Policy) -> Multiplier:
+def advise(measured: Multiplier, change: Change, policy: str) -> Multiplier:
     """Turn the measured factor on the base's learning rate into advice.
 
     A measured factor is only as good as the method. What is done about it depends on the change, as `strategy` does:
@@ -107,7 +107,7 @@ def advise(measured: Multiplier, change: Change, policy: Policy) -> Multiplier:
     Args:
         measured: The measured factor for all tensors together; its error is that of sampling.
         change: How the target differs from the base.
-        policy: What a matched run does.
+        policy: What a matched run does, one of `hf_flerm.choices.Policy`.
 
     Returns:
         The advised factor. Its error includes the method's.

@@ -5,8 +5,8 @@
     [N, C]                bernoulli for several labels at once, normal for a regression
     [N, T], [N, H, W]     bernoulli, one for each position
 
-The labels (shape, dtype) or the config (`problem_type`, `num_labels`) determine both. If they do not, OutputError is
-raised.
+The labels (shape, dtype) or the config (`problem_type`, `num_labels`, `vocab_size`) determine both. Where they say
+nothing, `distribution_of` takes a last dimension of at least two entries for classes, or raises OutputError.
 """
 
 from __future__ import annotations
@@ -39,21 +39,11 @@ def distribution_of(model: nn.Module, batch: Batch, logits: Tensor) -> Distribut
         The distribution and its class dimension (for `bernoulli` and `normal`: of the entries of a position).
 
     Raises:
-        OutputError: If neither the labels nor the config determine the distribution.
+        OutputError: If the labels and the config contradict every distribution.
     """
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    if logits.ndim == 2 and problem in _BY_PROBLEM:
-        return _BY_PROBLEM[problem]
-    labels = batch.get("labels")
-    found = None
-    if not isinstance(labels, Tensor):
-        found = _by_config(model, logits)
-    elif labels.is_floating_point():
-        found = _by_numbers(model, logits, labels)
-    else:
-        found = _by_classes(model, batch, logits, labels)
+    found = known_distribution(model, batch, logits) or _assumed(model, batch, logits)
     if found is None:
+        labels = batch.get("labels")
         shapes = f", the labels {tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else ""
         raise OutputError(
             "metric 'fisher' needs the logits of at least two classes, along a dimension that the labels or the config "
@@ -61,6 +51,34 @@ def distribution_of(model: nn.Module, batch: Batch, logits: Tensor) -> Distribut
             "metric='euclidean', or output=(model, batch) -> tensor with classes along the last dimension."
         )
     return found
+
+
+def known_distribution(model: nn.Module, batch: Batch, outputs: Tensor) -> Distribution | None:
+    """Find the distribution that outputs parametrize, if labels or config determine it; arguments as above.
+
+    Returns:
+        As `distribution_of`; None if the outputs may be something else than logits, for instance embeddings.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if outputs.ndim == 2 and problem in _BY_PROBLEM:
+        return _BY_PROBLEM[problem]
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return _by_config(model, outputs)
+    if labels.is_floating_point():
+        return _by_numbers(model, outputs, labels)
+    return _by_classes(model, batch, outputs, labels)
+
+
+def _assumed(model: nn.Module, batch: Batch, logits: Tensor) -> Distribution | None:
+    """Take the last dimension for classes, unless floating-point labels or the images of a model speak against it."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        return None
+    is_image = getattr(base_model(model), "main_input_name", "") == "pixel_values"
+    if logits.ndim in (2, 3) and logits.shape[-1] > 1 and not (is_image and logits.ndim == 3):
+        return "categorical", -1
+    return None
 
 
 def _is_classifier(model: nn.Module, logits: Tensor) -> bool:
@@ -100,9 +118,6 @@ def _by_config(model: nn.Module, logits: Tensor) -> Distribution | None:
         return "categorical", -1
     if logits.ndim > 2 and logits.shape[1] == classes:
         return ("categorical" if classes > 1 else "bernoulli"), 1
-    is_image = getattr(base_model(model), "main_input_name", "") == "pixel_values"
-    if logits.ndim in (2, 3) and logits.shape[-1] > 1 and not (is_image and logits.ndim == 3):
-        return "categorical", -1
     return None
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -19,7 +19,7 @@ from .. import choices
 from ..choices import check_choice
 from ..engines import engine_of
 from ..model.isolation import checkpointed, trainable, undisturbed
-from .distributions import distribution_of
+from .distributions import distribution_of, known_distribution
 from .metrics import FISHER, METRICS, Metric
 from .model_call import (
     Batch,
@@ -63,8 +63,9 @@ class OutputValues:
             of the metric: the identity or a Fisher matrix.
         """
         values = self.values
-        noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=values.dtype)
-        return self.metric.draw(self._allowed_values(), noise.to(values.device)) * self.weight
+        dtype = values.dtype if self._roots is None else self._roots.dtype
+        noise = torch.randn(values.shape, generator=generator, device=generator.device, dtype=dtype)
+        return self.metric.draw(self._roots, noise.to(values.device)).mul_(self.weight).to(values.dtype)
 
     def in_metric(self, change: Tensor) -> Tensor:
         """Transform a change of the output so that the sum of squares is its squared size in the metric.
@@ -75,7 +76,7 @@ class OutputValues:
         Returns:
             A tensor shaped like `values`, 0 where an entry does not count.
         """
-        return self.metric.project(self._allowed_values(), change) * self.weight
+        return self.metric.project(self._roots, change) * self.weight
 
     def count(self, width: int | None = None) -> float:
         """Count the outputs.
@@ -92,11 +93,13 @@ class OutputValues:
         entries = (width or self.values.shape[-1]) if self.weight.shape[-1] == 1 else 1
         return float(self.weight.count_nonzero()) * entries
 
-    def _allowed_values(self) -> Tensor:
-        """Return the values, with -inf for classes that do not count (starts of answers in the padding)."""
-        if self.metric.counts_entries or self.weight.shape[-1] == 1:
-            return self.values
-        return self.values.masked_fill(self.weight == 0, -torch.inf)
+    @cached_property
+    def _roots(self) -> Any:
+        """The roots of the metric; the probability of classes that do not count (starts in the padding) is 0."""
+        if self.metric.roots is None:
+            return None
+        is_masked = self.weight.shape[-1] > 1
+        return self.metric.roots(self.values.masked_fill(self.weight == 0, -torch.inf) if is_masked else self.values)
 
 
 @dataclass
@@ -167,39 +170,72 @@ class MeasuredOutput:
                 f"{type(base_model(model)).__name__}.forward does not accept {refused}: probes drop these columns."
             )
 
-    def __call__(self, model: nn.Module, batch: Batch) -> OutputValues:
+    def __call__(self, model: nn.Module, batch: Batch, metric: Metric | None = None) -> OutputValues:
         """Run a model on a batch and read its output.
 
         Args:
             model: The model.
             batch: A batch as for training, on the model's device.
+            metric: The metric of an earlier output, for a model whose last layer is bypassed: what is read is not
+                logits then. None: as the labels or the config say.
 
         Raises:
             OutputError: If the model has no such output, no entry of it counts, or the metric does not apply to it.
         """
-        if callable(self.output):
-            read = _ModelOutput(_checked_tensor(self.output(model, batch)), -1)
-            weight = None
-        else:
-            left_out = candidate_exclusions(model, batch)[0] if self._left_out is None else self._left_out
-            read = OUTPUTS[self.output or "logits"](model, call_inputs(model, batch, left_out))
-            _checked_tensor(read.values)
+        read = self._read(model, batch)
+        weight = None
+        if not callable(self.output):
             weigh = labeled_weight if self.positions == "labels" else unpadded_weight
             weight = weigh(model, batch, read.values)
         values = read.values
         if weight is None:
             weight = values.new_ones(()).expand([1] * values.ndim)
-        metric = METRICS[self.metric]
-        if self.metric == "fisher" or self.output == "log_probs":
-            distribution, dim = self._distribution(model, batch, read)
-            metric = FISHER[distribution] if self.metric == "fisher" else metric
-            # Move the entries of a position to the last dimension: [N, C, H, W] -> [N, H, W, C].
-            values, weight = (x.unsqueeze(-1) if dim is None else x.movedim(dim, -1) for x in (values, weight))
+        if metric is None:
+            metric = METRICS[self.metric]
+            if self.metric == "fisher" or self.output == "log_probs":
+                distribution, dim = self._distribution(model, batch, read)
+                metric = FISHER[distribution] if self.metric == "fisher" else metric
+                if dim is None:
+                    values, weight = values.unsqueeze(-1), weight.unsqueeze(-1)
+                elif dim % values.ndim != values.ndim - 1:  # [N, C, H, W] -> [N, H, W, C]
+                    values, weight = values.movedim(dim, -1), weight.movedim(dim, -1)
         if self.output == "log_probs":
             values = values.log_softmax(-1, dtype=torch.promote_types(values.dtype, torch.float32))
         if not bool(weight.any()):
             raise OutputError("every position of a probe batch is padding, or labeled -100: no output counts.")
         return OutputValues(values, weight.expand(*values.shape[:-1], weight.shape[-1]), metric)
+
+    def default_metric(self, model: nn.Module, batch: Batch) -> str:
+        """Return the metric for this output where the user chooses none, by running the model without gradients.
+
+        Args:
+            model: The model.
+            batch: A batch as for training, on the model's device.
+
+        Returns:
+            'fisher' if the output is logits of classes or of 0/1 labels according to the batch's labels or the config
+            (`distributions.py`). 'euclidean' for everything else: regressions, where Fisher's metric is the same up to
+            a factor, embeddings, hidden states, log-probabilities and the outputs of callables.
+        """
+        if self.output not in (None, "logits"):
+            return "euclidean"
+        if not engine_of(model).sharded:
+            self.prepare(model, batch)
+        with torch.no_grad():
+            read = self._read(model, batch)
+        if read.class_dim is not None:
+            return "fisher"
+        found = known_distribution(model, batch, read.values)
+        return "euclidean" if found is None or found[0] == "normal" else "fisher"
+
+    def _read(self, model: nn.Module, batch: Batch) -> _ModelOutput:
+        """Run the model, and read the tensor that is the output."""
+        if callable(self.output):
+            return _ModelOutput(_checked_tensor(self.output(model, batch)), -1)
+        left_out = candidate_exclusions(model, batch)[0] if self._left_out is None else self._left_out
+        read = OUTPUTS[self.output or "logits"](model, call_inputs(model, batch, left_out))
+        _checked_tensor(read.values)
+        return read
 
     def _distribution(self, model: nn.Module, batch: Batch, read: _ModelOutput) -> tuple[str, int | None]:
         """Return the distribution of the logits, and the dimension of the entries of a position."""

@@ -34,10 +34,11 @@ from ..model.names import resolve_names
 from ..optimizer.step import UnitUpdates
 from .estimators import FALLBACK_ESTIMATOR, WEIGHT_GRADIENT_ESTIMATORS
 from .measurement import Measurement, Samples
+from .metrics import Metric
 from .model_call import Batch
 from .outputs import MeasuredOutput, OutputFunction, OutputValues, check_differentiable, num_examples
 from .per_example.gates import Gates
-from .per_example.linear_head import LinearHead, bypassed, find_linear_head, is_same_up_to_dtype
+from .per_example.linear_head import ChunkedHead, Draw, LinearHead, bypassed, find_linear_head, is_same_up_to_dtype
 from .per_example.sites import Site, owners
 from .per_example.tangents import jvp, replaced_parameters
 from .per_example.verification import VerifiedSites
@@ -81,10 +82,11 @@ def measure_rates(
             `(model, batch) -> tensor` with examples first; every entry of its tensor counts.
         positions: Which positions count: those that are not padding (`attention_mask`), or those with a label that the
             loss uses (`labels`).
-        metric: Metric of output changes: `euclidean`, the root mean square over all outputs, or `fisher`: omega has the
-            covariance of the predicted distribution's Fisher matrix, so that rate^2 * lr^2 / 2 is the KL divergence, in
-            nats per position, between the predictions before and after a small step. The labels or the config determine
-            the distribution: classes, independent 0/1 labels, or a regression with unit variance.
+        metric: Metric of output changes: `euclidean` (the default here, whatever the output is), the root mean square
+            over all outputs, or `fisher`: omega has the covariance of the predicted distribution's Fisher matrix, so
+            that rate^2 * lr^2 / 2 is the KL divergence, in nats per position, between the predictions before and after
+            a small step. The labels or the config determine the distribution: classes, independent 0/1 labels, or a
+            regression with unit variance.
         target_error: Stop once the relative standard error of every rate is at most this value. `exact` has no error
             and uses every batch.
         generator: Random generator for omega. None: seeded from torch's global generator, whose state is restored.
@@ -145,6 +147,7 @@ class RateProbe:
         self._paths: dict[str, str] = {}  # canonical name: name in named_parameters()
         self._head_name: str | None = None
         self._head_sought = self.engine.sharded  # a sharded head cannot be skipped: its weight is never whole
+        self._head_metric: Metric | None = None
         self._head: LinearHead | None = None
 
     def measure(
@@ -304,9 +307,8 @@ class RateProbe:
             estimators = {name: self._weight_gradient_estimator(tensors[name]) for name in by_gradient}
             reductions = {name: partial(_statistics, updates, name, estimators[name]) for name in by_gradient}
             # The graph (and, for speed, tangents) is kept for all but the last backward pass.
-            for probe in range(self.probes_per_batch):
+            for probe, (omega, of_head) in enumerate(self._draws(out, head, generator)):
                 is_last = probe + 1 == self.probes_per_batch
-                omega, of_head = (out.omega(generator), {}) if head is None else head.draw(out, generator)
                 derivatives, statistics = gates.differentiate(
                     out.values, omega, reductions, retain_graph=not is_last, keep_tangents=not is_last
                 )
@@ -317,6 +319,14 @@ class RateProbe:
                 for name in by_gradient:
                     samples.add_statistics(name, estimators[name], statistics.get(name))
                 samples.count_outputs(num_outputs)
+
+    def _draws(self, out: OutputValues, head: LinearHead | None, generator: torch.Generator) -> Iterator[Draw]:
+        """Yield, for each probe on one forward pass, what is sent into the output and D phi_n of a head skipped."""
+        if head is not None:
+            yield from head.draws(out, generator, self.probes_per_batch)
+        else:
+            for _ in range(self.probes_per_batch):
+                yield out.omega(generator), {}
 
     def _has_gates(self, name: str) -> bool:
         return self.estimator == "per_example" and name in self._sites.sites
@@ -340,7 +350,7 @@ class RateProbe:
                 gates = attempt.enter_context(self._sites.gates(names, tensors, updates, batch, skip=self._head_name))
                 hidden = attempt.enter_context(bypassed(head.module))
                 try:
-                    out = self.output(self.model, batch)
+                    out = self.output(self.model, batch, self._head_metric)
                 except Exception:  # if skipping the head is not the cause, the run below raises it again
                     hidden.clear()
                 if len(hidden) == 1 and is_same_up_to_dtype(out.values, hidden[0]) and out.weight.shape[-1] == 1:
@@ -387,10 +397,16 @@ class RateProbe:
 
     def _seek_head(self, batch: Batch) -> None:
         """Look once for a last linear layer whose output is the model's output."""
-        if not self._head_sought:
-            self._head_sought = True
-            if self.output.metric == "euclidean":
-                self._head_name = find_linear_head(self.model, lambda: self.output(self.model, batch).values)
+        if self._head_sought:
+            return
+        self._head_sought = True
+
+        def forward() -> Tensor:
+            out = self.output(self.model, batch)
+            self._head_metric = out.metric
+            return out.values
+
+        self._head_name = find_linear_head(self.model, forward)
 
     def _linear_head(self, tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor]) -> LinearHead | None:
         """Return the last linear layer if it can be skipped; computed once per measurement.
@@ -412,7 +428,12 @@ class RateProbe:
         if self._head is not None and self._head.names != measured:
             self._head = None
         if self._head is None and LinearHead.saves_work(module, len(measured)):
-            self._head = LinearHead(module, {a: (name, updates[name]) for a, name in measured.items()})
+            of_head = {attribute: (name, updates[name]) for attribute, name in measured.items()}
+            metric = self._head_metric
+            if metric is None or metric.roots is None:
+                self._head = LinearHead(module, of_head)
+            else:
+                self._head = ChunkedHead(module, of_head, metric)
         return self._head
 
     def _weight_gradient_estimator(self, tensor: TensorAliases) -> str:
@@ -422,7 +443,8 @@ class RateProbe:
         if self.estimator != "kronecker_output":
             return self.estimator
         holders = [site.module for parameter in tensor.parameters for site in owners(self.model, parameter)]
-        return self.estimator if holders == [self._head_name] else FALLBACK_ESTIMATOR
+        is_head = holders == [self._head_name] and self.output.metric == "euclidean"  # else its outputs are dependent
+        return self.estimator if is_head else FALLBACK_ESTIMATOR
 
 
 def _shared_updates(tensors: Mapping[str, TensorAliases], updates: Mapping[str, Tensor]) -> dict[str, str]:

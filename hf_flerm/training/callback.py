@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines.processes import are_several
-from ..profile.common import common_profile
+from ..profile.common import base_profile, common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
+from .provenance import with_units_of
 from .run import FLeRMRun
 from .trl_tasks import trl_task
 
@@ -135,11 +136,14 @@ class FLeRMCallback(TrainerCallback):
         resumed = self._resumed(args, state)
         model, dataloader = kwargs["model"], kwargs.get("train_dataloader")
         task = trl_task(args, model, dataloader, kwargs.get("processing_class"))
-        positions = self.config.positions or (None if callable(self.config.output) else task.positions)
+        base = self.base or base_profile(self.config.profile)
+        # A matched run measures the positions of its base, which the task's do not override.
+        config = self.config if base is None else with_units_of(base, self.config)
+        positions = config.positions or (None if callable(config.output) else task.positions)
         run = FLeRMRun(
             model,
             kwargs["optimizer"],
-            replace(self.config, profile=self.base or self.config.profile, positions=positions),
+            replace(config, profile=base, positions=positions),
             dataloader,
             probe_dataset=self.probe_dataset,
             collate_fn=task.collate_fn,

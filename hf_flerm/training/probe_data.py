@@ -158,8 +158,7 @@ class ProbeData:
         except ModelCallError as error:
             if num_examples(self.test_batch) == 1:
                 raise
-            with kept_random_state(PartialState().device), own_generators(*self._drawing):
-                (single,) = self._collated(self._collate, [0])
+            single = self.single()
             try:
                 run(single)
             except ModelCallError:
@@ -167,6 +166,12 @@ class ProbeData:
             self._warn_of_single_examples(error.__cause__ or error)
             self.num_batches *= self.batch_size
             self.batch_size, self.test_batch = 1, single
+
+    def single(self) -> Batch:
+        """Return a batch of the first example alone."""
+        with kept_random_state(PartialState().device), own_generators(*self._drawing):
+            (batch,) = self._collated(self._collate, [0])
+        return batch
 
     def drawn(self, step: int, device: torch.device) -> tuple[Iterator[Batch], torch.Generator]:
         """Draw the batches for the measurement of a step; each process draws different ones.

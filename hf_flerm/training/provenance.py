@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -145,8 +146,35 @@ def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str,
     }
 
 
+def with_units_of(profile: RateProfile, config: FLeRMConfig) -> FLeRMConfig:
+    """Return options with the output, positions and metric of a base's profile where they are not set.
+
+    Args:
+        profile: The profile of the base. If it does not say by which metric, its rates are euclidean.
+        config: The options of the matched run.
+
+    Raises:
+        RateProfileError: If what is set differs from the profile, or what the profile says is not allowed.
+    """
+    recorded = {"metric": "euclidean", **profile.about.config_units}
+    if callable(config.output):
+        recorded.pop("positions", None)  # the function chooses them
+    unset = {name: value for name, value in recorded.items() if getattr(config, name) is None}
+    metric = unset.pop("metric", config.metric)
+    try:
+        config = replace(config, **unset)
+        check_units(profile, config, "the profile")  # before an output that is set meets the profile's metric
+        return replace(config, metric=metric)
+    except RateProfileError:
+        raise
+    except ValueError as error:
+        raise RateProfileError(f"the profile was recorded with {unset}, which this run cannot use: {error}") from error
+
+
 def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
     """Raise RateProfileError if a profile was measured with another output, other positions or another metric.
+
+    A metric that is not chosen yet fits every profile.
 
     Args:
         profile: The profile.
@@ -155,10 +183,13 @@ def check_units(profile: RateProfile, config: FLeRMConfig, which: str) -> None:
     """
     recorded = profile.about.units
     for name, value in _units(config).items():
-        if recorded.get(name, value) != value:
+        if value is not None and recorded.get(name, value) != value:
+            remedy = f"Use {name}={recorded[name]!r}, as in the profile."
+            if recorded[name] == CALLABLE:
+                remedy = "Pass output=(model, batch) -> tensor, the function of the base run."
             raise RateProfileError(
                 f"{which} was recorded with {name}={recorded[name]!r}, this run has {value!r}: "
-                f"their rates cannot be compared. Use {name}={recorded[name]!r}, as in the profile."
+                f"their rates cannot be compared. {remedy}"
             )
 
 
@@ -203,7 +234,7 @@ def warn_of_other_learning_rate(profile: RateProfile, own: RateProfile) -> None:
         )
 
 
-def _units(config: FLeRMConfig) -> dict[str, str]:
+def _units(config: FLeRMConfig) -> dict[str, str | None]:
     output = CALLABLE if callable(config.output) else config.output or "logits"
     return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
 

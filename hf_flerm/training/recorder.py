@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.optim import Optimizer
@@ -15,11 +16,15 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
+from ..engines.attempt import Attempt
+from ..engines.processes import any_process
+from ..model.isolation import undisturbed
 from ..model.names import preview, tensor_kinds
 from ..optimizer.watch import StepUpdate
+from ..profile.metadata import SETTINGS
 from ..profile.rate_profile import RateProfile
 from ..rates.measurement import UNUSED, Measurement
-from ..rates.model_call import ModelCallError
+from ..rates.model_call import Batch, ModelCallError
 from ..rates.outputs import MeasuredOutput
 from ..rates.probe import RateProbe
 from ..rates.process_sum import ProcessSum
@@ -63,9 +68,12 @@ class Recorder:
         probe_data: ProbeData,
         arguments: Mapping[str, Any] | None,
     ) -> None:
-        engine = engine_of(model)
+        self._model = model
+        self._engine = engine = engine_of(model)
         self._device = engine.device(next(iter(parameters.values())))
-        output = MeasuredOutput(config.output, config.positions or "attention_mask", config.metric)
+        metric = config.metric or "euclidean"
+        self._output = output = MeasuredOutput(config.output, config.positions or "attention_mask", metric)
+        self._metric_is_open = config.metric is None  # then the first measurement chooses it
         if not engine.sharded:
             try:
                 probe_data.check(partial(output.check, model, device=self._device))
@@ -101,7 +109,10 @@ class Recorder:
         """
         if not any(update.learning_rates.values()):
             return None  # the start of a warm-up; then `Schedule` makes the next step due
-        own = update.attempt.run(partial(self._probed, step, update)) if update.moved() else None
+        moved = update.moved()
+        if self._metric_is_open:
+            self._choose_metric(update.attempt)
+        own = update.attempt.run(partial(self._probed, step, update)) if moved else None
         joint_shares = [shares for paths in self._joint.values() for shares in paths.values()]
         measurement = self._sum_over_processes(own, [*joint_shares, *matched], update.attempt.failure)
         if measurement is None:
@@ -122,11 +133,14 @@ class Recorder:
         }
 
     def resume(self, profile: RateProfile, config: FLeRMConfig) -> None:
-        """Continue from the profile of a checkpoint.
+        """Continue from the profile of a checkpoint, in its metric unless this run's config names one.
 
         Raises:
             RateProfileError: If its tensors, output, positions or metric differ from this run's.
         """
+        metric = profile.about.units.get("metric") or ("euclidean" if len(profile.steps) else None)
+        if self._metric_is_open and metric is not None:
+            self._set_metric(metric)
         self.profile = resumed_profile(profile, self.profile, config)
 
     def by_kind(self, what: str, by_tensor: Mapping[str, float]) -> dict[str, float]:
@@ -144,6 +158,33 @@ class Recorder:
             if value > 0:
                 logs.setdefault(self._logged_as[name], []).append(math.log(value))
         return {f"flerm/{what}/{kind}": math.exp(sum(values) / len(values)) for kind, values in logs.items()}
+
+    def _choose_metric(self, attempt: Attempt) -> None:
+        """Choose the metric by the model's output for one example, the same on all processes; a collective call.
+
+        Raises:
+            Exception: On every process, if it failed on one; see `ProcessSum`. The next measurement tries again.
+        """
+
+        def default(batch: Batch) -> str:
+            return self._output.default_metric(self._model, send_to_device(dict(batch), self._device))
+
+        found = None
+        self._engine.release()
+        with undisturbed(self._model, self._device), self._engine.released_after():
+            batch = attempt.run(self._probe_data.single)
+            if batch is not None:  # on every process that runs the model together with this one
+                found = attempt.run(partial(default, batch))
+        failed, is_euclidean = any_process([found is None, found == "euclidean"])
+        if failed:
+            self._sum_over_processes(None, [], attempt.failure)
+        self._set_metric("euclidean" if is_euclidean else "fisher")
+
+    def _set_metric(self, metric: str) -> None:
+        self._output.metric = metric
+        self._metric_is_open = False
+        metadata = {**self.profile.metadata, SETTINGS: {**self.profile.about.settings, "metric": metric}}
+        self.profile = RateProfile(self.profile.steps, self.profile.rates, metadata, self.profile.joint_rates)
 
     def _probed(self, step: int, update: StepUpdate) -> Measurement:
         """Probe the model with the weights from before the step; if memory runs out, retry with half the batch size."""

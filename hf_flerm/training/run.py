@@ -27,7 +27,7 @@ from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
 from .failures import Failures
 from .probe_data import ProbeData
-from .provenance import warn_of_other_learning_rate
+from .provenance import warn_of_other_learning_rate, with_units_of
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
@@ -91,7 +91,10 @@ class FLeRMRun:
         gradient_accumulation_steps: int | None = None,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        self._config = config = replace(check_config(config), positions=config.positions or "attention_mask")
+        base = base_profile(check_config(config).profile)
+        if base is not None:
+            config = with_units_of(base, config)
+        self._config = config = replace(config, positions=config.positions or "attention_mask")
         self._wrapped = model
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         self._engine = engine_of(model)
@@ -115,7 +118,6 @@ class FLeRMRun:
         self._accumulation = getattr(optimizer[0] if several else optimizer, "gradient_state", None)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
-        base = base_profile(config.profile)
         with ExitStack() as if_refused:
             if_refused.callback(self.close)  # else the scaler's hooks would stay in the optimizer
             if base is not None:

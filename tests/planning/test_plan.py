@@ -105,7 +105,7 @@ def test_what_is_measured_is_what_the_profile_has(tmp_path: Path) -> None:
     same = plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig(metric="fisher"))
     assert advice.to_dict() == same.to_dict()
     with pytest.raises(RateProfileError, match="recorded with metric='fisher', this run has 'euclidean'"):
-        plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig())
+        plan(lora(rank=4), args, Rows(), base, steps=3, config=FLeRMConfig(metric="euclidean"))
 
 
 def test_another_adapter_is_matched_by_module(tmp_path: Path) -> None:

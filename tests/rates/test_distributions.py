@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_flerm import measure_rates
 from hf_flerm.rates.metrics import FISHER
+from hf_flerm.rates.outputs import OutputValues
 from tests.shared.cases import perturb, seeded, text
 from tests.shared.reference import Batch, float64_copy
 
@@ -215,7 +216,7 @@ def test_the_fisher_rate_is_the_size_of_the_change_in_kl_divergence(name: str) -
 def test_fisher_draws_have_the_covariance_of_the_distribution(distribution: str) -> None:
     logits = torch.tensor([0.3, -1.0, 2.0])
     draws = 200_000
-    omega = FISHER[distribution].draw(logits.expand(draws, 3), torch.randn(draws, 3, generator=seeded(0)))
+    omega = OutputValues(logits.expand(draws, 3), torch.ones(draws, 1), FISHER[distribution]).omega(seeded(0))
     p = logits.sigmoid()
     variances = p * (1 - p) if distribution == "bernoulli" else torch.ones(3)
     error = ((variances.outer(variances) + variances.diag().square()) / draws).sqrt()

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForTokenClassification, T5Config, T5For
 from hf_flerm import measure_rates
 from hf_flerm.choices import Positions, values
 from hf_flerm.rates.metrics import METRICS
-from hf_flerm.rates.outputs import OUTPUTS, MeasuredOutput
+from hf_flerm.rates.outputs import OUTPUTS, MeasuredOutput, OutputValues
 from tests.shared.cases import gpt2, llama, perturb, seeded, text
 from tests.shared.reference import Batch, Change, OutputFunction, finite_difference, float64_copy
 
@@ -190,7 +190,7 @@ def test_the_fisher_rate_is_the_size_of_the_change_in_kl_divergence(output: str,
 def test_fisher_draws_have_the_covariance_of_the_softmax() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     draws = 200_000
-    omega = METRICS["fisher"].draw(logits.expand(draws, 4), torch.randn(draws, 4, generator=seeded(0)))
+    omega = OutputValues(logits.expand(draws, 4), torch.ones(draws, 1), METRICS["fisher"]).omega(seeded(0))
     p = logits.softmax(-1)
     expected = torch.diag(p) - p.outer(p)
     # An entry of the sample covariance of Gaussians has variance (C_ii C_jj + C_ij^2) / draws.

@@ -88,7 +88,7 @@ def test_probes_are_taken_until_the_target_or_the_cap(tmp_path: Path, target_err
 @pytest.mark.parametrize(
     ("recorded_with", "matched_with"),
     [
-        ({"metric": "fisher"}, {}),
+        ({"metric": "fisher"}, {"metric": "euclidean"}),
         ({}, {"output": "hidden"}),
         ({"positions": "labels"}, {"positions": "attention_mask"}),
     ],

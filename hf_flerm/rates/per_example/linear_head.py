@@ -9,6 +9,9 @@ U_b [K], with D phi_n = sum_t h . (omega U_V) + omega . U_b. Then (omega V, omeg
 jointly, with the covariance C^T C of the columns C = [V, U_V, U_b] [K, 2 d + 1]:
 
     (omega V, omega U_V, omega . U_b) = noise R^T,  noise ~ N(0, 1),  R R^T = C^T C.
+
+In a metric whose matrix depends on f (Fisher's), the covariance differs from position to position. Then `ChunkedHead`
+computes f, omega and omega C for a few positions at a time: exact too, and N * T * K numbers never exist at once.
 """
 
 from __future__ import annotations
@@ -18,14 +21,22 @@ from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.isolation import replaced_forward
+from ..metrics import Metric
 from ..outputs import OutputValues
 
 # To compute C^T C, the columns of each block are split into this many pieces. Only products on and below the diagonal
 # are computed; the others are their transposes. More pieces save more (up to half of the work), in slower products.
 _PIECES = 4
+
+# Outputs that `ChunkedHead` computes at a time: larger chunks leave the caches of a CPU, smaller ones make thin
+# products.
+_CHUNK = 2**21
+
+Draw = tuple[Tensor, dict[str, Tensor]]  # the gradient of phi at the head's input; {name: D phi_n [N]}
 
 
 class LinearHead:
@@ -42,10 +53,8 @@ class LinearHead:
     def __init__(self, module: nn.Linear, updates: Mapping[str, tuple[str, Tensor]]) -> None:
         self.module = module
         self.names = {attribute: name for attribute, (name, _) in updates.items()}
-        blocks = {"hidden": module.weight.detach()}
-        blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
-        dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        blocks = {key: block.to(dtype) for key, block in blocks.items()}
+        blocks = _columns(module, updates)
+        dtype = blocks["hidden"].dtype
         # V, U_V and U_b differ by orders of magnitude (weights, and weights per learning rate). Divided by their norms,
         # they give a Gram matrix that is as well conditioned as theirs.
         tiny = torch.finfo(dtype).tiny
@@ -74,7 +83,12 @@ class LinearHead:
         """
         return module.out_features > module.in_features * (1 + attributes)
 
-    def draw(self, hidden: OutputValues, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def draws(self, hidden: OutputValues, generator: torch.Generator, count: int) -> Iterator[Draw]:
+        """Yield the draws of several probes on one forward pass; see `draw`."""
+        for _ in range(count):
+            yield self.draw(hidden, generator)
+
+    def draw(self, hidden: OutputValues, generator: torch.Generator) -> Draw:
         """Sample the gradient of phi at the head's input, and D phi_n of the head's measured tensors.
 
         Args:
@@ -91,11 +105,72 @@ class LinearHead:
         with torch.autocast(h.device.type, enabled=False):
             drawn = ((noise * hidden.weight.to(noise)) @ self._root.T).split(list(self._widths.values()), -1)
         draws = {key: part * self._scales[key] for key, part in zip(self._widths, drawn, strict=True)}
-        derivatives = {
-            name: (draws[attribute] * h if attribute == "weight" else draws[attribute]).flatten(1).sum(1)
-            for attribute, name in self.names.items()
-        }
-        return draws["hidden"].to(h.dtype), derivatives
+        return _gradients(draws, h, self.names)
+
+
+class ChunkedHead(LinearHead):
+    """The last linear layer in a metric that depends on its outputs, which it computes a few positions at a time.
+
+    Args:
+        module: The layer.
+        updates: As for `LinearHead`.
+        metric: The metric.
+    """
+
+    def __init__(self, module: nn.Linear, updates: Mapping[str, tuple[str, Tensor]], metric: Metric) -> None:
+        self.module = module
+        self.names = {attribute: name for attribute, (name, _) in updates.items()}
+        self._updates = updates
+        self._metric = metric
+
+    def is_current(self) -> bool:
+        """Whether this object is still valid: the head has no measured tensor. Its weight is read at every draw."""
+        return not self.names
+
+    def draws(self, hidden: OutputValues, generator: torch.Generator, count: int) -> Iterator[Draw]:
+        """Yield the draws of several probes on one forward pass, which share the roots of the metric."""
+        roots_of = self._metric.roots
+        if roots_of is None:
+            raise ValueError("the metric does not depend on the outputs: use LinearHead")
+        shape = hidden.values.shape[:-1]
+        h = hidden.values.detach()
+        rows = h.flatten(0, -2)  # [N T, d]
+        counted = hidden.weight.expand(*shape, 1).flatten().nonzero().squeeze(1)
+        weight, bias = self.module.weight.detach(), self.module.bias
+        columns = _columns(self.module, self._updates)
+        dtype = columns["hidden"].dtype
+        drawn = [
+            {key: rows.new_zeros(len(rows), block.shape[1], dtype=dtype) for key, block in columns.items()}
+            for _ in range(count)
+        ]
+        with torch.no_grad():
+            for chunk in counted.split(max(_CHUNK // len(weight), 1)):
+                roots = roots_of(F.linear(rows[chunk].to(weight.dtype), weight, bias))  # [positions, K]
+                for of_probe in drawn:
+                    noise = torch.randn(roots.shape, generator=generator, device=generator.device, dtype=roots.dtype)
+                    omega = self._metric.draw(roots, noise.to(roots.device)).to(dtype)
+                    with torch.autocast(h.device.type, enabled=False):
+                        for key, block in columns.items():
+                            of_probe[key][chunk] = omega @ block
+        for of_probe in drawn:
+            yield _gradients({key: values.view(*shape, -1) for key, values in of_probe.items()}, h, self.names)
+
+
+def _columns(module: nn.Linear, updates: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the columns C in three blocks, [K, ...] each: V as `hidden`, U_V as `weight`, U_b as `bias`."""
+    blocks = {"hidden": module.weight.detach()}
+    blocks |= {attribute: update.reshape(len(module.weight), -1) for attribute, (_, update) in updates.items()}
+    dtype = torch.promote_types(module.weight.dtype, torch.float32)
+    return {key: block.to(dtype) for key, block in blocks.items()}
+
+
+def _gradients(draws: Mapping[str, Tensor], h: Tensor, names: Mapping[str, str]) -> Draw:
+    """Make the gradient at the head's input h, and D phi_n, of omega C in the blocks of `_columns`, [N, ..., width]."""
+    derivatives = {
+        name: (draws[attribute] * h if attribute == "weight" else draws[attribute]).flatten(1).sum(1)
+        for attribute, name in names.items()
+    }
+    return draws["hidden"].to(h.dtype), derivatives
 
 
 @contextmanager
