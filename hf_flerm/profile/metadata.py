@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -24,7 +24,9 @@ AVERAGED_OVER = "averaged_over"
 UNITS = ("output", "positions", "metric")
 CALLABLE = "callable"  # recorded as `output` if it was a function
 _OBJECTS = (SETTINGS, "kinds", MATCHING, "training_arguments")  # entries that must be JSON objects
-_LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch
+_LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch, or of a count
+# Entries of `optimizer` that do not change an update, or are recorded elsewhere.
+_NO_OPTIONS = {"class", "lr", "weight_decay", "fused", "foreach", "capturable", "differentiable"}
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
@@ -65,8 +67,7 @@ class Adapter:
     @property
     def base_model(self) -> str | None:
         """The folder or repository of the model that the adapter was trained on."""
-        found = self.config.get("base_model_name_or_path")
-        return found if isinstance(found, str) and found else None
+        return _text(self.config.get("base_model_name_or_path"))
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,46 @@ class ProfileMetadata:
         return _positive(self.training_arguments.get("learning_rate"))
 
     @property
+    def optimizer_class(self) -> str | None:
+        """The name of the optimizer's class."""
+        return _text(self.optimizer.get("class"))
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """The optimizer's defaults that influence an update, without learning rate and weight decay."""
+        return {key: value for key, value in self.optimizer.items() if key not in _NO_OPTIONS}
+
+    @property
+    def weight_decay(self) -> float | None:
+        """The largest weight decay of a param group."""
+        return _number(self.training_arguments.get("weight_decay"))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples per optimizer step on all processes together."""
+        return _count(self.training_arguments.get("total_train_batch_size"))
+
+    @property
+    def schedule(self) -> str | None:
+        """The type of the learning-rate schedule."""
+        return _text(self.training_arguments.get("lr_scheduler_type"))
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole training."""
+        return _count(self.training_arguments.get("max_steps"))
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Optimizer steps of the warm-up; older profiles may hold them as a fraction of all steps."""
+        steps, total = _number(self.training_arguments.get("warmup_steps")), self.total_steps
+        if steps is None or steps < 0:
+            return None
+        if 0 < steps < 1:
+            return None if total is None else math.ceil(steps * total)
+        return int(steps)
+
+    @property
     def model_name(self) -> str | None:
         """The repository or folder of the model, else its type, else its class."""
         names = (self.model_config.get("_name_or_path"), self.model_config.get("model_type"), self.raw.get("model"))
@@ -155,14 +196,12 @@ class ProfileMetadata:
     @property
     def dataset_fingerprint(self) -> str | None:
         """The fingerprint that `datasets` gives the training set."""
-        found = self.raw.get("dataset_fingerprint")
-        return found if isinstance(found, str) and found else None
+        return _text(self.raw.get("dataset_fingerprint"))
 
     @property
     def averaged_over(self) -> int | None:
         """How many profiles this one is the average of."""
-        found = self.raw.get(AVERAGED_OVER)
-        return found if type(found) is int and found > 0 else None
+        return _count(self.raw.get(AVERAGED_OVER))
 
     @property
     def sweep(self) -> dict[float, float]:
@@ -229,5 +268,13 @@ def _positive(value: object) -> float | None:
     return number if number is not None and number > 0 else None
 
 
-def _is_size(value: object) -> bool:
+def _count(value: object) -> int | None:
+    return value if _is_size(value) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 < value <= _LARGEST_SIZE

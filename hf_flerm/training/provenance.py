@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
@@ -16,6 +17,7 @@ from ..engines import engine_of
 from ..model.names import tensor_kinds
 from ..profile.metadata import CALLABLE, SETTINGS, UNITS
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
+from ..transfer.differences import differences
 from .probe_data import ProbeData
 
 logger = logging.get_logger(__name__)
@@ -28,6 +30,7 @@ _RECORDED_ARGUMENTS = (
     "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
+    "total_train_batch_size",
     "gradient_accumulation_steps",
     "optim",
     "optim_args",
@@ -60,7 +63,8 @@ def provenance(
         optimizer: The optimizer, unwrapped.
         config: The options of the run.
         probe_data: The source of its probe batches.
-        arguments: Settings of the training. None: learning rate, batch size and accumulation.
+        arguments: Settings of the training. None: learning rate, batch size and accumulation. What the optimizer and
+            the probe data know better (weight decay, examples per step of all processes) replaces what is given.
 
     Returns:
         Values that JSON can hold.
@@ -74,6 +78,9 @@ def provenance(
             "per_device_train_batch_size": probe_data.training_batch_size,
             "gradient_accumulation_steps": probe_data.accumulation_steps,
         }
+    examples = probe_data.training_batch_size * probe_data.accumulation_steps * PartialState().num_processes
+    decays = [decay for group in optimizer.param_groups if isinstance(decay := group.get("weight_decay"), (int, float))]
+    arguments = {**arguments, "total_train_batch_size": examples} | ({"weight_decay": max(decays)} if decays else {})
     description: dict[str, Any] = _plain(
         {
             "packages": {name: version(name) for name in _PACKAGES},
@@ -175,19 +182,25 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
         )
 
 
-def warn_of_other_learning_rate(profile: RateProfile, own: RateProfile) -> None:
-    """Warn if a matched run does not use the learning rate of its base, to which the scales are relative.
+def warn_of_differences(base: RateProfile, own: RateProfile) -> None:
+    """Warn once of everything in which the training of a matched run differs from its base's.
+
+    Other data are only mentioned at the level INFO: the fingerprint also differs if the same text was prepared twice,
+    and most users who transfer to another part of their data could do nothing about a warning.
 
     Args:
-        profile: The profile of the base run.
+        base: The profile of the base run.
         own: The profile of the matched run.
     """
-    was, now = profile.about.learning_rate, own.about.learning_rate
-    if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
+    found = differences(base.about, own.about)
+    if found:
         logger.warning(
-            f"the base's learning rate was {was:g}, this run's is {now:g}: its updates will change the outputs "
-            f"{now / was:.3g} times as much as the base's. Use the base's learning rate; FLeRM scales it."
+            "this run differs from the base of its profile in more than what is transferred across:\n"
+            + "\n".join(f"- {difference}" for difference in found)
         )
+    prints = base.about.dataset_fingerprint, own.about.dataset_fingerprint
+    if None not in prints and prints[0] != prints[1]:
+        logger.info("base and target are probed on data sets with different fingerprints: {} and {}.".format(*prints))
 
 
 def _units(config: FLeRMConfig) -> dict[str, str]:

@@ -25,9 +25,10 @@ from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
+from ..transfer.scale_report import MatchSummary, decision_from
 from .failures import Failures
 from .probe_data import ProbeData
-from .provenance import warn_of_other_learning_rate
+from .provenance import warn_of_differences
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
@@ -103,6 +104,7 @@ class FLeRMRun:
 
         self.steps = 0
         self.seconds = 0.0
+        self._created = time.perf_counter()
         self._step = 0
         self._was_due = False
         self._failures = Failures()
@@ -129,7 +131,7 @@ class FLeRMRun:
                 [] if self._scaler is None else self._scaler.shares,
             )
             if base is not None:
-                warn_of_other_learning_rate(base, self._recorder.profile)
+                warn_of_differences(base, self._recorder.profile)
             # After the scaler's hooks, which restore the nominal learning rates.
             self._watch.start(self._measure_update)
             if_refused.pop_all()
@@ -154,6 +156,21 @@ class FLeRMRun:
     def evidence(self) -> Evidence | None:
         """The evidence for the scales; None when recording."""
         return None if self._scaler is None else self._scaler.evidence
+
+    @property
+    def summary(self) -> MatchSummary | None:
+        """What matching has done so far, for instance `print(run.summary)` after training; None when recording."""
+        if self._scaler is None:
+            return None
+        scales = self.scales
+        return MatchSummary(
+            decision_from(scales),
+            min(scales.values()),
+            max(scales.values()),
+            len(self._recorder.profile.steps),
+            self.seconds,
+            time.perf_counter() - self._created,
+        )
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -260,8 +277,9 @@ class FLeRMRun:
             self._scaler.remove()
 
     def report(self) -> None:
-        """At the end of training, warn of tensors that were not scaled and of an empty profile."""
+        """At the end of training, log the summary of a matched run; warn of unscaled tensors and an empty profile."""
         if self._scaler is not None:
+            logger.info(f"matching has ended: {self.summary}")
             self._scaler.report_unmatched()
         if len(self._recorder.profile.steps):
             return
