@@ -9,11 +9,11 @@ from .profile.rate_profile import RateProfileError as RateProfileError
 from .rates.alignment import log_alignments as log_alignments
 from .rates.measurement import Measurement as Measurement
 from .rates.probe import measure_rates as measure_rates
+from .trainer import FLeRMMixin as FLeRMMixin
+from .trainer import FLeRMTrainer as FLeRMTrainer
 from .training.arguments import FLeRMArguments as FLeRMArguments
 from .training.callback import FLeRMCallback as FLeRMCallback
 from .training.run import FLeRMRun as FLeRMRun
-from .training.trainer import FLeRMMixin as FLeRMMixin
-from .training.trainer import FLeRMTrainer as FLeRMTrainer
 from .transfer.mapping import map_profile as map_profile
 from .transfer.rules import mup_param_groups as mup_param_groups
 from .version import __version__ as __version__

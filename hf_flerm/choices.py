@@ -18,7 +18,10 @@ Granularity = Literal["tensor", "module", "block", "global"]
 Depth = Literal["joint", "equal", "sqrt", "copy"]
 Unmatched = Literal["error", "global", "nominal", "freeze"]
 Pool = Literal["kind", "unit"]
+Policy = Literal["hold", "level", "follow", "gate"]
+Rules = Literal["published", "none"]
 LogBy = Literal["kind", "tensor"]
+Decision = Literal["keep", "one", "match"]
 Picture = Literal["rates", "layers", "multipliers"]
 
 

@@ -21,8 +21,10 @@ from .choices import (
     LogBy,
     Metric,
     Mode,
+    Policy,
     Pool,
     Positions,
+    Rules,
     Unmatched,
     check_choice,
     values,
@@ -39,7 +41,11 @@ _ALLOWED: Mapping[str, object] = {
     "estimator": Estimator,
     "depth": Depth,
     "pool": Pool,
+    "policy": Policy,
+    "rules": Rules,
 }
+# Options that may also be None.
+_OPTIONAL = ("granularity", "policy")
 
 Config = TypeVar("Config", bound=type)
 
@@ -82,20 +88,33 @@ class Research:
             "target; see `map_profile`."
         },
     )
+    policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which scales a matched run takes. 'hold': the prior, which is what published rules say of the "
+            "change, or 1. 'level': the prior and one factor for all tensors, by the joint rate of the model. "
+            "'follow': each kind of tensor follows its own rates. 'gate': the prior while the kinds are in balance, "
+            "else as 'follow'. None: by what changed since the base; see `hf_flerm.transfer.strategy`."
+        },
+    )
+    rules: str = field(
+        default="published",
+        metadata={"help": "Where the prior of the scales comes from: 'published' rules, or 'none', which is 1."},
+    )
     pool: str = field(
         default="kind",
         metadata={
-            "help": "What the logarithms of scales are averaged over: all units of one 'kind' (their names differ "
-            "only in block indices), or nothing ('unit'). A unit is what `granularity` gives one scale: a tensor, "
-            "a module, a block or the whole model."
+            "help": "For policy 'follow': what the logarithms of scales are averaged over: all units of one 'kind' "
+            "(their names differ only in block indices), or nothing ('unit'). A unit is what `granularity` gives one "
+            "scale: a tensor, a module, a block or the whole model."
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "How the logarithms of scales are averaged over measurements. None: each is weighted by "
-            "its standard error. A number: decay of a bias-corrected running average; 1 is the plain mean, 0.9 the "
-            "value of the paper, 0 the latest measurement."
+            "help": "For policy 'follow': how the logarithms of scales are averaged over measurements. None: each is "
+            "weighted by its standard error. A number: decay of a bias-corrected running average; 1 is the plain mean, "
+            "0.9 the value of the paper, 0 the latest measurement."
         },
     )
     probes: int | str | None = field(
@@ -203,10 +222,11 @@ class FLeRMConfig:
             "repository on the Hub."
         },
     )
-    granularity: str = field(
-        default="tensor",
+    granularity: str | None = field(
+        default=None,
         metadata={
-            "help": "What gets its own scale: each 'tensor'; each 'module' (by the joint rate of its trained "
+            "help": "What gets its own scale. None: what suits the change since the base. Else each unit follows its "
+            "own rates: each 'tensor'; each 'module' (by the joint rate of its trained "
             "tensors; for a target with another adapter or with full fine-tuning); each 'block'; or the whole model "
             "('global')."
         },
@@ -257,7 +277,7 @@ class FLeRMConfig:
         default=4.0,
         metadata={
             "help": "Largest factor by which a scale changes from one measurement to the next. The first change of the "
-            "scale of a single tensor is not limited."
+            "scale of a single tensor that follows its own rates is not limited."
         },
     )
     snapshot_device: str | None = field(
@@ -369,8 +389,10 @@ def check_config(config: object) -> FLeRMConfig:
 
 def _check_choices(config: Any) -> None:
     for entry in fields(config):
-        if entry.name in _ALLOWED:
-            check_choice(entry.name, getattr(config, entry.name), values(_ALLOWED[entry.name]))
+        value = getattr(config, entry.name)
+        if entry.name in _ALLOWED and not (value is None and entry.name in _OPTIONAL):
+            also = ", or None" if entry.name in _OPTIONAL else ""
+            check_choice(entry.name, value, values(_ALLOWED[entry.name]), also)
 
 
 def _check_known(what: str, given: Mapping[str, Any], known: set[str]) -> None:

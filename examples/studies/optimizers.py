@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import workload
 from torch import Tensor
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
@@ -41,10 +42,39 @@ class Lion(Optimizer):
         return loss
 
 
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices between hidden layers, AdamW for embeddings, the head and vectors.
+
+    Args:
+        params: Groups of tensors.
+        lr: Learning rate of both.
+        vocabulary: Size of the vocabulary: a matrix with a dimension of this size is an embedding or the head.
+    """
+
+    def __init__(self, params: Groups, lr: float, vocabulary: int) -> None:
+        groups = [dict(group) for group in params]
+        super().__init__(groups, {"lr": lr})
+        parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+        for group in groups:
+            for tensor in group["params"]:
+                is_hidden = tensor.ndim == 2 and vocabulary not in tensor.shape
+                parts[0 if is_hidden else 1].append({**group, "params": [tensor]})
+        self.parts = [Muon(parts[0], lr=lr, weight_decay=0.0), AdamW(parts[1], lr=lr, weight_decay=0.0)]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+
+MUON_WITH_ADAMW = "muon with adamw"
+
 # Muon takes matrices only: adapters have nothing else.
 OPTIMIZERS: dict[str, Callable[[Groups, float], Optimizer]] = {
     "adamw": lambda groups, lr: AdamW(groups, lr=lr, weight_decay=0.0),
     "sgd": lambda groups, lr: SGD(groups, lr=lr, momentum=0.9),
     "lion": lambda groups, lr: Lion(groups, lr=lr),
     "muon": lambda groups, lr: Muon(groups, lr=lr, weight_decay=0.0),
+    MUON_WITH_ADAMW: lambda groups, lr: MuonWithAdamW(groups, lr, workload.VOCABULARY),
 }

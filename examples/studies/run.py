@@ -33,13 +33,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import axes
 import torch
-from axes import AXES, Axis, grid_index, grid_rate
+import unseen
+from axes import Axis, grid_index, grid_rate
 from baselines import equal_rates
 from report import Study, combined, picture, table
 from workload import arguments, in_parallel, pretrained, processes, quiet, trained
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
+
+AXES: Mapping[str, Axis] = {**axes.AXES, **unseen.UNSEEN}
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,28 @@ class Method:
     base: str = "record"
 
 
+EUCLIDEAN = {"metric": "euclidean"}
+UNRULED = {"rules": "none", "policy": "follow"}  # as version 0.1 matched
 METHODS: dict[str, Method] = {
-    "flerm": Method(),
-    "fisher": Method({"metric": "fisher"}, base="record, fisher"),
-    "joint over depth": Method({"depth": "joint"}),
-    "one scale": Method({"granularity": "global"}),
-    "the latest alone": Method({"beta": 0.0}),
-    "equal rates": Method(read=equal_rates),
-    "paper": Method({"pool": "unit", "probes": 20, "beta": 0.9, "measure_steps": (0, 100)}),
+    "default": Method(),
+    "without rules": Method({"rules": "none"}),
+    "always follow": Method({"policy": "follow"}),
+    "always one level": Method({"policy": "level"}),
+    "rules alone": Method({"policy": "hold"}),
+    "flerm": Method({**EUCLIDEAN, **UNRULED}, base="record, euclidean"),
+    "fisher": Method(UNRULED),
+    "joint over depth": Method({**EUCLIDEAN, **UNRULED, "depth": "joint"}, base="record, euclidean"),
+    "the latest alone": Method({**EUCLIDEAN, **UNRULED, "beta": 0.0}, base="record, euclidean"),
+    "equal rates": Method({**EUCLIDEAN, **UNRULED}, read=equal_rates, base="record, euclidean"),
+    "paper": Method(
+        {**EUCLIDEAN, **UNRULED, "pool": "unit", "probes": 20, "beta": 0.9, "measure_steps": (0, 100)},
+        base="record, euclidean",
+    ),
 }
+PLAN = "plan"
 BASES = {
-    "record": FLeRMConfig(mode="record", research=Research(probes=8)),
-    "record, fisher": FLeRMConfig(mode="record", metric="fisher", research=Research(probes=8)),
+    "record": FLeRMConfig(mode="record", metric="fisher", research=Research(probes=8)),
+    "record, euclidean": FLeRMConfig(mode="record", metric="euclidean", research=Research(probes=8)),
 }
 RESEARCH = {entry.name for entry in fields(Research)}
 MOST_EXTENSIONS = 6
@@ -96,7 +110,9 @@ class Job:
     def config(self) -> dict[str, Any]:
         """Options of matching. `depth` is left out where the depth does not change, so that methods share runs."""
         axis = AXES[self.axis]
-        options = {**axis.flerm, **METHODS[self.method].options}
+        options = dict(METHODS[self.method].options)
+        if options.get("policy") == "follow":
+            options |= axis.flerm
         return {name: value for name, value in options.items() if name != "depth" or axis.changes_depth}
 
     def trainer_options(self) -> dict[str, Any]:
@@ -154,7 +170,7 @@ def _train(job: Job, output: Path) -> Result:
         profile = method.read(replace(job, method=method.base).folder(output))
         options = job.config()
         research = Research(**{name: options.pop(name) for name in RESEARCH & options.keys()})
-        flerm = FLeRMConfig(mode="match", profile=profile, research=research, **options)
+        flerm = FLeRMConfig(mode="match", profile=profile, research=research, **{"metric": "fisher", **options})
     model = side.build(job.seed)
     rule = axis.rule if job.method == "rule" else None
     loss, trainer = trained(
@@ -240,18 +256,37 @@ class Runner:
         """Without methods that are one with an earlier one here: ways of splitting a depth, where it stays the same."""
         found: dict[str, str] = {}
         for method in methods:
-            found.setdefault(json.dumps(Job(self.axis.name, method, 0.0, 0, 0).settings(), sort_keys=True), method)
+            job = Job(self.axis.name, method, 0.0, 0, 0)
+            found.setdefault(method if method == PLAN else json.dumps(job.settings(), sort_keys=True), method)
         return list(found.values())
 
     def study(self, methods: list[str]) -> Study:
+        study = self.predictions(methods)
+        study.plain = self.sweep("plain", sorted({*self.axis.target.rates, study.base_rate}))
+        if self.axis.rule:
+            self.add_methods(study, ["rule"])
+        return study
+
+    def predictions(self, methods: list[str]) -> Study:
+        """A study of the base's sweep and the methods, before the target has been swept."""
         study = Study(self.axis.name, self.axis.claim, self.axis.rule.text if self.axis.rule else None, self.seeds)
         study.base = self.sweep("record", list(self.axis.base.rates))
+        self.add_methods(study, methods)
+        return study
+
+    def add_methods(self, study: Study, methods: list[str]) -> None:
+        """Run methods at the base's best learning rate and `plan`, and add the results to a study with both sweeps."""
         rate = study.base_rate
-        study.plain = self.sweep("plain", sorted({*self.axis.target.rates, rate}))
-        bases = list(dict.fromkeys(METHODS[method].base for method in methods))
-        for base in bases:
+        bases = dict.fromkeys(METHODS[method].base for method in methods if method in METHODS)
+        for base in [*bases, *(["record"] if PLAN in methods else [])]:
             self.run(base, [rate], {})
-        for method in (["rule"] if self.axis.rule else []) + methods:
+        for method in methods:
+            if method == PLAN:
+                advice = in_parallel(
+                    self.pool, planned, [(job, self.output) for job in self.jobs("record", [rate])], PLAN
+                )
+                study.plans["default"] = [dict(advice)[job] for job in self.jobs("record", [rate])]
+                continue
             results: dict[Job, Result] = {}
             self.run(method, [rate], results)
             ordered = [results[job] for job in self.jobs(method, [rate])]
@@ -261,12 +296,7 @@ class Runner:
             errors = [result.error for result in ordered if result.error]
             if errors:
                 study.errors[method] = errors[0]
-        for base in bases:
-            jobs = self.jobs(base, [rate])
-            advice = dict(in_parallel(self.pool, planned, [(job, self.output) for job in jobs], "plan"))
-            study.plans[BASES[base].metric] = [advice[job] for job in jobs]
-        study.seconds = self.seconds
-        return study
+        study.seconds = {**study.seconds, **self.seconds}
 
 
 def loss_of(result: Result) -> float:
@@ -287,8 +317,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axes", nargs="*", metavar="AXIS", help=", ".join(AXES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, PLAN], default=[*METHODS, PLAN])
     parser.add_argument("--again", nargs="*", choices=METHODS, default=[], help="methods to run again")
+    parser.add_argument("--stored", type=Path, help="folder of studies, AXIS.json, to add methods to")
+    parser.add_argument(
+        "--predict", type=Path, help="write what the methods and plan say to this folder, and sweep no target"
+    )
     parser.add_argument("--steps", type=int, help="of every run, in place of the axis's own")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
@@ -298,12 +332,23 @@ def main() -> None:
         parser.error(f"no axis is called {', '.join(unknown)}; there are {', '.join(AXES)}")
     quiet()
     pretrained(progress=True)
+    if not set(options.axes or AXES).isdisjoint(unseen.UNSEEN):
+        unseen.pretrain()
     with processes(options.workers) as pool:
         for name in options.axes or AXES:
             for method in options.again:
                 forget(AXES[name], method, options.output)
             runner = Runner(AXES[name], options.seeds, options.steps, options.output, pool)
-            study = runner.study(runner.distinct(options.methods))
+            if options.predict:
+                study = runner.predictions(runner.distinct(options.methods))
+                options.predict.mkdir(parents=True, exist_ok=True)
+                (options.predict / f"{name}.json").write_text(study.to_json())
+                continue
+            if options.stored:
+                study = Study.from_json((options.stored / f"{name}.json").read_text())
+                runner.add_methods(study, runner.distinct(options.methods))
+            else:
+                study = runner.study(runner.distinct(options.methods))
             folder = options.output / name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "study.json").write_text(study.to_json())

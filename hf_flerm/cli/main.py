@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # otherwise initialize a new model.
 _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")
 
+_OF_THE_BASE = "Default: as in the base run."
+
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(commands)
 
@@ -51,14 +53,21 @@ def plan(
     data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or a data set on the Hub.")],
     profile: Annotated[str, typer.Argument(help="The profile of the base run: a folder, a file or a repository.")],
     adapter: Annotated[
-        str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
+        str | None,
+        typer.Option(help="Folder or repository with the target's adapter_config.json; none: train the whole model."),
     ] = None,
-    optim: Annotated[str, typer.Option(help="Optimizer, as in TrainingArguments.")] = "adamw_torch",
-    batch_size: Annotated[int, typer.Option(min=1, help="Training examples per step.")] = 8,
+    optim: Annotated[str | None, typer.Option(help=f"Optimizer, as in TrainingArguments. {_OF_THE_BASE}")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help=f"Training examples in a batch. {_OF_THE_BASE}")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens per example, if the data is text.")] = 512,
-    max_steps: Annotated[int, typer.Option(min=1, help="Steps of the planned training, for its schedule.")] = 1000,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="Warm-up steps of the planned training.")] = 0,
-    scheduler: Annotated[str, typer.Option(help="Learning-rate schedule, as in TrainingArguments.")] = "linear",
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Steps of the planned training, for its schedule. {_OF_THE_BASE}")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(min=0, help=f"Warm-up steps of the planned training. {_OF_THE_BASE}")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help=f"Learning-rate schedule, as in TrainingArguments. {_OF_THE_BASE}")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps on a copy of the model.")] = 32,
     granularity: Annotated[
         Granularity | None,
@@ -69,7 +78,7 @@ def plan(
 ) -> None:
     """Find the learning rate for a model from the profile of a base run.
 
-    Trains a copy of the model for a few steps; nothing is saved.
+    Trains a copy of the model for a few steps; nothing is saved. The first line of the output is the decision.
     """
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments, set_seed
@@ -82,17 +91,23 @@ def plan(
                 f"{profile} does not contain the learning rate of its run, which plan needs. (An average contains it "
                 "only if all its runs had the same.) Call hf_flerm.plan with the learning rate in its args."
             )
-        args = TrainingArguments(
-            output_dir=scratch,
-            optim=optim,
-            per_device_train_batch_size=batch_size,
-            max_steps=max_steps,
-            warmup_steps=warmup_steps,
-            lr_scheduler_type=scheduler,
-            seed=seed,
-        )
+        if base.about.adapters and adapter is None:
+            raise ValueError(
+                f"{profile} is the profile of a run with the adapter {base.about.adapters[0].method}. Pass --adapter "
+                "FOLDER, with the adapter_config.json of the target, or --adapter none to plan the training of the "
+                "whole model."
+            )
+        given = {
+            "optim": optim,
+            "per_device_train_batch_size": batch_size,
+            "max_steps": max_steps,
+            "warmup_steps": warmup_steps,
+            "lr_scheduler_type": scheduler,
+        }
+        options = base.about.training_options | {name: value for name, value in given.items() if value is not None}
+        args = TrainingArguments(output_dir=scratch, seed=seed, **options)
         target = _model(model)
-        if adapter is not None:
+        if adapter not in (None, "none"):
             target = with_adapter(target, adapter)
         examples, collator = _examples(data, model, length)
         with tqdm(total=steps, desc="steps on a copy", unit="step", disable=None) as bar:

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, overload
 
-from accelerate import PartialState
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
+from ..choices import Decision
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
+from ..optimizer.param_groups import raw_optimizer
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
 from ..training.probe_data import OnCopies
-from ..training.trainer import FLeRMTrainer
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
+from .checks import check_plan, warn_if_trained
+from .copied_trainer import copied_model, copied_trainer, quiet_arguments, set_learning_rate
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 _DENSE_UNTIL = 8  # steps that are all measured
@@ -31,6 +40,7 @@ _STANDARD_ERRORS = 2.0  # a factor within this many standard errors of 1 counts 
 # A factor between 1 / 1.8 and 1.8 also counts as 1: even exact rates differ by so much from the optimum that sweeps
 # find (examples/results/studies.md).
 _METHOD_ERROR = 1.8
+_SPREAD = 10.0  # from here on, the kinds of tensor are too different for one learning rate
 
 
 @dataclass(frozen=True)
@@ -51,18 +61,67 @@ class Multiplier:
         return abs(math.log(self.value)) <= max(_STANDARD_ERRORS * self.error, math.log(_METHOD_ERROR))
 
     @property
-    def range(self) -> str:
-        """The 68 % range in words."""
-        low, high = self.value * math.exp(-self.error), self.value * math.exp(self.error)
-        return f"68 % range {low:.3g} to {high:.3g}"
+    def bounds(self) -> tuple[float, float]:
+        """The 68 % range, (low, high)."""
+        return self.value * math.exp(-self.error), self.value * math.exp(self.error)
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.range})"
+        return "{:.3g} (68 % range {:.3g} to {:.3g})".format(self.value, *self.bounds)
+
+
+def estimate(
+    overall: Evidence, everything: ProfileMap, by_kind: Evidence, mapped: ProfileMap
+) -> tuple[Multiplier | None, dict[str, Multiplier]]:
+    """Estimate the factors on the base's learning rate from measurements.
+
+    Later steps have more weight, because wide or strongly initialized networks are more sensitive at the start.
+
+    Args:
+        overall: Measurements of the update of all tensors together.
+        everything: The map for `overall`, with one unit.
+        by_kind: Measurements of each unit of `mapped`.
+        mapped: Which rates of the base correspond to which tensors of the target.
+
+    Returns:
+        The factor for all tensors together, None if it could not be measured; and `{kind: factor}`.
+    """
+
+    def factors(evidence: Evidence, of: ProfileMap) -> dict[str, Multiplier]:
+        weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
+        found = replace(evidence, weights=tuple(weights)).mean_log_scales(of, "kind")
+        return {kind: Multiplier(math.exp(level), error) for kind, (level, error) in found.items()}
+
+    return factors(overall, everything).get(""), factors(by_kind, mapped)
+
+
+def spread(multipliers: Mapping[str, Multiplier]) -> Multiplier:
+    """Return the largest of several factors, divided by the smallest."""
+    ordered = sorted(multipliers.values(), key=lambda multiplier: multiplier.value)
+    if not ordered:
+        return Multiplier(1.0, 0.0)
+    least, most = ordered[0], ordered[-1]
+    return Multiplier(most.value / least.value, math.hypot(least.error, most.error) if most is not least else 0.0)
+
+
+def decide(overall: Multiplier, multipliers: Mapping[str, Multiplier]) -> Decision:
+    """Decide what to do about the learning rate.
+
+    Args:
+        overall: Factor on the base's learning rate for all tensors together.
+        multipliers: `{kind: factor}` for each kind of tensor.
+
+    Returns:
+        "keep" the base's learning rate; use "one" other for all tensors; or "match", because no single learning rate
+        suits all kinds of tensor.
+    """
+    if not spread(multipliers).is_one and spread(multipliers).value >= _SPREAD:
+        return "match"
+    return "keep" if overall.is_one else "one"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of `plan`: the learning rate for a target. `str()` gives the advice as text.
+    """The result of `plan`: the learning rate for a target. `str()` gives the decision, its reason and all numbers.
 
     Attributes:
         base_learning_rate: The learning rate of the base.
@@ -83,14 +142,47 @@ class Plan:
     evidence: Evidence
 
     @property
+    def decision(self) -> Decision:
+        """What to do: "keep" the base's learning rate, use "one" other for all tensors, or "match"; see `decide`."""
+        return decide(self.overall, self.multipliers)
+
+    @property
     def learning_rate(self) -> float:
         """One learning rate for all tensors: the base's, times the overall factor if that differs from 1."""
         return self.base_learning_rate * (1.0 if self.overall.is_one else self.overall.value)
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The 68 % range of the measured learning rate for all tensors, (low, high)."""
+        low, high = self.overall.bounds
+        return self.base_learning_rate * low, self.base_learning_rate * high
+
+    @property
+    def reason(self) -> str:
+        """The reason for the decision, in one sentence."""
+        if self.decision == "match":
+            ordered = sorted(self.multipliers, key=lambda kind: self.multipliers[kind].value)
+            least, most = ((kind, self.multipliers[kind].value) for kind in (ordered[0], ordered[-1]))
+            return (
+                f"{least[0]} needs {least[1]:.3g} times the base's learning rate and {most[0]} {most[1]:.3g} times; "
+                f"mode='match' gives each tensor its own (without matching, {self.learning_rate:.3g} for all is best)."
+            )
+        if self.decision == "keep":
+            return (
+                f"The measured factor on the base's learning rate, {self.overall.value:.3g}, does not differ from 1 by "
+                "more than the errors of the measurement and of the method."
+            )
+        factor = self.overall.value
+        times = f"{1 / factor:.3g} times as much as" if factor < 1 else f"only {1 / factor:.3g} times as much as"
+        return (
+            f"At the base's learning rate, {self.base_learning_rate:.3g}, updates would change the outputs {times} in "
+            "the base run."
+        )
+
+    @property
     def keeps(self) -> bool:
-        """Whether the base's learning rate can be used unchanged: no factor differs significantly from 1."""
-        return self.overall.is_one and all(multiplier.is_one for multiplier in self.multipliers.values())
+        """Whether the base's learning rate can be used unchanged for all tensors."""
+        return self.decision == "keep"
 
     @property
     def regimes(self) -> dict[str, tuple[float, float]]:
@@ -115,8 +207,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as values that JSON can hold; `error` is the standard error of a multiplier's logarithm."""
         return {
-            "base_learning_rate": self.base_learning_rate,
+            "decision": self.decision,
+            "reason": self.reason,
             "learning_rate": self.learning_rate,
+            "range": list(self.range),
+            "base_learning_rate": self.base_learning_rate,
             "keeps": self.keeps,
             "overall": asdict(self.overall),
             "multipliers": {kind: asdict(multiplier) for kind, multiplier in self.multipliers.items()},
@@ -130,23 +225,24 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        lines = [self._advice(), *self._dependence()]
+        low, high = self.range
+        lines = [self._decision(), self.reason]
+        lines += [f"68 % range of the learning rate for all tensors: {low:.3g} to {high:.3g}."]
+        lines += [f"A published rule says {rate:.3g}: {rule.text} ({rule.source})." for rule, rate in self.rules]
+        lines += self._dependence()
         lines += ["", "Factors if each kind of tensor has its own learning rate:"]
         lines += [f"  {kind}: {multiplier}" for kind, multiplier in sorted(self.multipliers.items())]
-        lines += ["", "What published rules say:"] if self.rules else []
-        lines += [f"  {rate:.3g} by {rule.text} ({rule.source})" for rule, rate in self.rules]
         lines += ["", "Tensors of the base and of the target:", str(self.mapped)]
         lines += ["", f"Measured in {self.steps} training steps of a copy of the model."]
         return "\n".join(lines)
 
-    def _advice(self) -> str:
-        base = f"{self.base_learning_rate:.3g}"
-        if not self.overall.is_one:
-            return f"Use {self.learning_rate:.3g}: the base's learning rate, {base}, times {self.overall}."
-        kept = f"Keep {base} (measured factor {self.overall.value:.3g}, {self.overall.range})."
-        if self.keeps:
-            return kept
-        return f"{kept} Some kinds of tensor need a different learning rate; mode='match' gives each tensor its own."
+    def _decision(self) -> str:
+        if self.decision == "match":
+            times = float(f"{spread(self.multipliers).value:.2g}")
+            return f"Match: one number cannot do it, kinds differ by {times:g}x."
+        if self.decision == "keep":
+            return f"Keep {self.base_learning_rate:.3g}."
+        return f"Use {self.learning_rate:.3g} for all tensors."
 
     def _dependence(self) -> Iterator[str]:
         for size, (exponent, error) in self.regimes.items():
@@ -158,11 +254,41 @@ class Plan:
             yield f"The learning rate does not depend on {size} here{reason} (exponent {exponent:.2f} ± {error:.2f})."
 
 
+@overload
+def plan(
+    model: Trainer,
+    *,
+    profile: RateProfile | str | None = None,
+    steps: int = 32,
+    granularity: str | None = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Plan: ...
+
+
+@overload
 def plan(
     model: nn.Module,
     args: TrainingArguments,
     train_dataset: Dataset[Any],
-    profile: RateProfile | str,
+    profile: RateProfile | str | None = None,
+    *,
+    steps: int = 32,
+    granularity: str | None = None,
+    optimizer: OptimizerFactory | None = None,
+    data_collator: Any = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Plan: ...
+
+
+def plan(
+    model: nn.Module | Trainer,
+    args: TrainingArguments | None = None,
+    train_dataset: Dataset[Any] | None = None,
+    profile: RateProfile | str | None = None,
     *,
     steps: int = 32,
     granularity: str | None = None,
@@ -175,104 +301,127 @@ def plan(
     """Estimate the learning rate that a model needs, before it is trained.
 
     A copy of the model trains for a few steps at the base's learning rate, times one scale for all tensors, which is
-    updated from the measurements. The factors for each kind of tensor are estimated from the same measurements. Later
-    steps have more weight, because wide or strongly initialized networks are more sensitive at the start. The model,
-    all random number generators and the disk are unchanged.
+    updated from the measurements. The factors for each kind of tensor are estimated from the same measurements. The
+    model, its trainer, all random number generators and the disk are unchanged. A warning says in which settings the
+    training differs from the base's.
 
     Args:
-        model: The target, as it will be trained.
+        model: The target, as it will be trained; or the trainer that will train it, of any class that is derived from
+            `Trainer` (TRL's, too). A trainer brings everything that a training needs: `args`, `train_dataset`,
+            `optimizer` and `data_collator` cannot be given with it.
         args: The training arguments of the target. Their learning rate is used only if the profile has none.
         train_dataset: The training set of the target.
         profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
         steps: Training steps of the copy; fewer if its training is shorter.
         granularity: What gets its own factor; see `map_profile`. None: "tensor" if base and target have tensors of the
             same names, else "module".
-        optimizer: Function that creates the optimizer of a model, if `args.optim` does not name it.
+        optimizer: Function that creates the optimizer of a model, if `args.optim` does not name it. The optimizer gets
+            the base's learning rate.
         data_collator: Collate function of the training.
-        probe_dataset: Examples to probe with. None: examples of the training set.
-        config: Options of the measurement. None: the defaults, with output, positions and metric of the profile.
-        callbacks: Callbacks for the training of the copy.
+        probe_dataset: Examples to probe with. None: those of the trainer's `FLeRMCallback`, else of the training set.
+        config: Options of the measurement. None: those of the trainer's `FLeRMCallback`, else the defaults, with
+            output, positions and metric of the profile.
+        callbacks: Further callbacks for the training of the copy.
 
     Raises:
         RateProfileError: If the profile does not fit the model, or holds no joint rates.
-        ValueError: If `steps` is below 1, nothing could be measured in these steps, or several processes run.
+        TypeError: If a trainer is given and something that it brings, too; or a model without args.
+        ValueError: If there is no profile, `steps` is below 1, the training set holds texts that nothing tokenizes,
+            nothing could be measured in these steps, or several processes run.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
-    if PartialState().num_processes > 1:
-        raise ValueError(
-            f"plan must run in a single process, and there are {PartialState().num_processes}: start it without a "
-            "launcher."
-        )
-    base = RateProfile.from_pretrained(profile)
-    mapped = _mapped(base, model, granularity)
-    everything = map_profile(base, model, granularity="global")
-    base_rate = base.about.learning_rate or args.learning_rate
+    trainer = model if isinstance(model, Trainer) else None
+    if trainer is not None:
+        given = {"args": args, "train_dataset": train_dataset, "optimizer": optimizer, "data_collator": data_collator}
+        if doubled := [name for name, value in given.items() if value is not None]:
+            raise TypeError(f"plan(trainer) takes {', '.join(doubled)} from the trainer: do not give them, too.")
+        args, train_dataset, data_collator = trainer.args, trainer.train_dataset, trainer.data_collator
+    target: Any = model if trainer is None else trainer.model
+    if not isinstance(target, nn.Module) or args is None:
+        raise TypeError("plan needs a trainer, or a model (torch.nn.Module) and its TrainingArguments.")
+    check_plan(profile, steps, train_dataset, data_collator)
+    base = RateProfile.from_pretrained(profile)  # type: ignore[arg-type]  # not None, says `check_plan`
+    mapped = _mapped(base, target, granularity)
+    everything = map_profile(base, target, granularity="global")
+    warn_if_trained(target, trainer.state.global_step if trainer is not None else 0)
+    base_rate = float(base.about.learning_rate or args.learning_rate)
+    own = _own_callback(trainer)
     settings = replace(
-        config or FLeRMConfig(**base.about.config_units),
+        config or replace(own.config if own else FLeRMConfig(), **base.about.config_units),
         mode="match",
         profile=base,
         granularity="global",
         measure_steps=[step for step in range(steps) if _is_measured(step, steps)],
     )
-    drawing = own_generators(train_dataset, data_collator, probe_dataset)
+    flerm = FLeRMCallback(settings, own.probe_dataset if own and probe_dataset is None else probe_dataset)
+    collector = _Collector(flerm, mapped, steps)
+    drawing = own_generators(trainer, train_dataset, data_collator, flerm.probe_dataset)
     with kept_random_state(args.device), drawing, tempfile.TemporaryDirectory() as scratch:
-        replica = copy.deepcopy(model)
-        collector = _Collector(mapped, steps)
-        trainer = FLeRMTrainer(
-            model=replica,
-            args=_without_output(args, scratch, base_rate),
-            train_dataset=train_dataset,
-            data_collator=data_collator and OnCopies(data_collator),
-            optimizers=(optimizer(replica) if optimizer else None, None),
-            callbacks=[collector, *callbacks],
-            probe_dataset=probe_dataset,
-            flerm=settings,
-        )
-        trainer.remove_callback(PrinterCallback)
-        collector.source = trainer.flerm_callback
-        trainer.train()
-    evidence = trainer.flerm_callback.evidence
-    overall = _weighted_by_step(evidence).mean_log_scales(everything, "kind").get("")
+        quiet = quiet_arguments(args, scratch, base_rate)
+        if trainer is not None:
+            copied = copied_trainer(trainer, quiet, flerm)
+        else:
+            copied = _new_trainer(copied_model(target), quiet, train_dataset, data_collator, optimizer, flerm)
+        for callback in (collector, *callbacks):
+            copied.add_callback(callback)
+        set_seed(args.seed)
+        try:
+            copied.train()
+        finally:
+            flerm.close()
+    overall, by_kind = estimate(flerm.evidence, everything, collector.by_kind, mapped)
     if overall is None:
         raise ValueError(
             f"nothing could be measured in {steps} steps: the learning rate is 0 (warm-up), or many tensors do not "
             "affect the outputs yet (LoRA's A while B is 0). Give more steps."
         )
-    by_kind = _weighted_by_step(collector.by_kind).mean_log_scales(mapped, "kind")
-    return Plan(
-        float(base_rate),
-        Multiplier(math.exp(overall[0]), overall[1]),
-        {kind: Multiplier(math.exp(level), error) for kind, (level, error) in by_kind.items()},
-        change_between(base, model),
-        mapped,
-        trainer.state.global_step,
-        evidence,
-    )
-
-
-def _weighted_by_step(evidence: Evidence) -> Evidence:
-    """Return the evidence with its weights (the learning rates) multiplied by step + 1."""
-    weights = (weight * (step + 1) for step, weight in zip(evidence.steps, evidence.weights, strict=True))
-    return replace(evidence, weights=tuple(weights))
+    change = change_between(base, target, raw_optimizer(copied.optimizer))
+    return Plan(base_rate, overall, by_kind, change, mapped, copied.state.global_step, flerm.evidence)
 
 
 class _Collector(TrainerCallback):
     """Collects evidence for each kind of tensor from a run with one scale for all; stops the run after `steps`."""
 
-    def __init__(self, mapped: ProfileMap, steps: int) -> None:
-        self.mapped, self.steps = mapped, steps
+    def __init__(self, source: FLeRMCallback, mapped: ProfileMap, steps: int) -> None:
+        self.source, self.mapped, self.steps = source, mapped, steps
         self.by_kind = Evidence.empty(mapped)
-        self.source: FLeRMCallback | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # FLeRMCallback runs before this callback: after a measured step its evidence has one more step.
-        if self.source is not None and self.source.last_measurement is not None:
+        if self.source.last_measurement is not None:
             steps, weights = self.source.evidence.steps, self.source.evidence.weights
             if steps[-1:] != self.by_kind.steps[-1:]:
                 self.by_kind = self.by_kind.appended(steps[-1], self.mapped, self.source.last_measurement, weights[-1])
         if state.global_step >= self.steps:
             control.should_training_stop = True
+
+
+def _new_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    train_dataset: Dataset[Any] | None,
+    data_collator: Any,
+    optimizer: OptimizerFactory | None,
+    flerm: FLeRMCallback,
+) -> Trainer:
+    made = optimizer(model) if optimizer else None
+    if made is not None:
+        set_learning_rate(made, args.learning_rate)
+    collate: Any = data_collator and OnCopies(data_collator)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        data_collator=collate,
+        optimizers=(made, None),
+        callbacks=[flerm],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _own_callback(trainer: Trainer | None) -> FLeRMCallback | None:
+    callbacks = trainer.callback_handler.callbacks if trainer is not None else ()
+    return next((callback for callback in callbacks if isinstance(callback, FLeRMCallback)), None)
 
 
 def _mapped(base: RateProfile, model: nn.Module, granularity: str | None) -> ProfileMap:
@@ -287,23 +436,3 @@ def _mapped(base: RateProfile, model: nn.Module, granularity: str | None) -> Pro
 def _is_measured(step: int, steps: int) -> bool:
     """All of the first 8 steps, then every 2nd from step 8, every 4th from 16, every 8th from 32, ...; and the last."""
     return step < _DENSE_UNTIL or step == steps - 1 or step % max(1, 2 ** int(math.log2(step)) // 4) == 0
-
-
-def _without_output(args: TrainingArguments, folder: str, learning_rate: float) -> TrainingArguments:
-    """Return the arguments of a run that writes no files and reports nothing."""
-    own = copy.copy(args)
-    own.learning_rate = learning_rate
-    for name, value in (
-        ("output_dir", folder),
-        ("save_strategy", "no"),
-        ("eval_strategy", "no"),
-        ("eval_on_start", False),
-        ("logging_strategy", "no"),
-        ("report_to", []),
-        ("push_to_hub", False),
-        ("load_best_model_at_end", False),
-        ("disable_tqdm", True),
-        ("resume_from_checkpoint", None),
-    ):
-        setattr(own, name, value)
-    return own

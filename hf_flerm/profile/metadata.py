@@ -23,6 +23,22 @@ AVERAGED_OVER = "averaged_over"
 # Settings that define what a rate measures. Profiles that differ in one of them cannot be compared.
 UNITS = ("output", "positions", "metric")
 CALLABLE = "callable"  # recorded as `output` if it was a function
+_TRAINING_OPTIONS: Mapping[str, tuple[type, ...]] = {  # and their types in JSON
+    "optim": (str,),
+    "optim_args": (str,),
+    "lr_scheduler_type": (str,),
+    "lr_scheduler_kwargs": (dict,),
+    "warmup_steps": (int, float),
+    "max_steps": (int,),
+    "num_train_epochs": (int, float),
+    "per_device_train_batch_size": (int,),
+    "gradient_accumulation_steps": (int,),
+    "weight_decay": (int, float),
+    "adam_beta1": (int, float),
+    "adam_beta2": (int, float),
+    "adam_epsilon": (int, float),
+    "max_grad_norm": (int, float),
+}
 _OBJECTS = (SETTINGS, "kinds", MATCHING, "training_arguments")  # entries that must be JSON objects
 _LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch, or of a count
 # Entries of `optimizer` that do not change an update, or are recorded elsewhere.
@@ -91,9 +107,24 @@ class ProfileMetadata:
         return self._object("training_arguments")
 
     @property
+    def training_options(self) -> dict[str, Any]:
+        """The recorded arguments that a similar training should share, for `TrainingArguments(**training_options)`.
+
+        Learning rate, seed and precision are left out.
+        """
+        found = self.training_arguments
+        return {key: found[key] for key, kind in _TRAINING_OPTIONS.items() if type(found.get(key)) in kind}
+
+    @property
     def optimizer(self) -> Mapping[str, Any]:
         """Class and defaults of the optimizer."""
         return self._object("optimizer")
+
+    @property
+    def optimizer_class(self) -> str | None:
+        """Name of the optimizer's class."""
+        found = self.optimizer.get("class")
+        return found if isinstance(found, str) and found else None
 
     @property
     def model_config(self) -> Mapping[str, Any]:

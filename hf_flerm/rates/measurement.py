@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..model.names import preview
 from .estimators import from_examples, from_weight_gradients, rates_from
 from .totals import Combination, Draws, Totals, combination_key
+
+Key = TypeVar("Key", bound=Hashable)
 
 UNUSED = "unused"  # stands in `estimators` for a tensor that no output depends on
 
@@ -94,7 +97,7 @@ class Measurement:
         """
         return self.joint_rates({"": dict.fromkeys(names, 1.0)})[""][1]
 
-    def joint_rates(self, groups: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    def joint_rates(self, groups: Mapping[Key, Mapping[str, float]]) -> dict[Key, tuple[float, float]]:
         """Estimate the joint rates of several combinations of updates.
 
         Args:

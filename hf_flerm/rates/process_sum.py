@@ -6,7 +6,7 @@ measurement of them, on the examples of all processes. All processes get the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from accelerate import PartialState
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engines.processes import sum_over_processes
 from .estimators import FALLBACK_ESTIMATOR, num_factors, rates_from
 from .measurement import UNUSED, Measurement
-from .totals import Totals, combination_key
+from .totals import Combination, Totals, combination_key
 
 _HEADER = 4  # processes that failed, those that ran out of memory, number of probes, M
 
@@ -31,21 +31,24 @@ class ProcessSum:
     Args:
         shapes: `{canonical name: shape of Z = U * G}` of the measured tensors.
         estimator: One of `hf_flerm.choices.Estimator`.
-        combinations: Combinations whose joint rates will be needed, each `{canonical name: factor on its update}`.
     """
 
-    def __init__(
-        self, shapes: Mapping[str, torch.Size], estimator: str, combinations: Iterable[Mapping[str, float]]
-    ) -> None:
+    def __init__(self, shapes: Mapping[str, torch.Size], estimator: str) -> None:
         self._estimator = FALLBACK_ESTIMATOR if estimator == "per_example" else estimator
         self._widths = {name: 2 + num_factors(estimator, len(shape)) for name, shape in shapes.items()}
-        self._combinations = {combination_key(shares): shares for shares in combinations if len(shares) > 1}
 
-    def __call__(self, local: Measurement | None, failure: Exception | None = None) -> Measurement | None:
+    def __call__(
+        self,
+        local: Measurement | None,
+        combinations: Iterable[Mapping[str, float]],
+        failure: Exception | None = None,
+    ) -> Measurement | None:
         """Add up the measurements of all processes; a collective call, also for a process whose measurement failed.
 
         Args:
             local: The measurement of this process; None if there was nothing to measure or it failed.
+            combinations: Combinations whose joint rates will be needed, each `{canonical name: factor on its update}`;
+                the same on every process.
             failure: The exception of this process; None if it did not fail.
 
         Returns:
@@ -60,11 +63,12 @@ class ProcessSum:
             if failure is not None:
                 raise failure
             return local
-        numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(self._combinations), dtype=torch.float64)
+        keyed = {combination_key(shares): shares for shares in combinations if len(shares) > 1}
+        numbers = torch.zeros(_HEADER + sum(self._widths.values()) + 2 * len(keyed), dtype=torch.float64)
         if failure is not None:
             numbers[0], numbers[1] = 1.0, should_reduce_batch_size(failure)
         elif local is not None:
-            numbers = self._numbers(local)
+            numbers = self._numbers(local, keyed.values())
         summed = sum_over_processes(numbers)
         failed, out_of_memory, num_probes = (int(number) for number in summed[:3])
         if failed:
@@ -72,9 +76,9 @@ class ProcessSum:
             if out_of_memory:
                 raise torch.OutOfMemoryError(f"{out_of_memory} {processes} ran out of memory.") from failure
             raise failure or RuntimeError(f"the measurement failed on {failed} {processes}.")
-        return self._read(local, summed) if local is not None and num_probes else None
+        return self._read(local, summed, keyed) if local is not None and num_probes else None
 
-    def _numbers(self, local: Measurement) -> Tensor:
+    def _numbers(self, local: Measurement, combinations: Collection[Mapping[str, float]]) -> Tensor:
         """Return the vector of this process; see the class for its layout."""
         totals = local.totals
         numbers = [torch.tensor([0.0, 0.0, totals.num_probes, totals.num_outputs], dtype=torch.float64)]
@@ -85,14 +89,12 @@ class ProcessSum:
                 _, factors = totals.factors[name]
                 row[2 : 2 + len(factors)] = factors
             numbers.append(row)
-        squares, variances = local.joint_squares(self._combinations.values())
+        squares, variances = local.joint_squares(combinations)
         return torch.cat([*numbers, squares * totals.num_outputs, variances * totals.num_outputs**2])
 
-    def _read(self, local: Measurement, summed: Tensor) -> Measurement:
+    def _read(self, local: Measurement, summed: Tensor, keys: Collection[Combination]) -> Measurement:
         """Make a measurement of the summed vector; `inner_products` and `draws` stay those of this process."""
-        header, *rows, joint, joint_variances = summed.split(
-            [_HEADER, *self._widths.values(), *[len(self._combinations)] * 2]
-        )
+        header, *rows, joint, joint_variances = summed.split([_HEADER, *self._widths.values(), *[len(keys)] * 2])
         *_, num_probes, num_outputs = header.tolist()
         squares, variances = (torch.stack([row[column] for row in rows]) for column in range(2))
         factors, estimators = {}, dict(local.estimators)
@@ -105,7 +107,7 @@ class ProcessSum:
                 estimators[name] = self._estimator if name in factors else "per_example"
         totals = Totals(int(num_probes), num_outputs, squares, variances, factors)
         rates, errors = rates_from(joint, joint_variances, num_outputs)
-        joint_rates = dict(zip(self._combinations, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
+        joint_rates = dict(zip(keys, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
         return Measurement.from_sums(
             totals, estimators, local.inner_products, local.draws, local.shared_updates, joint_rates
         )

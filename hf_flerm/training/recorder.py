@@ -46,7 +46,6 @@ class Recorder:
         config: The options of the run.
         probe_data: Examples to probe with.
         arguments: Settings of the training for the profile's metadata; see `provenance`.
-        matched: Further combinations of tensors whose joint rates are needed, to match.
 
     Raises:
         ValueError: If the model lacks the output or, in mode 'match', cannot run on the probe data.
@@ -60,7 +59,6 @@ class Recorder:
         config: FLeRMConfig,
         probe_data: ProbeData,
         arguments: Mapping[str, Any] | None,
-        matched: Iterable[Shares],
     ) -> None:
         engine = engine_of(model)
         self._device = engine.device(next(iter(parameters.values())))
@@ -78,21 +76,19 @@ class Recorder:
         )
         self._probe_data = probe_data
         self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}
-        joint = [shares for paths in self._joint.values() for shares in paths.values()]
-        self._sum_over_processes = ProcessSum(
-            product_shapes(parameters, engine), research.estimator, [*joint, *matched]
-        )
+        self._sum_over_processes = ProcessSum(product_shapes(parameters, engine), research.estimator)
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
         metadata = provenance(model, parameters, optimizer, config, probe_data, arguments)
         self.profile = empty_profile(metadata, self._joint)
         self.last_measurement: Measurement | None = None
 
-    def record(self, step: int, update: StepUpdate) -> Measurement | None:
+    def record(self, step: int, update: StepUpdate, matched: Iterable[Shares]) -> Measurement | None:
         """Measure an update and append its rates to the profile; a collective call.
 
         Args:
             step: The optimizer step that made the update.
             update: The update.
+            matched: Further combinations of tensors whose joint rates are needed, to match; the same on every process.
 
         Returns:
             The measurement of all processes together; None if the step changed no weight, on any process.
@@ -103,7 +99,8 @@ class Recorder:
         if not any(update.learning_rates.values()):
             return None  # the start of a warm-up; then `Schedule` makes the next step due
         own = update.attempt.run(partial(self._probed, step, update)) if update.moved() else None
-        measurement = self._sum_over_processes(own, update.attempt.failure)
+        joint_shares = [shares for paths in self._joint.values() for shares in paths.values()]
+        measurement = self._sum_over_processes(own, [*joint_shares, *matched], update.attempt.failure)
         if measurement is None:
             return None
         self._check(measurement)

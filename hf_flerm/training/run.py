@@ -128,7 +128,6 @@ class FLeRMRun:
                 config,
                 probe_data,
                 arguments,
-                [] if self._scaler is None else self._scaler.shares,
             )
             if base is not None:
                 warn_of_differences(base, self._recorder.profile)
@@ -324,7 +323,8 @@ class FLeRMRun:
 
     def _measure(self, step: int, update: StepUpdate) -> None:
         """Record an update (draw batches, probe, sum over processes, append to the profile), then set the scales."""
-        measurement = self._recorder.record(step, update)
+        matched = [] if self._scaler is None else self._scaler.combinations
+        measurement = self._recorder.record(step, update, matched)
         if measurement is None:
             return
         self._failures.clear()

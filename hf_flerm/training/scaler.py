@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import map_profile
+from ..transfer.strategy import choose_strategy, log_prior, tensor_scales, with_scales
 from .provenance import check_units, check_unscaled
 
 logger = logging.get_logger(__name__)
@@ -29,8 +31,9 @@ class Scaler:
 
     Attributes:
         evidence: The evidence for the scales so far.
+        strategy: What is matched, chosen from what changed since the base.
         scales: `{canonical name: factor on the learning rate}`, as applied.
-        shares: The combinations of tensors that are matched: `{canonical name: share of its update}` for each.
+        without_level: The scales without the factor that all of them have in common.
 
     Args:
         base: The profile to match.
@@ -56,12 +59,25 @@ class Scaler:
         if not len(base.steps):
             raise RateProfileError("the profile holds no step: its run ended before its first measurement.")
         self._config = config
+        research = config.research
+        follows = research.beta is not None or research.pool != "kind"  # options of this policy alone
+        self.strategy = choose_strategy(
+            base,
+            model,
+            optimizer,
+            policy=research.policy or ("follow" if follows else None),
+            granularity=config.granularity,
+            rules=research.rules,
+        )
         self._mapped = map_profile(
-            base, model, granularity=config.granularity, depth=config.research.depth, unmatched=config.unmatched
+            base,
+            model,
+            granularity=self.strategy.granularity,
+            depth=research.depth,
+            unmatched=config.unmatched,
         )
         self._base = _identity(base)
-        self.shares: Sequence[Mapping[str, float]] = [unit.shares for unit in self._mapped.measured_units.values()]
-        self.evidence = Evidence.empty(self._mapped)
+        self.evidence = self._without_evidence()
         self._step_scales = StepScales(optimizer, in_optimizer)
         self._set_scales()
 
@@ -78,7 +94,9 @@ class Scaler:
         if record is not None and record.get("base") != self._base["base"]:
             logger.warning("the checkpoint was matched to another profile; its scales are not used.")
             record = None
-        self.evidence = Evidence.empty(self._mapped) if record is None else Evidence.from_record(record, self._mapped)
+        self.evidence = self._without_evidence()
+        if record is not None:
+            self.evidence = Evidence.from_record(record, self._mapped)
         self._set_scales()
 
     def update(self, step: int, measurement: Measurement, learning_rate: float) -> dict[str, float]:
@@ -94,12 +112,15 @@ class Scaler:
             the first is included, so that their step is redone once.
         """
         old, config, research = self.scales, self._config, self._config.research
-        self.evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate).estimated(
+        evidence = self.evidence.appended(step, self._mapped, measurement, learning_rate, self.without_level)
+        self.evidence = with_scales(
+            evidence,
             self._mapped,
-            pool=research.pool,
-            beta=research.beta,
+            self.strategy,
             max_scale=config.max_scale,
             max_change=config.max_change,
+            pool=research.pool,
+            beta=research.beta,
         )
         self._set_scales()
         return {
@@ -107,6 +128,11 @@ class Scaler:
             for name, scale in self.scales.items()
             if scale != old[name] and name not in self._step_scales.tied
         }
+
+    @property
+    def combinations(self) -> list[Mapping[str, float]]:
+        """The combinations of tensors whose joint rates `update` needs: `{canonical name: share of its update}`."""
+        return [*(unit.shares for unit in self._mapped.measured_units.values()), self.without_level]
 
     def recorded(self, profile: RateProfile) -> RateProfile:
         """Return the profile with the evidence in its metadata, from which a resumed run continues."""
@@ -141,10 +167,15 @@ class Scaler:
         """Release the optimizer; the evidence stays."""
         self._step_scales.remove()
 
+    def _without_evidence(self) -> Evidence:
+        empty = Evidence.empty(self._mapped)
+        return replace(empty, log_scales=log_prior(self._mapped, self.strategy.prior))
+
     def _set_scales(self) -> None:
-        log_scales: dict[str, Any] = dict(zip(self.evidence.units, self.evidence.log_scales.tolist(), strict=True))
-        self._step_scales.scales = self._mapped.tensor_scales(log_scales)
+        self._step_scales.scales = tensor_scales(self.evidence, self._mapped, self.strategy)
         self.scales = self._step_scales.scales
+        level = math.exp(self.evidence.log_level)
+        self.without_level = {name: scale / level for name, scale in self.scales.items()}
 
 
 def _identity(base: RateProfile) -> dict[str, str]:

@@ -4,7 +4,9 @@ At a measured step t, unit u (one tensor, or several that are matched together, 
 
     s[u] = base rate[u](t) / target rate[u](t)
 
-Single quotients are noisy, so scales are averaged in logarithms: y[t, u] = log s[u] at step t. Axes and symbols:
+Single quotients are noisy, so scales are averaged in logarithms: y[t, u] = log s[u] at step t. The joint rate of the
+whole model gives one more quotient at each step, the level; `strategy` says how scales follow from both. Axes and
+symbols:
 
     T   measurements so far     y   log quotients                        float64 [T, U], nan if not compared
     U   units                   e   standard errors of log target rate   float64 [T, U], nan if not known
@@ -14,8 +16,9 @@ Single quotients are noisy, so scales are averaged in logarithms: y[t, u] = log 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +50,11 @@ class Evidence:
         weights: Nominal learning rate at each measurement: its weight in `mean_log_scales`.
         log_quotients: log(base rate / target rate), float64 [T, U]; nan if the two could not be compared.
         errors: Standard errors of log(target rate), float64 [T, U]; nan if not known.
+        levels: log(base joint rate / joint rate of the target at the scales in force, without their level), float64
+            [T]; nan if the two could not be compared.
+        level_errors: Standard errors of the logarithm of that joint rate, float64 [T]; nan if not known.
         log_scales: Logarithms of the current scales, float64 [U]; 0 before the first comparison.
+        log_level: Logarithm of the factor that all scales have in common; included in `log_scales`.
     """
 
     units: tuple[str, ...]
@@ -55,14 +62,17 @@ class Evidence:
     weights: tuple[float, ...]
     log_quotients: Tensor
     errors: Tensor
+    levels: Tensor
+    level_errors: Tensor
     log_scales: Tensor
+    log_level: float = 0.0
 
     @classmethod
     def empty(cls, mapped: ProfileMap) -> Evidence:
         """Return evidence without any measurement: all scales are 1."""
         units = tuple(mapped.measured_units)
-        nothing = torch.empty(0, len(units), dtype=torch.float64)
-        return cls(units, (), (), nothing, nothing, torch.zeros(len(units), dtype=torch.float64))
+        rows, numbers = torch.empty(0, len(units), dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+        return cls(units, (), (), rows, rows, numbers, numbers, torch.zeros(len(units), dtype=torch.float64))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], mapped: ProfileMap) -> Evidence:
@@ -77,33 +87,50 @@ class Evidence:
             steps, weights = tuple(map(int, record["steps"])), tuple(map(float, record["weights"]))
             log_quotients, errors = (_table(record[key], units) for key in ("logs", "errors"))
             log_scales = torch.tensor([record["scales"][unit] for unit in units], dtype=torch.float64)
+            # Version 0.1 recorded no levels.
+            levels, level_errors = (
+                _numbers(record.get(key, [None] * len(steps))) for key in ("levels", "level_errors")
+            )
+            log_level = float(record.get("level", 0.0))
         except RateProfileError:
             raise
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise _damaged(repr(error)) from error
-        counts = (len(steps), len(weights), len(log_quotients), len(errors))
+        counts = (len(steps), len(weights), len(log_quotients), len(errors), len(levels), len(level_errors))
         if len(set(counts)) > 1 or log_quotients.ndim != 2 or errors.ndim != 2 or log_scales.ndim != 1:
-            raise _damaged(f"steps, weights, logs and errors have {counts} rows, which must be equal")
-        if not bool(log_scales.isfinite().all()) or not _all_positive(*weights):
+            raise _damaged(f"steps, weights, logs, errors and levels have {counts} rows, which must be equal")
+        if not bool(log_scales.isfinite().all()) or not math.isfinite(log_level) or not _all_positive(*weights):
             raise _damaged("its scales must be finite and its weights positive")
-        return cls(units, steps, weights, log_quotients, errors, log_scales)
+        return cls(units, steps, weights, log_quotients, errors, levels, level_errors, log_scales, log_level)
 
     def to_record(self) -> dict[str, Any]:
         """Return the attributes in JSON-compatible form, keyed by unit; nan becomes None. "scales" are logarithms."""
 
+        def plain(values: Tensor) -> list[float | None]:
+            return [value if math.isfinite(value) else None for value in values.tolist()]
+
         def columns(values: Tensor) -> dict[str, list[float | None]]:
-            plain = [[value if math.isfinite(value) else None for value in row] for row in values.T.tolist()]
-            return dict(zip(self.units, plain, strict=True))
+            return dict(zip(self.units, map(plain, values.T), strict=True))
 
         return {
             "steps": list(self.steps),
             "weights": list(self.weights),
             "logs": columns(self.log_quotients),
             "errors": columns(self.errors),
+            "levels": plain(self.levels),
+            "level_errors": plain(self.level_errors),
+            "level": self.log_level,
             "scales": dict(zip(self.units, self.log_scales.tolist(), strict=True)),
         }
 
-    def appended(self, step: int, mapped: ProfileMap, measurement: Measurement, weight: float = 1.0) -> Evidence:
+    def appended(
+        self,
+        step: int,
+        mapped: ProfileMap,
+        measurement: Measurement,
+        weight: float = 1.0,
+        in_force: Mapping[str, float] = MappingProxyType({}),
+    ) -> Evidence:
         """Return the evidence with one more measurement and unchanged scales.
 
         A unit is not compared at this step if a rate is 0, or if it has several tensors of which many do not affect the
@@ -116,24 +143,29 @@ class Evidence:
             mapped: The rates that the units should have.
             measurement: Measured on the target.
             weight: Nominal learning rate at that step.
+            in_force: `{canonical name: scale without the level}` of the tensors whose joint rate is compared for the
+                level; without any, it is not compared.
         """
-        units = mapped.measured_units.values()
-        joint = measurement.joint_rates({unit.name: unit.shares for unit in units})
+        units = list(mapped.measured_units.values())
+        if in_force and mapped.base.joint_rates.get("global"):
+            units.append(replace(mapped.everything, name="level", shares=in_force))
+        joint = measurement.joint_rates(dict(enumerate(unit.shares for unit in units)))
         is_early = not self.steps or step < self.steps[0] + _WAIT_STEPS
-        row = []
-        for unit in units:
-            rate, error = joint[unit.name]
+        rows = torch.full((2, len(self.units) + 1), math.nan, dtype=torch.float64)  # quotients and errors
+        for column, unit in enumerate(units):
+            rate, error = joint[column]
             wanted = mapped.base.interpolated(unit.rates, step).item()
             too_early = is_early and _has_many_zero_rates(unit, mapped, measurement)
-            comparable = _all_positive(wanted, rate) and not too_early
-            row.append((math.log(wanted) - math.log(rate), error / rate) if comparable else (math.nan, math.nan))
-        log_quotients, errors = torch.tensor(row, dtype=torch.float64).T.unsqueeze(1)  # [1, U] each
+            if _all_positive(wanted, rate) and not too_early:
+                rows[:, column] = torch.tensor([math.log(wanted) - math.log(rate), error / rate], dtype=torch.float64)
         return replace(
             self,
             steps=(*self.steps, step),
             weights=(*self.weights, weight),
-            log_quotients=torch.cat([self.log_quotients, log_quotients]),
-            errors=torch.cat([self.errors, errors]),
+            log_quotients=torch.cat([self.log_quotients, rows[:1, :-1]]),
+            errors=torch.cat([self.errors, rows[1:, :-1]]),
+            levels=torch.cat([self.levels, rows[0, -1:]]),
+            level_errors=torch.cat([self.level_errors, rows[1, -1:]]),
         )
 
     def at_limit(self, max_scale: float) -> list[str]:
@@ -145,6 +177,7 @@ class Evidence:
         self,
         mapped: ProfileMap,
         *,
+        prior: Tensor | None = None,
         pool: str = "kind",
         beta: float | None = None,
         max_scale: float = math.inf,
@@ -154,6 +187,7 @@ class Evidence:
 
         Args:
             mapped: What is matched.
+            prior: Logarithm of each unit's scale without evidence, float64 [U]; None: 0, a scale of 1.
             pool: Which units share an average of log-scales: all units of one "kind", or each "unit" alone.
             beta: How log-scales are averaged over measurements. None: by `random_effects_mean`, followed by James-Stein
                 shrinkage (see the comment in the code). A number: decay of a bias-corrected running average; 1 is the
@@ -165,13 +199,17 @@ class Evidence:
         """
         if not self.steps:
             return self
-        columns = list(_columns(mapped, pool).values())
+        columns = list(columns_of(mapped, pool).values())
+        if prior is None:
+            prior = torch.zeros(len(self.units), dtype=torch.float64)
         if beta is None:
-            means, variances = self._averaged(columns, torch.ones(len(self.steps), dtype=torch.float64))
-            # The positive-part James-Stein shrinkage towards a scale of 1, mu * max(0, 1 - v / mu^2) for a mean mu with
-            # variance v: a scale that differs from 1 by less than its standard error stays 1, one far from it moves
-            # almost all the way. nan_to_num: a mean of nan (nothing compared) or 0 gives 0.
-            means = (means * (1 - variances / means.square()).clamp(min=0)).nan_to_num(0.0)
+            means, variances = self.averaged(columns, torch.ones(len(self.steps), dtype=torch.float64))
+            priors = torch.stack([prior[index].mean() for index in columns])
+            moves = means - priors
+            # The positive-part James-Stein shrinkage towards the prior, mu * max(0, 1 - v / mu^2) for a move mu with
+            # variance v: a scale that differs from its prior by less than its standard error stays there, one far from
+            # it moves almost all the way. nan_to_num: a mean of nan (nothing compared) or no move gives the prior.
+            means = priors + (moves * (1 - variances / moves.square()).clamp(min=0)).nan_to_num(0.0)
         else:
             by_step = self._means(columns)
             means = torch.stack([_running_average(column[column.isfinite()], beta) for column in by_step.T])
@@ -200,13 +238,13 @@ class Evidence:
         Returns:
             `{kind or unit: (log-scale, its standard error)}` of those with at least one quotient.
         """
-        columns = _columns(mapped, pool)
+        columns = columns_of(mapped, pool)
         weights = torch.tensor(self.weights, dtype=torch.float64)
-        means, variances = self._averaged(list(columns.values()), weights)
+        means, variances = self.averaged(list(columns.values()), weights)
         estimates = zip(columns, means.tolist(), variances.sqrt().tolist(), strict=True)
         return {name: (mean, error) for name, mean, error in estimates if math.isfinite(error)}
 
-    def _averaged(self, columns: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
+    def averaged(self, columns: list[list[int]], weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return means over units and measurements, and their variances, [K] each.
 
         The mean over n units has the variance 2 e^2 / n. The factor 2 is there because the errors of the base, which
@@ -264,7 +302,7 @@ def random_effects_mean(values: Tensor, variances: Tensor, weights: Tensor) -> t
     return (precisions * y).sum(0) / sums, mean_variances.nan_to_num(math.inf)
 
 
-def _columns(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:
+def columns_of(mapped: ProfileMap, pool: str) -> dict[str, list[int]]:
     """Return `{kind or unit: columns}`, the columns (units) that are averaged and share one scale."""
     columns: dict[str, list[int]] = {}
     for column, unit in enumerate(mapped.measured_units.values()):
@@ -284,6 +322,11 @@ def _has_many_zero_rates(unit: Unit, mapped: ProfileMap, measurement: Measuremen
 
 def _running_average(values: Tensor, beta: float) -> Tensor:
     return average_weights(len(values), beta) @ values if len(values) else values.new_zeros(())
+
+
+def _numbers(values: Iterable[Any]) -> Tensor:
+    """Return the numbers of a record as float64; None becomes nan."""
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
 
 def _table(columns: Mapping[str, Any], units: tuple[str, ...]) -> Tensor:

@@ -1,7 +1,11 @@
-"""Published rules for the learning rate when width, depth, rank or adapter change: muP, depth-muP, muA, LoRA."""
+"""Published rules for the learning rate when width, depth, rank, adapter or optimizer change.
+
+`prior_scales` makes of them the learning-rate scales that a matched run starts from.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from ..engines import engine_of
@@ -31,6 +36,9 @@ class Change:
         scaling: Ratio of the factors on LoRA's output (alpha / r, or alpha / sqrt(r) for rsLoRA).
         base_adapter: The base's adapter by PEFT's name ("LORA", "VERA", ...; "DORA" for LoRA with `use_dora`), or None.
         target_adapter: The target's.
+        base_optimizer: Class of the base's optimizer; None if not known or not compared.
+        target_optimizer: Class of the target's.
+        muon_adjustment: `adjust_lr_fn` of the target's `torch.optim.Muon`.
     """
 
     width: float = 1.0
@@ -39,12 +47,43 @@ class Change:
     scaling: float = 1.0
     base_adapter: str | None = None
     target_adapter: str | None = None
+    base_optimizer: str | None = None
+    target_optimizer: str | None = None
+    muon_adjustment: str | None = None
+
+    @property
+    def of_optimizer(self) -> bool:
+        """Whether base and target are known to have optimizers of different classes."""
+        return None not in (self.base_optimizer, self.target_optimizer) and self.base_optimizer != self.target_optimizer
+
+    @property
+    def of_adapter(self) -> bool:
+        """Whether the adapters are of different methods, or only one of the two has an adapter."""
+        return self.base_adapter != self.target_adapter
 
     @property
     def ratios(self) -> dict[str, float]:
         """`{"width", "depth" or "rank": ratio}` of the sizes that differ."""
         sizes = {"width": self.width, "depth": self.depth, "rank": self.rank}
         return {name: ratio for name, ratio in sizes.items() if ratio != 1.0}
+
+
+@dataclass(frozen=True)
+class TargetTensor:
+    """What the rules need to know of one trained tensor of the target.
+
+    Attributes:
+        shape: Its shape.
+        in_block: Whether it is in a stack of repeated blocks.
+        fan_in: Target / base of the input dimension of a matrix; 1 if not known.
+        is_hidden: Whether it is a matrix between hidden layers: in a block, or with both dimensions larger than in the
+            base.
+    """
+
+    shape: tuple[int, ...]
+    in_block: bool
+    fan_in: float
+    is_hidden: bool
 
 
 @dataclass(frozen=True)
@@ -55,13 +94,16 @@ class Rule:
         text: The rule in words.
         source: The paper.
         applies: Whether the rule applies to a change.
-        factor: The factor on the base's learning rate.
+        factor: The factor on the base's learning rate, if all tensors have the same.
+        of_tensor: The factor on one tensor's learning rate that a matched run starts from; None: `factor` is only
+            shown.
     """
 
     text: str
     source: str
     applies: Callable[[Change], bool]
     factor: Callable[[Change], float]
+    of_tensor: Callable[[Change, TargetTensor], float] | None = None
 
 
 def _both_lora(change: Change) -> bool:
@@ -74,30 +116,38 @@ def _without_adapter(change: Change) -> bool:
     return change.base_adapter is None and change.target_adapter is None
 
 
+_ADAM = ("Adam", "AdamW")
+_MUON = "Muon"  # torch.optim.Muon
+_LION = ("Lion", "Lion8bit", "Lion32bit", "PagedLion", "PagedLion8bit", "PagedLion32bit")
+
 RULES: Sequence[Rule] = (
     Rule(
         "muA: lr ~ (scaling * rank * width)^(-1/2), so independent of rank for alpha / r, rank^(-1/4) for rsLoRA",
         "arXiv 2602.06204",
         lambda change: _both_lora(change) and (change.rank, change.scaling, change.width) != (1.0, 1.0, 1.0),
         lambda change: (change.scaling * change.rank * change.width) ** -0.5,
+        lambda change, tensor: (change.scaling * change.rank * change.width) ** -0.5,
     ),
     Rule(
         "full fine-tuning: a tenth of LoRA's learning rate",
         "Schulman et al., LoRA Without Regret, 2025",
         lambda change: change.base_adapter == "LORA" and change.target_adapter is None,
         lambda change: 0.1,
+        lambda change, tensor: 0.1,
     ),
     Rule(
         "LoRA: ten times the learning rate of full fine-tuning",
         "Schulman et al., LoRA Without Regret, 2025",
         lambda change: change.base_adapter is None and change.target_adapter == "LORA",
         lambda change: 10.0,
+        lambda change, tensor: 10.0,
     ),
     Rule(
         "muP: hidden matrices at lr / width (AdamW)",
         "arXiv 2203.03466",
         lambda change: _without_adapter(change) and change.width != 1.0,
         lambda change: 1 / change.width,
+        lambda change, tensor: 1 / tensor.fan_in if tensor.is_hidden else 1.0,
     ),
     Rule(
         "depth-muP: blocks at lr / sqrt(depth)",
@@ -105,11 +155,48 @@ RULES: Sequence[Rule] = (
         lambda change: _without_adapter(change) and change.depth != 1.0,
         lambda change: change.depth**-0.5,
     ),
+    # On the depth axes of examples/studies this is a better start than depth-muP, and never worse than no change.
+    Rule(
+        "FLeRM: the rate of a block is shared by the blocks that it becomes: blocks at lr / depth",
+        "arXiv 2502.17405",
+        lambda change: _without_adapter(change) and change.depth != 1.0,
+        lambda change: 1 / change.depth,
+        lambda change, tensor: 1 / change.depth if tensor.in_block else 1.0,
+    ),
+    Rule(
+        "Moonlight: Muon takes AdamW's learning rate if its steps are scaled by 0.2 sqrt(max(rows, columns))",
+        "arXiv 2502.16982",
+        lambda change: change.base_optimizer in _ADAM and change.target_optimizer == _MUON,
+        lambda change: 1.0,
+        lambda change, tensor: _of_muon(change, tensor),
+    ),
+    Rule(
+        "Lion: 3 to 10 times smaller than AdamW's learning rate",
+        "arXiv 2302.06675",
+        lambda change: change.base_optimizer in _ADAM and change.target_optimizer in _LION,
+        lambda change: 30**-0.5,
+        lambda change, tensor: 30**-0.5,
+    ),
+    Rule(
+        "AdamW: 3 to 10 times larger than Lion's learning rate",
+        "arXiv 2302.06675",
+        lambda change: change.base_optimizer in _LION and change.target_optimizer in _ADAM,
+        lambda change: 30**0.5,
+        lambda change, tensor: 30**0.5,
+    ),
 )
 
 
-def change_between(base: RateProfile, model: nn.Module) -> Change:
-    """Compare the base of a profile with a model. Ratios that the metadata do not determine are 1."""
+def _of_muon(change: Change, tensor: TargetTensor) -> float:
+    """The factor that turns the step size of `torch.optim.Muon` into Moonlight's."""
+    if len(tensor.shape) != 2 or change.muon_adjustment == "match_rms_adamw":
+        return 1.0
+    rows, columns = tensor.shape
+    return 0.2 * math.sqrt(max(rows, columns) / max(1.0, rows / columns))
+
+
+def change_between(base: RateProfile, model: nn.Module, optimizer: Optimizer | None = None) -> Change:
+    """Compare the base of a profile with a model and its optimizer. Ratios that the metadata do not determine are 1."""
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
     engine = engine_of(model)
@@ -136,7 +223,45 @@ def change_between(base: RateProfile, model: nn.Module) -> Change:
         scaling=(new_adapter.scaling if new_adapter else 1.0) / (old_adapter.scaling if old_adapter else 1.0),
         base_adapter=old_adapter.method if old_adapter else None,
         target_adapter=new_adapter.method if new_adapter else None,
+        base_optimizer=None if optimizer is None else base.about.optimizer_class,
+        target_optimizer=None if optimizer is None else type(optimizer).__name__,
+        muon_adjustment=None if optimizer is None else optimizer.defaults.get("adjust_lr_fn"),
     )
+
+
+def prior_scales(base: RateProfile, model: nn.Module, change: Change) -> dict[str, float]:
+    """Return the learning-rate scales that the published rules for a change give, the product of those that apply.
+
+    Args:
+        base: Profile of the base, with the shapes of its tensors in the metadata.
+        model: The target.
+        change: How the target differs; see `change_between`.
+
+    Returns:
+        `{canonical name: factor}` of every trained tensor; all 1 if no rule applies.
+    """
+    factors = [rule.of_tensor for rule in RULES if rule.of_tensor is not None and rule.applies(change)]
+    return {
+        name: math.prod(factor(change, tensor) for factor in factors)
+        for name, tensor in _target_tensors(base, model).items()
+    }
+
+
+def _target_tensors(base: RateProfile, model: nn.Module) -> dict[str, TargetTensor]:
+    """Describe the trained tensors of a target by canonical name."""
+    parameters, kinds, engine = trainable_parameters(model), tensor_kinds(model), engine_of(model)
+    before = _by_kind(base.about.shapes, base.about.kinds)
+    described = {}
+    for (name, path), parameter in zip(resolve_names(model, parameters).items(), parameters.values(), strict=True):
+        kind = without_prefix(kinds[name])
+        shape = tuple(engine.shape(parameter))
+        old = next((found for found in before.get(kind, []) if len(found) == len(shape)), shape)
+        ratios = [new / before_ for before_, new in zip(old, shape, strict=True)]
+        is_hidden = len(shape) == 2 and ("*" in kind or min(ratios) > 1)
+        # Conv1D of GPT-2 keeps its weight as [in, out], everything else as [out, in].
+        fan_in = 0 if isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D) else 1
+        described[name] = TargetTensor(shape, "*" in kind, ratios[fan_in] if is_hidden else 1.0, is_hidden)
+    return described
 
 
 def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, **options: Any) -> list[dict[str, Any]]:
@@ -158,22 +283,17 @@ def mup_param_groups(model: nn.Module, base: RateProfile, learning_rate: float, 
     Raises:
         RateProfileError: If the profile does not hold the shape of a tensor of the model.
     """
-    parameters, kinds, engine = trainable_parameters(model), tensor_kinds(model), engine_of(model)
+    parameters, kinds = trainable_parameters(model), tensor_kinds(model)
     before = _by_kind(base.about.shapes, base.about.kinds)
     groups: dict[float, list[nn.Parameter]] = {}
-    for (name, path), parameter in zip(resolve_names(model, parameters).items(), parameters.values(), strict=True):
+    for name, tensor in _target_tensors(base, model).items():
         kind = without_prefix(kinds[name])
-        shape = engine.shape(parameter)
-        if kind not in before or len(before[kind][0]) != len(shape):
+        if kind not in before or len(before[kind][0]) != len(tensor.shape):
             raise RateProfileError(
-                f"the profile does not hold the shape that {name!r} (here {tuple(shape)}) had in the base. "
+                f"the profile does not hold the shape that {name!r} (here {tensor.shape}) had in the base. "
                 "Record a base of the same architecture."
             )
-        ratios = [new / old for old, new in zip(before[kind][0], shape, strict=True)]
-        is_hidden = len(shape) == 2 and ("*" in kind or min(ratios) > 1)
-        # Conv1D of GPT-2 keeps its weight as [in, out], everything else as [out, in].
-        fan_in = 0 if isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D) else 1
-        groups.setdefault(1 / ratios[fan_in] if is_hidden else 1.0, []).append(parameter)
+        groups.setdefault(1 / tensor.fan_in, []).append(parameters[name])
     return [{"params": tensors, "lr": learning_rate * factor, **options} for factor, tensors in groups.items()]
 
 

@@ -34,7 +34,6 @@ def test_the_command_line_plans(
         tmp_path / "data"
     )
     words = ["plan", str(tmp_path / "model"), str(tmp_path / "data"), str(tmp_path / "base"), "--steps", "3"]
-    words += ["--batch-size", "4", "--max-steps", "8", "--scheduler", "linear"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     capsys.readouterr()
     app(words, standalone_mode=False)
@@ -50,6 +49,7 @@ def test_the_command_line_plans(
         steps=3,
     )
     assert text.strip() == str(advice).strip()
+    assert text.startswith("Keep 0.01.")
     assert found.keys() == advice.to_dict().keys()
     assert found["learning_rate"] == pytest.approx(advice.learning_rate, rel=1e-4)
     assert found["multipliers"] == {
@@ -72,7 +72,7 @@ def test_the_command_says_the_same_of_a_seed(tmp_path: Path) -> None:
     gpt2(width=32).config.save_pretrained(tmp_path / "model")
     tokens = Rows().tokens.tolist()
     Dataset.from_dict({"input_ids": tokens, "labels": tokens}).save_to_disk(tmp_path / "data")
-    words = ["plan", *folders, "--steps", "2", "--batch-size", "4", "--json"]
+    words = ["plan", *folders, "--steps", "2", "--json"]
     first, same, other = (CliRunner().invoke(app, [*words, "--seed", seed]).stdout for seed in ("1", "1", "2"))
     assert json.loads(first) == json.loads(same) != json.loads(other)
     torch.save(gpt2(width=32).state_dict(), tmp_path / "model" / "pytorch_model.bin")
@@ -89,6 +89,43 @@ def test_the_command_asks_for_a_profile_that_tells_its_learning_rate(tmp_path: P
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "no data", str(tmp_path / "mean")])
     assert result.exit_code == 2
     assert "does not contain the learning rate" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_options_that_are_not_given_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = recorded(tmp_path / "runs", gpt2())
+    base.metadata["training_arguments"] |= {
+        "weight_decay": 0.3,
+        "optim": "adafactor",
+        "warmup_steps": 5,
+        "adam_beta1": "x",
+    }
+    base.save_pretrained(tmp_path / "base")
+    gpt2().save_pretrained(tmp_path / "model")
+    tokens = Rows().tokens.tolist()
+    Dataset.from_dict({"input_ids": tokens}).save_to_disk(tmp_path / "data")
+    taken = []
+    monkeypatch.setattr("hf_flerm.plan", lambda model, args, *_, **__: taken.append(args))
+    words = ["plan", *(str(tmp_path / name) for name in ("model", "data", "base")), "--warmup-steps", "2"]
+    CliRunner().invoke(app, words)
+    (args,) = taken
+    assert (args.per_device_train_batch_size, args.max_steps) == (4, 8), "the base's"
+    assert (args.weight_decay, args.optim, args.adam_beta1) == (0.3, "adafactor", 0.9), "a text is no number"
+    assert args.warmup_steps == 2
+
+
+def test_the_profile_of_an_adapter_needs_one_for_the_target(tmp_path: Path) -> None:
+    recorded(tmp_path / "runs", lora()).save_pretrained(tmp_path / "base")
+    gpt2().save_pretrained(tmp_path / "model")
+    tokens = Rows().tokens.tolist()
+    Dataset.from_dict({"input_ids": tokens, "labels": tokens}).save_to_disk(tmp_path / "data")
+    words = ["plan", *(str(tmp_path / name) for name in ("model", "data", "base")), "--steps", "2"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    text = " ".join(refused.output.replace("│", " ").split())
+    assert "a run with the adapter LORA. Pass --adapter FOLDER" in text
+    whole = CliRunner().invoke(app, [*words, "--adapter", "none"])
+    assert whole.exit_code == 0, whole.output
+    assert "full fine-tuning: a tenth of LoRA's learning rate" in whole.output
 
 
 def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
@@ -108,7 +145,7 @@ def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
 
     paths = [str(tmp_path / name) for name in ("model", "text.txt", "base")]
-    options = ["--steps", "6", "--batch-size", "4", "--max-steps", "8", "--length", str(LENGTH)]
+    options = ["--steps", "6", "--length", str(LENGTH)]
     result = subprocess.run(
         [sys.executable, "-c", "from hf_flerm.cli import app; app()", "plan", *paths, *options],
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, plan
-from hf_flerm.planning.plan import Multiplier
+from hf_flerm.planning.plan import Multiplier, decide
 from tests.shared.plans import LEARNING_RATE, arguments, lora, planned, recorded, sgd
 from tests.shared.training import Rows, gpt2
 
@@ -23,7 +24,8 @@ def test_a_model_is_told_to_keep_its_own_learning_rate(tmp_path: Path) -> None:
     assert advice.learning_rate == pytest.approx(LEARNING_RATE)
     assert advice.overall.is_one
     assert advice.keeps
-    assert "Keep 0.01 (measured factor" in str(advice)
+    assert advice.decision == "keep"
+    assert str(advice).startswith("Keep 0.01.\nThe measured factor")
 
 
 @pytest.mark.parametrize("factor", [0.1, 3.0])
@@ -144,6 +146,43 @@ def test_a_multiplier_is_one_within_two_standard_errors_or_what_the_method_misse
     value: float, error: float, is_one: bool
 ) -> None:
     assert Multiplier(value, error).is_one == is_one
+
+
+@pytest.mark.parametrize(
+    ("overall", "kinds", "decision"),
+    [
+        (1.1, [0.5, 2.0], "keep"),
+        (3.0, [3.0, 6.0], "one"),
+        (0.2, [], "one"),
+        (1.1, [0.3, 1.0, 3.1], "match"),
+        (30.0, [2.0, 50.0], "match"),
+    ],
+)
+def test_a_decision_follows_from_the_factors(overall: float, kinds: list[float], decision: str) -> None:
+    factors = {str(index): Multiplier(value, 0.1) for index, value in enumerate(kinds)}
+    assert decide(Multiplier(overall, 0.1), factors) == decision
+    unsure = {kind: Multiplier(factor.value, 2.0) for kind, factor in factors.items()}
+    assert decide(Multiplier(overall, 0.1), unsure) != "match", "two standard errors are a factor of 286"
+
+
+def test_the_text_begins_with_decision_reason_range_and_rule(tmp_path: Path) -> None:
+    found = planned(tmp_path, gpt2(width=32), recorded(tmp_path, gpt2()))
+    kinds = {"a": Multiplier(0.01, 0.1), "b": Multiplier(4.0, 0.1)}
+    keep = replace(found, overall=Multiplier(0.7, 0.1), multipliers={})
+    use = replace(found, overall=Multiplier(0.25, 0.1), multipliers={"a": Multiplier(0.2, 0.1)})
+    match = replace(found, overall=Multiplier(0.7, 0.1), multipliers=kinds)
+    first, reason, spread, rule = str(keep).splitlines()[:4]
+    assert first == "Keep 0.01."
+    assert reason == keep.reason
+    assert spread == "68 % range of the learning rate for all tensors: 0.00633 to 0.00774."  # 0.007 exp(-+0.1)
+    assert rule.startswith("A published rule says 0.005: muP: hidden matrices at lr / width (AdamW)")
+    assert str(use).splitlines()[:2] == ["Use 0.0025 for all tensors.", use.reason]
+    assert "would change the outputs 4 times as much as in the base run" in use.reason
+    assert str(match).splitlines()[0] == "Match: one number cannot do it, kinds differ by 400x."
+    assert match.reason.startswith("a needs 0.01 times the base's learning rate and b 4 times; mode='match'")
+    assert [p.decision for p in (keep, use, match)] == [p.to_dict()["decision"] for p in (keep, use, match)]
+    assert match.to_dict()["range"] == pytest.approx([0.007 * math.exp(-0.1), 0.007 * math.exp(0.1)])
+    assert [p.keeps for p in (keep, use, match)] == [True, False, False]
 
 
 def test_steps_are_refused_by_their_own_name(tmp_path: Path) -> None:

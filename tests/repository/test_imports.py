@@ -24,6 +24,7 @@ ALLOWED = {
     "config": {"choices", "rates", "profile"},
     "training": {"choices", "config", "model", "engines", "optimizer", "rates", "profile", "transfer"},
     "planning": {"choices", "config", "model", "engines", "optimizer", "rates", "profile", "transfer", "training"},
+    "trainer": {"config", "engines", "optimizer", "profile", "training", "planning"},
     "show": {"choices", "model", "rates", "profile", "transfer", "planning"},
     "cli": {"", "choices", "config", "model", "profile", "transfer", "planning", "show"},
 }

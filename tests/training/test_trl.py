@@ -35,7 +35,7 @@ from trl import (
     SFTTrainer,
 )
 
-from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMMixin, FLeRMRun, RateProfile
+from hf_flerm import FLeRMCallback, FLeRMConfig, FLeRMMixin, FLeRMRun, RateProfile, plan
 from hf_flerm.profile.rate_profile import PROFILE_NAME
 from hf_flerm.rates.outputs import MeasuredOutput
 from hf_flerm.training.trl_tasks import trl_task
@@ -217,6 +217,13 @@ def test_recording_changes_nothing_and_matching_acts(tmp_path: Path, case: str) 
     scales = flerm_callback(matched).scales
     assert 1.5 < geometric_mean(scales.values()) < 16
     assert matched.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+
+    planning = made(CASES[case](tmp_path))
+    torch.manual_seed(0)
+    assert plan(planning, profile=profile, steps=STEPS).steps == STEPS
+    again = run_once(planning)
+    for part in ("weights", "random_state", "logs"):
+        assert_identical(getattr(again, part), getattr(expected, part), part)
 
 
 def test_probing_with_prompts_of_ones_own_changes_nothing(tmp_path: Path) -> None:

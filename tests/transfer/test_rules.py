@@ -22,8 +22,10 @@ from tests.shared.training import gpt2
         (Change(base_adapter="LORA"), [0.1]),
         (Change(target_adapter="LORA"), [10.0]),
         (Change(width=4), [0.25]),
-        (Change(depth=4), [0.5]),
-        (Change(width=4, depth=9), [0.25, 1 / 3]),
+        (Change(depth=4), [0.5, 0.25]),  # depth-muP, and the equal split
+        (Change(width=4, depth=9), [0.25, 1 / 3, 1 / 9]),
+        (Change(base_optimizer="AdamW", target_optimizer="Lion"), [30**-0.5]),
+        (Change(base_optimizer="Lion", target_optimizer="AdamW"), [30**0.5]),
         (Change(), []),
     ],
 )

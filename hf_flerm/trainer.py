@@ -10,11 +10,12 @@ from huggingface_hub.constants import REPOCARD_NAME
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from ..config import FLeRMConfig
-from ..engines import engine_of
-from ..optimizer.param_groups import raw_optimizer
-from ..profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
-from .callback import FLeRMCallback
+from .config import FLeRMConfig
+from .engines import engine_of
+from .optimizer.param_groups import raw_optimizer
+from .planning.plan import Plan, plan
+from .profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
+from .training.callback import FLeRMCallback
 
 _Base: Any = Trainer if TYPE_CHECKING else object
 _OLD_KEY = "flerm_names"  # in param groups in checkpoints of matched runs of version 0.1
@@ -50,6 +51,19 @@ class FLeRMMixin(_Base):
     def rate_profile(self) -> RateProfile:
         """The rates that this run has measured so far."""
         return self._flerm.rate_profile
+
+    def plan(self, profile: RateProfile | str | None = None, **options: Any) -> Plan:
+        """Estimate the learning rate that this training needs, before it begins; nothing here changes.
+
+        Args:
+            profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
+            **options: `steps`, `granularity` and further keyword arguments of `hf_flerm.plan`.
+
+        Raises:
+            RateProfileError: If the profile does not fit the model, or holds no joint rates.
+            ValueError: If there is no profile, nothing could be measured, or several processes run.
+        """
+        return plan(self, profile=profile, **options)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like `Trainer`; FLeRM's hooks are removed from the optimizer at the end, also after an exception."""

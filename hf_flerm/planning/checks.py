@@ -1,0 +1,87 @@
+"""What `plan` refuses before anything is copied, and what it warns of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers.utils import logging
+
+from ..model.isolation import kept_random_state, own_generators
+from ..profile.metadata import Adapter
+from ..profile.rate_profile import RateProfile
+
+logger = logging.get_logger(__name__)
+_ZERO_AT_START = (True, "gaussian", "eva")  # values of `init_lora_weights` with which lora_B starts at 0
+
+
+def check_plan(
+    profile: RateProfile | str | None, steps: int, train_dataset: Dataset[Any] | None, data_collator: Any
+) -> None:
+    """Raise ValueError unless there are a profile, a step, a single process and examples that can be collated."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
+    if profile is None:
+        raise ValueError(
+            "plan needs the profile of a base run: a RateProfile, a folder, a file or a repository. It cannot estimate "
+            "a learning rate without a base yet."
+        )
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"plan must run in a single process, and there are {PartialState().num_processes}: start it without a "
+            "launcher."
+        )
+    if train_dataset is None:
+        raise ValueError("plan needs the training set, and train_dataset is None.")
+    _check_examples(train_dataset, data_collator)
+
+
+def warn_if_trained(model: nn.Module, steps_done: int = 0) -> None:
+    """Warn if a model has been trained already: a profile is of a training from its first step.
+
+    Args:
+        model: The target.
+        steps_done: Optimizer steps that its trainer has made.
+    """
+    reason = f"its trainer has made {steps_done} steps" if steps_done else None
+    adapters = [Adapter(config.to_dict()) for config in getattr(model, "peft_config", {}).values()]
+    if all(adapter.config.get("init_lora_weights") in _ZERO_AT_START for adapter in adapters):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_B." in name and parameter.count_nonzero():
+                reason = reason or f"{name} is not 0, as it is at first"
+    if reason:
+        logger.warning(
+            f"the model has been trained already ({reason}): plan compares the first steps from these weights with the "
+            "first steps of the base run. Give the model as it was before its training."
+        )
+
+
+def _check_examples(train_dataset: Any, data_collator: Any) -> None:
+    """Raise ValueError if the examples are texts, and the collate function is one that does not tokenize."""
+    kind = data_collator if hasattr(data_collator, "__qualname__") else type(data_collator)
+    may_tokenize = data_collator is not None and not kind.__module__.startswith("transformers.data.")
+    if may_tokenize or isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__getitem__"):
+        return
+    with kept_random_state(PartialState().device), own_generators(train_dataset):
+        example = train_dataset[0]
+    if not isinstance(example, Mapping) or "input_ids" in example:
+        return
+    texts = [key for key, value in example.items() if _is_text(value)]
+    others = [value for key, value in example.items() if key not in texts]
+    if texts and all(value is None or isinstance(value, (bool, int, float)) for value in others):
+        raise ValueError(
+            f"the training set holds texts ({', '.join(map(str, texts))}) and no input_ids. Tokenize it first "
+            f'(train_dataset.map(lambda row: tokenizer(row["{texts[0]}"], truncation=True))), give a data_collator '
+            "that tokenizes, or build the trainer that tokenizes, such as TRL's SFTTrainer, and call "
+            "plan(trainer, profile=...)."
+        )
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text, or lists and dicts of texts (the messages of a chat)."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(_is_text, value)))
