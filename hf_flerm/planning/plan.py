@@ -124,7 +124,7 @@ class Plan:
     """The result of `plan`: the learning rate for a target. `str()` gives the decision, its reason and all numbers.
 
     Attributes:
-        base_learning_rate: The learning rate of the base.
+        base_learning_rate: The learning rate of the base; of several, the largest.
         overall: Factor on it if all tensors have the same learning rate.
         multipliers: `{kind: factor}` on it if each kind of tensor has its own learning rate.
         change: How the target differs from the base.
@@ -237,11 +237,14 @@ class Plan:
         return "\n".join(lines)
 
     def _decision(self) -> str:
+        several = self.mapped.base.about.learning_rate_texts
         if self.decision == "match":
             times = float(f"{spread(self.multipliers).value:.2g}")
             return f"Match: one number cannot do it, kinds differ by {times:g}x."
         if self.decision == "keep":
-            return f"Keep {self.base_learning_rate:.3g}."
+            return f"Keep {' and '.join(several) if len(several) > 1 else f'{self.base_learning_rate:.3g}'}."
+        if len(several) > 1:
+            return f"Multiply the base's learning rates, {' and '.join(several)}, by {self.overall.value:.3g}."
         return f"Use {self.learning_rate:.3g} for all tensors."
 
     def _dependence(self) -> Iterator[str]:

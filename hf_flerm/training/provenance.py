@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers.utils import logging
 from ..config import FLeRMConfig
 from ..engines import engine_of
 from ..model.names import tensor_kinds
-from ..profile.metadata import CALLABLE, SETTINGS, UNITS
+from ..optimizer.param_groups import stepping_optimizers
+from ..profile.metadata import CALLABLE, GROUPS, LARGEST_CHANGE, SETTINGS, UNITS
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
-from ..transfer.differences import differences
+from ..transfer.differences import differences, instability
 from .probe_data import ProbeData
 
 logger = logging.get_logger(__name__)
@@ -49,6 +50,7 @@ def provenance(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
     config: FLeRMConfig,
     probe_data: ProbeData,
     arguments: Mapping[str, Any] | None,
@@ -61,10 +63,10 @@ def provenance(
         model: The trained model.
         parameters: `{canonical name: parameter}` of its trained parameters.
         optimizer: The optimizer, unwrapped.
+        groups: What steps which tensors; see `described_groups`.
         config: The options of the run.
         probe_data: The source of its probe batches.
-        arguments: Settings of the training. None: learning rate, batch size and accumulation. What the optimizer and
-            the probe data know better (weight decay, examples per step of all processes) replaces what is given.
+        arguments: Settings of the training. None: learning rate, batch size and accumulation.
 
     Returns:
         Values that JSON can hold.
@@ -74,20 +76,22 @@ def provenance(
     adapters = getattr(model, "peft_config", None) or {}
     if arguments is None:
         arguments = {
-            "learning_rate": max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
+            "learning_rate": max(group["learning_rate"] for group in groups),
             "per_device_train_batch_size": probe_data.training_batch_size,
             "gradient_accumulation_steps": probe_data.accumulation_steps,
         }
     examples = probe_data.training_batch_size * probe_data.accumulation_steps * PartialState().num_processes
-    decays = [decay for group in optimizer.param_groups if isinstance(decay := group.get("weight_decay"), (int, float))]
-    arguments = {**arguments, "total_train_batch_size": examples} | ({"weight_decay": max(decays)} if decays else {})
+    arguments = {**arguments, "total_train_batch_size": examples}
+    # Of an optimizer that delegates its step, the optimizers inside it.
+    parts = [_described(each) for each in stepping_optimizers(optimizer) if each is not optimizer]
     description: dict[str, Any] = _plain(
         {
             "packages": {name: version(name) for name in _PACKAGES},
             "model": engine.own_type(model).__name__,
             "model_config": model_config.to_diff_dict() if hasattr(model_config, "to_diff_dict") else None,
             "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
-            "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
+            "optimizer": _described(optimizer) | ({"parts": parts} if parts else {}),
+            GROUPS: groups,
             "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
             "shapes": {name: list(engine.shape(parameter)) for name, parameter in parameters.items()},
             "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
@@ -131,7 +135,25 @@ def resumed_profile(resumed: RateProfile, empty: RateProfile, config: FLeRMConfi
         logger.warning(
             f"settings changed at the checkpoint: the profile was measured with {was} before, now with {now}."
         )
-    return RateProfile(resumed.steps, resumed.rates, empty.metadata, resumed.joint_rates)
+    profile = RateProfile(resumed.steps, resumed.rates, empty.metadata, resumed.joint_rates)
+    largest = resumed.about.largest_change
+    return profile if largest is None else with_change(profile, *largest)
+
+
+def with_change(profile: RateProfile, step: int, change: float) -> RateProfile:
+    """Return the profile with a step's change of the outputs in its metadata, if no step before changed them more.
+
+    Args:
+        profile: The profile.
+        step: The optimizer step.
+        change: How far it moved the outputs, to first order and in the profile's metric.
+    """
+    largest = profile.about.largest_change
+    if largest is not None and largest[1] >= change:
+        return profile
+    return RateProfile(
+        profile.steps, profile.rates, {**profile.metadata, LARGEST_CHANGE: [step, change]}, profile.joint_rates
+    )
 
 
 def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
@@ -183,7 +205,7 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
 
 
 def warn_of_differences(base: RateProfile, own: RateProfile) -> None:
-    """Warn once of everything in which the training of a matched run differs from its base's.
+    """Warn once of everything in which the training of a matched run differs from its base's, and of an unstable base.
 
     Other data are only mentioned at the level INFO: the fingerprint also differs if the same text was prepared twice,
     and most users who transfer to another part of their data could do nothing about a warning.
@@ -198,6 +220,8 @@ def warn_of_differences(base: RateProfile, own: RateProfile) -> None:
             "this run differs from the base of its profile in more than what is transferred across:\n"
             + "\n".join(f"- {difference}" for difference in found)
         )
+    if at_edge := instability(base.about):
+        logger.warning(at_edge)
     prints = base.about.dataset_fingerprint, own.about.dataset_fingerprint
     if None not in prints and prints[0] != prints[1]:
         logger.info("base and target are probed on data sets with different fingerprints: {} and {}.".format(*prints))
@@ -206,6 +230,10 @@ def warn_of_differences(base: RateProfile, own: RateProfile) -> None:
 def _units(config: FLeRMConfig) -> dict[str, str]:
     output = CALLABLE if callable(config.output) else config.output or "logits"
     return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
+
+
+def _described(optimizer: Optimizer) -> dict[str, Any]:
+    return {"class": type(optimizer).__name__, **_simple(optimizer.defaults)}
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..rates.process_sum import ProcessSum
 from ..rates.tensors import product_shapes
 from ..transfer.mapping import joint_groups
 from .probe_data import ProbeData
-from .provenance import empty_profile, provenance, resumed_profile
+from .provenance import empty_profile, provenance, resumed_profile, with_change
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +44,7 @@ class Recorder:
         model: The trained model, not wrapped.
         parameters: `{canonical name: parameter}` of all trained parameters.
         optimizer: The optimizer, unwrapped.
+        groups: What steps which tensors; see `described_groups`.
         config: The options of the run.
         probe_data: Examples to probe with.
         arguments: Settings of the training for the profile's metadata; see `provenance`.
@@ -56,6 +58,7 @@ class Recorder:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         optimizer: Optimizer,
+        groups: Sequence[Mapping[str, Any]],
         config: FLeRMConfig,
         probe_data: ProbeData,
         arguments: Mapping[str, Any] | None,
@@ -78,7 +81,7 @@ class Recorder:
         self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}
         self._sum_over_processes = ProcessSum(product_shapes(parameters, engine), research.estimator)
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
-        metadata = provenance(model, parameters, optimizer, config, probe_data, arguments)
+        metadata = provenance(model, parameters, optimizer, groups, config, probe_data, arguments)
         self.profile = empty_profile(metadata, self._joint)
         self.last_measurement: Measurement | None = None
 
@@ -100,13 +103,15 @@ class Recorder:
             return None  # the start of a warm-up; then `Schedule` makes the next step due
         own = update.attempt.run(partial(self._probed, step, update)) if update.moved() else None
         joint_shares = [shares for paths in self._joint.values() for shares in paths.values()]
-        measurement = self._sum_over_processes(own, [*joint_shares, *matched], update.attempt.failure)
+        moved = update.learning_rates  # the combination whose joint rate is the change of the outputs in this step
+        measurement = self._sum_over_processes(own, [*joint_shares, *matched, moved], update.attempt.failure)
         if measurement is None:
             return None
         self._check(measurement)
         joint = {granularity: measurement.joint_rates(paths) for granularity, paths in self._joint.items()}
         joint_rates = {by: {path: rate for path, (rate, _) in rates.items()} for by, rates in joint.items()}
-        self.profile = self.profile.appended(step, measurement.rates, joint_rates)
+        change = measurement.joint_rates({"": moved})[""][0]
+        self.profile = with_change(self.profile.appended(step, measurement.rates, joint_rates), step, change)
         self.last_measurement = measurement
         return measurement
 
@@ -144,11 +149,13 @@ class Recorder:
 
     def _probed(self, step: int, update: StepUpdate) -> Measurement:
         """Probe the model with the weights from before the step; if memory runs out, retry with half the batch size."""
+        target_error = self._probe_data.target_error
         with update.unit_updates() as updates:
             while True:
                 batches, generator = self._probe_data.drawn(step, self._device)
                 try:
-                    return self._probe.measure(updates, batches, generator, target_error=self._probe_data.target_error)
+                    measurement = self._probe.measure(updates, batches, generator, target_error=target_error)
+                    return replace(measurement, learning_rates=update.nominal_rates)
                 except Exception as error:
                     # Each process retries on its own. With sharded weights this cannot help if one process alone runs
                     # out of memory in the middle of a forward pass: the others still wait for it in the all-gathers of

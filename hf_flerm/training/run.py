@@ -64,7 +64,8 @@ class FLeRMRun:
 
     Args:
         model: The trained model, bare or wrapped by Accelerate, DDP or `torch.compile`.
-        optimizer: The optimizer, bare or wrapped by Accelerate.
+        optimizer: The optimizer, bare or wrapped by Accelerate; a list of several that step different tensors, whose
+            steps all belong into `with run.step()`.
         config: The options; see `FLeRMConfig`.
         dataloader: The training data loader. Probes use its data set, collate function and batch size.
         probe_dataset: Examples to probe with. None: examples of the training set.
@@ -112,7 +113,8 @@ class FLeRMRun:
         self._saved: tuple[Path, RateProfile] | None = None
         self._scaler: Scaler | None = None
         self._schedule = Schedule(config.measure_every, config.measure_steps)
-        self._accumulation = getattr(optimizer, "gradient_state", None)
+        several = isinstance(optimizer, (list, tuple))
+        self._accumulation = getattr(optimizer[0] if several else optimizer, "gradient_state", None)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         base = base_profile(config.profile)
@@ -125,6 +127,7 @@ class FLeRMRun:
                 model,
                 parameters,
                 self._watch.optimizer,
+                self._watch.groups,
                 config,
                 probe_data,
                 arguments,
@@ -163,7 +166,7 @@ class FLeRMRun:
             return None
         scales = self.scales
         return MatchSummary(
-            decision_from(scales),
+            f"{decision_from(scales)}, as {self._scaler.strategy.reason}",
             min(scales.values()),
             max(scales.values()),
             len(self._recorder.profile.steps),

@@ -43,7 +43,7 @@ class LargeScales:
             + "\n".join(reasons)
             + "\nThis is expected if the initialization sets how far a tensor moves the outputs: another rank with "
             "LoRA's 'gaussian' initialization needs 20 to 40, and so may another initialization scale or optimizer. If "
-            "nothing like this differs between base and target, they may not be comparable; max_scale limits the scales."
+            "nothing like this differs, base and target may not be comparable; max_scale limits the scales."
         )
 
 

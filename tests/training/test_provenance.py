@@ -27,9 +27,11 @@ def test_provenance(tmp_path: Path) -> None:
         "model_config",
         "adapters",
         "optimizer",
+        "param_groups",
         "training_arguments",
         "flerm",
         "dataset_fingerprint",
+        "largest_change",
         "shapes",
         "kinds",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -11,33 +12,37 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_flerm import RateProfile
+from hf_flerm import FLeRMConfig, RateProfile
 from hf_flerm.profile.metadata import ProfileMetadata
-from hf_flerm.transfer.differences import differences
+from hf_flerm.transfer.differences import differences, instability
 from tests.shared.trainer_runs import match
 from tests.shared.training import BATCH, STEPS, Rows, gpt2, lora, make_trainer, recorded
 
 METADATA: dict[str, Any] = {
     "optimizer": {"class": "AdamW", "betas": [0.9, 0.999], "eps": 1e-8, "lr": 0.1, "fused": True},
+    "param_groups": [{"optimizer": "AdamW", "learning_rate": 0.1, "weight_decay": 0.01, "names": ["h.0.w"]}],
     "training_arguments": {
-        "learning_rate": 0.1,
         "lr_scheduler_type": "linear",
         "max_steps": 1000,
         "total_train_batch_size": 32,
         "warmup_steps": 100,
-        "weight_decay": 0.01,
     },
+    "kinds": {"h.0.w": "h.*.w"},
     "model_config": {"n_layer": 2},
     "dataset_fingerprint": "abc",
 }
 
 
-def changed(**settings: Any) -> dict[str, Any]:
-    """The metadata with other settings; those of an optimizer are named `optimizer_...`."""
+def changed(
+    arguments: Mapping[str, Any] | None = None,
+    group: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The metadata with other training arguments, another param group, or other defaults of the optimizer."""
     metadata = deepcopy(METADATA)
-    for key, value in settings.items():
-        entry, _, option = key.partition("optimizer_")
-        metadata["training_arguments" if entry else "optimizer"][option or entry] = value
+    metadata["training_arguments"].update(arguments or {})
+    metadata["param_groups"][0].update(group or {})
+    metadata["optimizer"].update(defaults or {})
     return metadata
 
 
@@ -45,62 +50,69 @@ def told(base: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, tuple[
     return {each.what: (each.base, each.target) for each in differences(ProfileMetadata(base), ProfileMetadata(target))}
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"learning_rate": 0.3}, {"learning rate": ("0.1", "0.3")}),
-        ({"optimizer_class": "Muon"}, {"optimizer": ("AdamW", "Muon")}),
-        ({"optimizer_class": "Muon", "optimizer_eps": 1e-7}, {"optimizer": ("AdamW", "Muon")}),
-        ({"optimizer_betas": [0.9, 0.95]}, {"the optimizer's betas": ("[0.9, 0.999]", "[0.9, 0.95]")}),
-        ({"weight_decay": 0}, {"weight decay": ("0.01", "0")}),
-        ({"total_train_batch_size": 64}, {"examples per step": ("32", "64")}),
-        ({"lr_scheduler_type": "cosine"}, {"learning-rate schedule": ("linear", "cosine")}),
-        ({"max_steps": 1200}, {"training steps": ("1000", "1200")}),
-        ({"warmup_steps": 0}, {"warm-up steps": ("100", "0")}),
-        ({"warmup_steps": 0.3}, {"warm-up steps": ("100", "300")}),
-        ({"warmup_steps": 0, "max_steps": 10}, {"warm-up steps": ("100", "0"), "training steps": ("1000", "10")}),
-    ],
-    ids=str,
-)
-def test_a_difference_is_reported_with_both_values(
-    settings: dict[str, Any], expected: dict[str, tuple[str, str]]
-) -> None:
-    assert told(METADATA, changed(**settings)) == expected
-    assert told(changed(**settings), METADATA) == {what: pair[::-1] for what, pair in expected.items()}
+DIFFERENT: list[tuple[dict[str, Any], dict[str, tuple[str, str]]]] = [
+    (changed(group={"learning_rate": 0.3}), {"learning rate": ("0.1", "0.3")}),
+    (changed(group={"optimizer": "Muon"}), {"optimizer": ("AdamW", "Muon")}),
+    (changed(group={"optimizer": "Muon"}, defaults={"eps": 1e-7}), {"optimizer": ("AdamW", "Muon")}),
+    (changed(defaults={"betas": [0.9, 0.95]}), {"the optimizer's betas": ("[0.9, 0.999]", "[0.9, 0.95]")}),
+    (changed(group={"weight_decay": 0}), {"weight decay": ("0.01", "0")}),
+    (changed({"total_train_batch_size": 64}), {"examples per step": ("32", "64")}),
+    (changed({"lr_scheduler_type": "cosine"}), {"learning-rate schedule": ("linear", "cosine")}),
+    (changed({"max_steps": 1200}), {"training steps": ("1000", "1200")}),
+    (changed({"warmup_steps": 0}), {"warm-up steps": ("100", "0")}),
+    (changed({"warmup_steps": 0.3}), {"warm-up steps": ("100", "300")}),
+    (
+        changed({"warmup_steps": 0, "max_steps": 10}),
+        {"warm-up steps": ("100", "0"), "training steps": ("1000", "10")},
+    ),
+]
+
+
+@pytest.mark.parametrize(("other", "expected"), DIFFERENT, ids=[" and ".join(told) for _, told in DIFFERENT])
+def test_a_difference_is_reported_with_both_values(other: dict[str, Any], expected: dict[str, tuple[str, str]]) -> None:
+    assert told(METADATA, other) == expected
+    assert told(other, METADATA) == {what: pair[::-1] for what, pair in expected.items()}
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "other",
     [
-        {},
-        {"optimizer_class": "PagedAdamW8bit"},
-        {"optimizer_fused": False, "optimizer_lr": 0.2},
-        {"warmup_steps": 0.1},
-        {"max_steps": 1080, "warmup_steps": 108},
-        {"learning_rate": 0.1 * (1 + 1e-9)},
-        {"seed": 1},
+        METADATA,
+        changed(group={"optimizer": "PagedAdamW8bit"}),
+        changed(defaults={"fused": False, "lr": 0.2}),
+        changed({"warmup_steps": 0.1}),
+        changed({"max_steps": 1080, "warmup_steps": 108}),
+        changed(group={"learning_rate": 0.1 * (1 + 1e-9)}),
+        changed({"seed": 1}),
     ],
-    ids=str,
+    ids=["same", "8 bits", "implementation", "fraction", "length", "round-off", "seed"],
 )
-def test_what_makes_no_difference_is_not_reported(settings: dict[str, Any]) -> None:
-    target = changed(**settings) | {"dataset_fingerprint": "other", "model_config": {"n_layer": 24}}
+def test_what_makes_no_difference_is_not_reported(other: dict[str, Any]) -> None:
+    target = {**other, "dataset_fingerprint": "other", "model_config": {"n_layer": 24}}
     assert told(METADATA, target) == told(target, METADATA) == {}
 
 
-@pytest.mark.parametrize("entry", ["optimizer", "training_arguments"])
-@pytest.mark.parametrize("value", [None, -1, "", [], {}])
-def test_what_a_profile_lacks_is_never_a_difference(entry: str, value: Any) -> None:
-    target = changed(learning_rate=1.0, optimizer_class="SGD", weight_decay=1.0, total_train_batch_size=1)
+def test_what_a_profile_lacks_is_never_a_difference() -> None:
+    target = changed(
+        {"total_train_batch_size": 1, "lr_scheduler_type": "cosine", "max_steps": 7, "warmup_steps": 3},
+        {"learning_rate": 1.0, "weight_decay": 1.0},
+        {"eps": 1e-3},
+    )
     everything = told(METADATA, target)
-    for key in METADATA[entry]:
+    assert len(everything) == 7
+    for key in METADATA["training_arguments"]:
         unknown = deepcopy(METADATA)
-        del unknown[entry][key]
-        left = told(unknown, target)
-        assert left.items() <= everything.items()
+        del unknown["training_arguments"][key]
         assert told(unknown, METADATA) == {}
-        if key not in ("betas", "eps", "weight_decay", "warmup_steps"):  # there, these values may be meant
-            unknown[entry][key] = value
-            assert told(unknown, target) == left, key
+        left = told(unknown, target)
+        assert left.items() < everything.items()
+        for value in (None, -1, "", [], {}):
+            unknown["training_arguments"][key] = value
+            assert told(unknown, target) == left
+    for key in ("param_groups", "optimizer"):
+        unknown = {name: value for name, value in METADATA.items() if name != key}
+        assert told(unknown, METADATA) == {}
+        assert told(unknown, target).items() < everything.items()
     assert told({}, target) == told(target, {}) == {}
 
 
@@ -152,7 +164,38 @@ def test_other_data_are_mentioned_but_no_warning(
 
 
 def test_a_profile_of_an_older_version_is_compared_as_far_as_it_goes() -> None:
-    older = {key: value for key, value in METADATA["training_arguments"].items() if key != "total_train_batch_size"}
-    base = RateProfile([0], {"w": [1.0]}, METADATA | {"training_arguments": older | {"max_steps": -1}})
-    target = ProfileMetadata(changed(total_train_batch_size=64, max_steps=10, lr_scheduler_type="cosine"))
-    assert [each.what for each in differences(base.about, target)] == ["learning-rate schedule"]
+    older = {"lr_scheduler_type": "linear", "max_steps": -1, "warmup_steps": 0.1, "learning_rate": 0.1}
+    rest = {key: value for key, value in METADATA.items() if key != "param_groups"}
+    base = RateProfile([0], {"w": [1.0]}, rest | {"training_arguments": older})
+    target = ProfileMetadata(changed({"lr_scheduler_type": "cosine"}, {"learning_rate": 0.3}))
+    assert [each.what for each in differences(base.about, target)] == ["learning rate", "learning-rate schedule"]
+
+
+@pytest.mark.parametrize(("change", "warns"), [(math.sqrt(2) * 1.01, True), (math.sqrt(2) * 0.99, False)])
+def test_a_base_at_the_edge_of_stability_is_reported(change: float, warns: bool) -> None:
+    metadata = {"largest_change": [3, change], "flerm": {"metric": "fisher"}}
+    assert ("its step 3 changed the predictions by 1 nats" in instability(ProfileMetadata(metadata))) is warns
+    for unknown in ({**metadata, "flerm": {"metric": "euclidean"}}, {"flerm": {"metric": "fisher"}}, {}):
+        assert instability(ProfileMetadata(unknown)) == ""
+
+
+def test_the_largest_change_is_the_learning_rate_times_the_joint_rate(tmp_path: Path) -> None:
+    """The learning rate falls linearly to 0."""
+    base = recorded(tmp_path, gpt2(), flerm=FLeRMConfig(metric="fisher", measure_steps=range(STEPS)))
+    rates = base.joint_rates["global"][""].tolist()
+    changes = [1e-2 * (1 - step / STEPS) * rate for step, rate in enumerate(rates)]
+    assert base.about.largest_change == (changes.index(max(changes)), pytest.approx(max(changes), rel=1e-6))
+
+
+def test_a_matched_run_warns_of_an_unstable_base(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
+    base = recorded(tmp_path, gpt2(), flerm=FLeRMConfig(metric="fisher"), learning_rate=1.0)
+    assert warnings_of() == []
+    make_trainer(tmp_path, gpt2(), match(base, metric="fisher"), learning_rate=1.0).train()
+    assert "edge of stability" in warnings_of()[0]
+
+
+def test_the_largest_change_survives_a_resume(tmp_path: Path) -> None:
+    whole = recorded(tmp_path, gpt2(), save_strategy="steps", save_steps=3)
+    trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert trainer.rate_profile.about.largest_change == whole.about.largest_change

@@ -72,7 +72,9 @@ def test_a_matched_run_ends_with_its_summary(tmp_path: Path, caplog: pytest.LogC
     }
     lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
     (line,) = [line for line in lines if line.startswith("matching has ended")]
-    assert "different scales for different tensors (scales from 0.5 to 2)" in line
+    reason = flerm_callback(trainer).run.summary.decision
+    assert reason == "different scales for different tensors, as policy='follow' was asked for"
+    assert line.startswith(f"matching has ended: {reason} (scales from 0.5 to 2), from 1 measurements, which took ")
 
 
 def test_a_recording_run_has_no_summary(tmp_path: Path) -> None:
