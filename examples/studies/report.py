@@ -12,8 +12,6 @@ from statistics import mean
 
 from workload import spread, standard_error
 
-from hf_flerm.planning.plan import Multiplier
-
 STABLE = 1.0  # nats per token above the best of a sweep
 WORTH = 0.05  # a regret, in nats per token, that is worth something
 NEAR = 1.5  # a factor on a learning rate that costs little
@@ -49,9 +47,8 @@ class Study:
         return found[len(found) // 20], found[-1 - len(found) // 20]
 
     def planned(self, metric: str) -> float:
-        """The factor of `plan`, a geometric mean over seeds. A factor that cannot be told from 1 counts as 1."""
-        factors = [Multiplier(rate / self.base_rate, error=0.0) for rate in self.plans[metric]]
-        return math.exp(mean(0.0 if factor.is_one else math.log(factor.value) for factor in factors))
+        """The factor of `plan`, a geometric mean over seeds."""
+        return math.exp(mean(math.log(rate / self.base_rate) for rate in self.plans[metric]))
 
     @property
     def base_rate(self) -> float:

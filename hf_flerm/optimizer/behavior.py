@@ -158,6 +158,9 @@ TABLE: dict[tuple[str, str], Behavior] = {
     ("schedulefree", "AdamWScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "RAdamScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "SGDScheduleFree"): _SCHEDULE_FREE,
+    # Keller Jordan's, which people copy: Muon, or AdamW where a group says use_muon=False.
+    (_ANY, "MuonWithAuxAdam"): _DECOUPLED_DECAY,
+    (_ANY, "SingleDeviceMuonWithAuxAdam"): _DECOUPLED_DECAY,
     (_ANY, "Lookahead"): Behavior(
         nonlinear="every few steps it moves the weights back toward an earlier point",
         alternative="the optimizer that it wraps",

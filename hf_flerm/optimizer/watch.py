@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..engines.attempt import Attempt
 from ..engines.engine import Engine
 from .behavior import decayed_fractions
-from .param_groups import learning_rates, raw_optimizer
+from .param_groups import Group, described_groups, learning_rates, raw_optimizer
 from .step import Snapshot
 from .step_hooks import StepHooks, runs_step_hooks
 
@@ -26,16 +26,21 @@ class StepUpdate:
     Attributes:
         attempt: The measurement of this update on this process.
         snapshot: The copy of the weights before the step; None if copying failed.
-        nominal_rate: The largest learning rate in the param groups.
+        nominal_rates: `{canonical name: learning rate in its param group}`.
         learning_rates: `{canonical name: learning rate of the step}`, scales included.
         decays: `{canonical name: fraction of the weights that decoupled weight decay removed}`.
     """
 
     attempt: Attempt
     snapshot: Snapshot | None
-    nominal_rate: float
+    nominal_rates: Mapping[str, float]
     learning_rates: Mapping[str, float]
     decays: Mapping[str, float]
+
+    @property
+    def nominal_rate(self) -> float:
+        """The largest learning rate in the param groups."""
+        return max(self.nominal_rates.values())
 
     def moved(self) -> bool:
         """Return whether the step changed any weight: a gradient scaler or an optimizer may skip it."""
@@ -68,10 +73,11 @@ class StepWatch:
     Attributes:
         optimizer: The optimizer, unwrapped.
         in_optimizer: `{canonical name: tensor in its param groups}` of all trained parameters.
+        groups: What steps which tensors; see `described_groups`.
 
     Args:
         engine: The engine of the model.
-        optimizer: The optimizer, bare or wrapped by Accelerate.
+        optimizer: The optimizer, bare or wrapped by Accelerate, or a list of several.
         parameters: `{canonical name: parameter}` of all trained parameters.
         device: Device of the copy; None: the device of the weights.
 
@@ -89,6 +95,7 @@ class StepWatch:
         self.in_optimizer = self._weights.in_optimizer
         with self._weights.in_param_groups():
             learning_rates(self.optimizer, self.in_optimizer)  # raises where a tensor has none
+            self.groups: list[Group] = described_groups(self.optimizer, self.in_optimizer)
         self._device = device
         self._wants_update = False
         self._pending: tuple[Attempt, Snapshot | None] | None = None
@@ -141,7 +148,7 @@ class StepWatch:
             nominal = learning_rates(self.optimizer, self.in_optimizer)
             decays = decayed_fractions(self.optimizer, self._weights.stepped())
         used = {name: nominal[name] * scale for name, scale in scales.items()}
-        return StepUpdate(attempt, snapshot, max(nominal.values()), used, decays)
+        return StepUpdate(attempt, snapshot, nominal, used, decays)
 
     def close(self) -> None:
         """Remove the hooks and free the copied weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
@@ -24,23 +24,28 @@ from transformers import (
 from ..choices import Decision
 from ..config import FLeRMConfig
 from ..model.isolation import kept_random_state, own_generators
-from ..optimizer.param_groups import raw_optimizer
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
 from ..training.probe_data import OnCopies
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
+from ..transfer.strategy import Strategy, choose_strategy, is_balanced, log_prior, shrunk
 from .checks import check_plan, warn_if_trained
 from .copied_trainer import copied_model, copied_trainer, quiet_arguments, set_learning_rate
 
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 _DENSE_UNTIL = 8  # steps that are all measured
-_STANDARD_ERRORS = 2.0  # a factor within this many standard errors of 1 counts as 1
-# A factor between 1 / 1.8 and 1.8 also counts as 1: even exact rates differ by so much from the optimum that sweeps
-# find (examples/results/studies.md).
-_METHOD_ERROR = 1.8
-_SPREAD = 10.0  # from here on, the kinds of tensor are too different for one learning rate
+# Standard deviation of the logarithm of a measured factor around the one that sweeps find, apart from the sampling
+# error, over the axes of examples/studies. It decides whether a factor is told from 1.
+_METHOD_ERROR = 0.4
+# The same of an advised factor. With it the stated 68 % range covers 73 % of the runs on these axes, on which it was
+# chosen.
+_ADVICE_ERROR = 0.25
+# Standard deviation of the logarithm of the factors that sweeps find when the depth changes, rounded.
+_DEPTH_SPREAD = 1.0
+# A learning rate that differs by less than this factor is not worth a change.
+_WORTH = 1.2
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,6 @@ class Multiplier:
 
     value: float
     error: float
-
-    @property
-    def is_one(self) -> bool:
-        """Whether it does not differ significantly from 1: by two standard errors and by the method's error (1.8)."""
-        return abs(math.log(self.value)) <= max(_STANDARD_ERRORS * self.error, math.log(_METHOD_ERROR))
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -94,29 +94,34 @@ def estimate(
     return factors(overall, everything).get(""), factors(by_kind, mapped)
 
 
-def spread(multipliers: Mapping[str, Multiplier]) -> Multiplier:
-    """Return the largest of several factors, divided by the smallest."""
-    ordered = sorted(multipliers.values(), key=lambda multiplier: multiplier.value)
-    if not ordered:
-        return Multiplier(1.0, 0.0)
-    least, most = ordered[0], ordered[-1]
-    return Multiplier(most.value / least.value, math.hypot(least.error, most.error) if most is not least else 0.0)
+def advise(measured: Multiplier, change: Change, policy: str) -> Multiplier:
+    """Turn the measured factor on the base's learning rate into advice.
 
+    A measured factor is only as good as the method. What is done about it depends on the change, as `strategy` does:
 
-def decide(overall: Multiplier, multipliers: Mapping[str, Multiplier]) -> Decision:
-    """Decide what to do about the learning rate.
+        no size, adapter or optimizer changed   1
+        width                                   the geometric mean of muP's 1 / width and the measured factor
+        depth                                   shrunk as a measurement of a quantity of known spread (ridge)
+        else                                    1, unless it exceeds its error clearly (see `strategy.log_level`)
 
     Args:
-        overall: Factor on the base's learning rate for all tensors together.
-        multipliers: `{kind: factor}` for each kind of tensor.
+        measured: The measured factor for all tensors together; its error is that of sampling.
+        change: How the target differs from the base.
+        policy: What a matched run does, one of `hf_flerm.choices.Policy`.
 
     Returns:
-        "keep" the base's learning rate; use "one" other for all tensors; or "match", because no single learning rate
-        suits all kinds of tensor.
+        The advised factor. Its error includes the method's.
     """
-    if not spread(multipliers).is_one and spread(multipliers).value >= _SPREAD:
-        return "match"
-    return "keep" if overall.is_one else "one"
+    log, variance = math.log(measured.value), measured.error**2 + _METHOD_ERROR**2
+    if change.is_none:
+        advised = 0.0
+    elif policy == "hold":
+        advised = (log - math.log(change.width)) / 2
+    elif policy == "follow":
+        advised = log / (1 + variance / _DEPTH_SPREAD**2)
+    else:
+        advised = shrunk(log, variance)
+    return Multiplier(math.exp(advised), math.hypot(measured.error, _ADVICE_ERROR))
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,12 @@ class Plan:
     """The result of `plan`: the learning rate for a target. `str()` gives the decision, its reason and all numbers.
 
     Attributes:
-        base_learning_rate: The learning rate of the base.
-        overall: Factor on it if all tensors have the same learning rate.
+        base_learning_rate: The learning rate of the base; of several, the largest.
+        overall: Measured factor on it if all tensors have the same learning rate; `advised` is what to make of it.
         multipliers: `{kind: factor}` on it if each kind of tensor has its own learning rate.
         change: How the target differs from the base.
+        strategy: What `mode="match"` does without options.
+        is_balanced: Whether the kinds of tensors are in balance; see `strategy.is_balanced`.
         mapped: Which rates of the base correspond to which tensors of the target.
         steps: Training steps of the copy.
         evidence: The measurements behind `overall`.
@@ -137,41 +144,58 @@ class Plan:
     overall: Multiplier
     multipliers: dict[str, Multiplier]
     change: Change
+    strategy: Strategy
+    is_balanced: bool
     mapped: ProfileMap
     steps: int
     evidence: Evidence
 
     @property
+    def advised(self) -> Multiplier:
+        """The factor on the base's learning rate that is advised for all tensors; see `advise`."""
+        return advise(self.overall, self.change, self.strategy.policy)
+
+    @property
     def decision(self) -> Decision:
-        """What to do: "keep" the base's learning rate, use "one" other for all tensors, or "match"; see `decide`."""
-        return decide(self.overall, self.multipliers)
+        """What to do: "keep" the base's learning rate, use "one" other for all tensors, or "match".
+
+        It is "match" where a matched run gives tensors different learning rates: where a rule does, where tensors
+        follow their own rates, and where kinds of tensors are out of balance.
+        """
+        priors = set(self.strategy.prior.values())
+        if (
+            self.strategy.policy == "follow"
+            or len(priors) > 1
+            or (self.strategy.policy == "gate" and not self.is_balanced)
+        ):
+            return "match"
+        return "one" if abs(math.log(self.advised.value)) > math.log(_WORTH) else "keep"
 
     @property
     def learning_rate(self) -> float:
-        """One learning rate for all tensors: the base's, times the overall factor if that differs from 1."""
-        return self.base_learning_rate * (1.0 if self.overall.is_one else self.overall.value)
+        """One learning rate for all tensors; the base's, if it need not change."""
+        keeps = abs(math.log(self.advised.value)) <= math.log(_WORTH)
+        return self.base_learning_rate * (1.0 if keeps else self.advised.value)
 
     @property
     def range(self) -> tuple[float, float]:
-        """The 68 % range of the measured learning rate for all tensors, (low, high)."""
-        low, high = self.overall.bounds
+        """The 68 % range of the one learning rate for all tensors, (low, high), the method's error included."""
+        low, high = self.advised.bounds
         return self.base_learning_rate * low, self.base_learning_rate * high
 
     @property
     def reason(self) -> str:
         """The reason for the decision, in one sentence."""
         if self.decision == "match":
-            ordered = sorted(self.multipliers, key=lambda kind: self.multipliers[kind].value)
-            least, most = ((kind, self.multipliers[kind].value) for kind in (ordered[0], ordered[-1]))
-            return (
-                f"{least[0]} needs {least[1]:.3g} times the base's learning rate and {most[0]} {most[1]:.3g} times; "
-                f"mode='match' gives each tensor its own (without matching, {self.learning_rate:.3g} for all is best)."
-            )
+            because = self.strategy.reason[0].upper() + self.strategy.reason[1:]
+            if self.strategy.policy == "gate":
+                because = "The kinds of tensors are out of balance with one another"
+            return f"{because}; without matching, {self.learning_rate:.3g} for all tensors is best."
+        measured = f"the measured factor on the base's learning rate is {self.overall.value:.3g}"
+        if self.change.is_none:
+            return f"Neither size, adapter nor optimizer changed ({measured})."
         if self.decision == "keep":
-            return (
-                f"The measured factor on the base's learning rate, {self.overall.value:.3g}, does not differ from 1 by "
-                "more than the errors of the measurement and of the method."
-            )
+            return f"{measured[0].upper()}{measured[1:]}, which does not differ from 1 by more than its error."
         factor = self.overall.value
         times = f"{1 / factor:.3g} times as much as" if factor < 1 else f"only {1 / factor:.3g} times as much as"
         return (
@@ -188,13 +212,13 @@ class Plan:
     def regimes(self) -> dict[str, tuple[float, float]]:
         """`{size: (exponent, its standard error)}`: the learning rate is proportional to size^exponent.
 
-        It is estimated from the overall factor, and empty unless exactly one of width, depth and rank changed.
+        It is estimated from the advised factor, and empty unless exactly one of width, depth and rank changed.
         """
         ratios = self.change.ratios
         if len(ratios) != 1:
             return {}
         return {
-            name: (math.log(self.overall.value) / math.log(ratio), self.overall.error / abs(math.log(ratio)))
+            name: (math.log(self.advised.value) / math.log(ratio), self.advised.error / abs(math.log(ratio)))
             for name, ratio in ratios.items()
         }
 
@@ -213,6 +237,7 @@ class Plan:
             "range": list(self.range),
             "base_learning_rate": self.base_learning_rate,
             "keeps": self.keeps,
+            "advised": asdict(self.advised),
             "overall": asdict(self.overall),
             "multipliers": {kind: asdict(multiplier) for kind, multiplier in self.multipliers.items()},
             "regimes": {
@@ -237,16 +262,26 @@ class Plan:
         return "\n".join(lines)
 
     def _decision(self) -> str:
+        several = self.mapped.base.about.learning_rate_texts
         if self.decision == "match":
-            times = float(f"{spread(self.multipliers).value:.2g}")
-            return f"Match: one number cannot do it, kinds differ by {times:g}x."
+            return f"Match: one number cannot do it, kinds differ by {self._spread:.2g}x."
         if self.decision == "keep":
-            return f"Keep {self.base_learning_rate:.3g}."
+            return f"Keep {' and '.join(several) if len(several) > 1 else f'{self.base_learning_rate:.3g}'}."
+        if len(several) > 1:
+            return f"Multiply the base's learning rates, {' and '.join(several)}, by {self.advised.value:.3g}."
         return f"Use {self.learning_rate:.3g} for all tensors."
+
+    @property
+    def _spread(self) -> float:
+        """The largest learning rate that a kind of tensor needs, divided by the smallest."""
+        priors = self.strategy.prior.values()
+        factors = [multiplier.value for multiplier in self.multipliers.values()]
+        wanted = priors if self.strategy.policy == "hold" and priors else factors
+        return max(wanted) / min(wanted) if wanted else 1.0
 
     def _dependence(self) -> Iterator[str]:
         for size, (exponent, error) in self.regimes.items():
-            if not self.overall.is_one:
+            if self.learning_rate != self.base_learning_rate:
                 yield f"The learning rate is proportional to {size}^{exponent:.2f} here (standard error {error:.2f})."
                 continue
             is_scaled = size == "rank" and math.isclose(self.change.scaling * self.change.rank, 1.0)
@@ -374,8 +409,19 @@ def plan(
             f"nothing could be measured in {steps} steps: the learning rate is 0 (warm-up), or many tensors do not "
             "affect the outputs yet (LoRA's A while B is 0). Give more steps."
         )
-    change = change_between(base, target, raw_optimizer(copied.optimizer))
-    return Plan(base_rate, overall, by_kind, change, mapped, copied.state.global_step, flerm.evidence)
+    algorithms = flerm.rate_profile.about.algorithms
+    strategy = choose_strategy(base, target, algorithms)
+    return Plan(
+        base_learning_rate=base_rate,
+        overall=overall,
+        multipliers=by_kind,
+        change=change_between(base, target, algorithms),
+        strategy=strategy,
+        is_balanced=is_balanced(collector.by_kind, mapped, log_prior(mapped, strategy.prior)),
+        mapped=mapped,
+        steps=copied.state.global_step,
+        evidence=flerm.evidence,
+    )
 
 
 class _Collector(TrainerCallback):

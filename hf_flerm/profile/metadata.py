@@ -10,19 +10,21 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..model.names import preview
+from ..model.names import preview, without_prefix
 from .file import RESERVED, RateProfileError
 
 SETTINGS = "flerm"  # what was measured and how: options of `FLeRMConfig`
+GROUPS = "param_groups"  # what stepped which tensors; see `hf_flerm.optimizer.param_groups.described_groups`
 MATCHING = "matching"  # of a matched run: its base and `Evidence.to_record()`
 AVERAGED_OVER = "averaged_over"
 # Settings that define what a rate measures. Profiles that differ in one of them cannot be compared.
 UNITS = ("output", "positions", "metric")
 CALLABLE = "callable"  # recorded as `output` if it was a function
+_Value = TypeVar("_Value")
 _TRAINING_OPTIONS: Mapping[str, tuple[type, ...]] = {  # and their types in JSON
     "optim": (str,),
     "optim_args": (str,),
@@ -116,14 +118,25 @@ class ProfileMetadata:
 
     @property
     def optimizer(self) -> Mapping[str, Any]:
-        """Class and defaults of the optimizer."""
+        """Class and defaults of the optimizer; if it delegates its step, "parts" has those of the optimizers inside."""
         return self._object("optimizer")
 
     @property
-    def optimizer_class(self) -> str | None:
-        """Name of the optimizer's class."""
-        found = self.optimizer.get("class")
-        return found if isinstance(found, str) and found else None
+    def algorithms(self) -> dict[str, str]:
+        """`{canonical parameter name: algorithm that stepped it}`, such as "Muon" and "AdamW" in one run."""
+        return {name: found for name, found in self._by_group("optimizer").items() if isinstance(found, str)}
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """The algorithms that stepped the run ("AdamW", or "AdamW, Muon"), else the class of its optimizer."""
+        own = self.optimizer.get("class")
+        return ", ".join(sorted(set(self.algorithms.values()))) or (own if isinstance(own, str) and own else None)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """`{canonical parameter name: its learning rate before any schedule}` of those with one above 0."""
+        rates = {name: _positive(found) for name, found in self._by_group("learning_rate").items()}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     @property
     def model_config(self) -> Mapping[str, Any]:
@@ -152,8 +165,37 @@ class ProfileMetadata:
 
     @property
     def learning_rate(self) -> float | None:
-        """The learning rate of the run, above 0."""
-        return _positive(self.training_arguments.get("learning_rate"))
+        """The learning rate of the run, above 0; of several, the largest.
+
+        It is read from the param groups: an optimizer that the user made does not have that of `TrainingArguments`.
+        """
+        return max(self.learning_rates.values(), default=_positive(self.training_arguments.get("learning_rate")))
+
+    @property
+    def learning_rate_texts(self) -> list[str]:
+        """The learning rates with what stepped at them, largest first: ["0.02 (Muon)", "0.0003 (AdamW)"]."""
+        pairs = {(rate, self.algorithms.get(name, "?")) for name, rate in self.learning_rates.items()}
+        return [f"{rate:g} ({algorithm})" for rate, algorithm in sorted(pairs, key=lambda pair: (-pair[0], pair[1]))]
+
+    def learning_rates_for(self, kinds: Mapping[str, str]) -> dict[str, float]:
+        """Return the learning rates that this run had for the tensors of another model.
+
+        Args:
+            kinds: `{canonical name: kind}` of the tensors of the other model.
+
+        Returns:
+            `{canonical name: learning rate}`. Tensors for which it is not known are left out: of kinds that this run
+            did not train, or trained with several learning rates, unless it had a single one for everything.
+        """
+        everywhere = {self.learning_rate} if len(set(self.learning_rates.values())) < 2 else set()
+        by_kind = _by_kind(self.learning_rates, self.kinds)
+        found = {}
+        for name, kind in kinds.items():
+            rates = everywhere or by_kind.get(without_prefix(kind), set())
+            rate = self.learning_rates.get(name) if len(rates) > 1 else next(iter(rates), None)
+            if rate is not None:
+                found[name] = rate
+        return found
 
     @property
     def model_name(self) -> str | None:
@@ -239,9 +281,42 @@ class ProfileMetadata:
                 found[unit] = (float(logs.mean().exp()), error)
         return found
 
+    def _by_group(self, key: str) -> dict[str, Any]:
+        """`{canonical name: entry of its param group}`."""
+        groups = self.raw.get(GROUPS)
+        described = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+        named = [(group.get("names"), group.get(key)) for group in described]
+        return {
+            name: value for names, value in named if isinstance(names, list) for name in names if isinstance(name, str)
+        }
+
     def _object(self, key: str) -> Mapping[str, Any]:
         found = self.raw.get(key)
         return found if isinstance(found, Mapping) else {}
+
+
+def other_algorithms(base: ProfileMetadata, other: ProfileMetadata) -> dict[str, tuple[str, str]]:
+    """Compare what stepped the tensors of two runs.
+
+    Args:
+        base: One run.
+        other: The other run.
+
+    Returns:
+        `{kind: (algorithms in base, algorithms in other)}` of the kinds of tensors that both trained, by different
+        algorithms: `{"h.*.attn.c_attn.weight": ("AdamW", "Muon")}`. Empty also if one of the runs does not say.
+    """
+    before, after = (_by_kind(run.algorithms, run.kinds) for run in (base, other))
+    both = ((kind, before[kind], after[kind]) for kind in sorted(before.keys() & after.keys()))
+    return {kind: (", ".join(sorted(was)), ", ".join(sorted(now))) for kind, was, now in both if was != now}
+
+
+def _by_kind(values: Mapping[str, _Value], kinds: Mapping[str, str]) -> dict[str, set[_Value]]:
+    """Return `{kind without PEFT's prefix: values of its tensors}`."""
+    found: dict[str, set[_Value]] = {}
+    for name, value in values.items():
+        found.setdefault(without_prefix(kinds.get(name, name)), set()).add(value)
+    return found
 
 
 def _number(value: object) -> float | None:

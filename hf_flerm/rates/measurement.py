@@ -38,6 +38,9 @@ class Measurement:
             have the same update. A joint rate of both counts their change once.
         summed_joint_rates: `{combination: (rate, standard error)}` over all processes, of the combinations requested in
             advance; None with a single process. With several, `inner_products` and `draws` are those of this process.
+        learning_rates: `{canonical name: learning rate}` of the step; empty if all are equal. A joint rate is per unit
+            of the largest learning rate of its tensors: the joint update divided by that. (A sum of unit updates would
+            say nothing: with Muon at 0.02 and AdamW at 0.0003, AdamW's part would count 67 times.)
     """
 
     rates: dict[str, float]
@@ -49,6 +52,7 @@ class Measurement:
     draws: Draws | None = field(default=None, repr=False)
     shared_updates: Mapping[str, str] = field(default_factory=dict, repr=False)
     summed_joint_rates: Mapping[Combination, tuple[float, float]] | None = field(default=None, repr=False)
+    learning_rates: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_sums(
@@ -145,14 +149,21 @@ class Measurement:
         order = {name: i for i, name in enumerate(self.rates)}
         weights = torch.zeros(len(groups), len(order), dtype=torch.float64)
         for row, group in zip(weights, groups, strict=True):
+            relative = self._relative_rates(group)
             for name, share in group.items():
                 # A tensor with the same update as an earlier one of the group counts once (if their factors agree).
                 if group.get(self.shared_updates.get(name, "")) != share:
-                    row[order[name]] = share
+                    row[order[name]] = share * relative[name]
         squares = ((weights @ self.inner_products) * weights).sum(1)
         if self.draws is None:
             return squares, torch.zeros_like(squares)
         return squares, self.draws.joint_variances(weights) / self.draws.num_outputs.sum().square()
+
+    def _relative_rates(self, names: Iterable[str]) -> dict[str, float]:
+        """Return `{name: its learning rate / the largest of these tensors}`; 1 where learning rates are not known."""
+        rates = {name: self.learning_rates.get(name, 1.0) for name in names}
+        largest = max(rates.values(), default=0.0) or 1.0
+        return {name: rate / largest for name, rate in rates.items()}
 
     def interactions(self) -> tuple[list[str], Tensor]:
         """Inner products of the tensors' output changes.

@@ -7,6 +7,7 @@ measurement of them, on the examples of all processes. All processes get the sam
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
@@ -108,6 +109,7 @@ class ProcessSum:
         totals = Totals(int(num_probes), num_outputs, squares, variances, factors)
         rates, errors = rates_from(joint, joint_variances, num_outputs)
         joint_rates = dict(zip(keys, zip(rates.tolist(), errors.tolist(), strict=True), strict=True))
-        return Measurement.from_sums(
+        summed_up = Measurement.from_sums(
             totals, estimators, local.inner_products, local.draws, local.shared_updates, joint_rates
         )
+        return replace(summed_up, learning_rates=local.learning_rates)

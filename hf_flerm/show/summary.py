@@ -77,7 +77,8 @@ def describe(profile: RateProfile) -> dict[str, str]:
         ),
         "data": about.dataset_fingerprint and f"fingerprint {about.dataset_fingerprint}",
         "learning rate": _joined(
-            arguments.get("learning_rate"),
+            *(about.learning_rate_texts if len(about.learning_rate_texts) > 1 else ()),
+            None if len(about.learning_rate_texts) > 1 else arguments.get("learning_rate"),
             arguments.get("lr_scheduler_type"),
             *_fields(arguments, ("warmup_steps", "max_steps")),
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
-from ..model.names import tensor_kinds
-from ..profile.metadata import CALLABLE, SETTINGS, UNITS
+from ..model.names import preview, tensor_kinds
+from ..optimizer.param_groups import stepping_optimizers
+from ..profile.metadata import CALLABLE, GROUPS, SETTINGS, UNITS
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
 from .probe_data import ProbeData
 
@@ -47,6 +48,7 @@ def provenance(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
     config: FLeRMConfig,
     probe_data: ProbeData,
     arguments: Mapping[str, Any] | None,
@@ -59,6 +61,7 @@ def provenance(
         model: The trained model.
         parameters: `{canonical name: parameter}` of its trained parameters.
         optimizer: The optimizer, unwrapped.
+        groups: What steps which tensors; see `described_groups`.
         config: The options of the run.
         probe_data: The source of its probe batches.
         arguments: Settings of the training. None: learning rate, batch size and accumulation.
@@ -71,17 +74,20 @@ def provenance(
     adapters = getattr(model, "peft_config", None) or {}
     if arguments is None:
         arguments = {
-            "learning_rate": max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups),
+            "learning_rate": max(group["learning_rate"] for group in groups),
             "per_device_train_batch_size": probe_data.training_batch_size,
             "gradient_accumulation_steps": probe_data.accumulation_steps,
         }
+    # Of an optimizer that delegates its step, the optimizers inside it.
+    parts = [_described(each) for each in stepping_optimizers(optimizer) if each is not optimizer]
     description: dict[str, Any] = _plain(
         {
             "packages": {name: version(name) for name in _PACKAGES},
             "model": engine.own_type(model).__name__,
             "model_config": model_config.to_diff_dict() if hasattr(model_config, "to_diff_dict") else None,
             "adapters": {name: adapter.to_dict() for name, adapter in adapters.items()},
-            "optimizer": {"class": type(optimizer).__name__, **_simple(optimizer.defaults)},
+            "optimizer": _described(optimizer) | ({"parts": parts} if parts else {}),
+            GROUPS: groups,
             "training_arguments": {key: arguments[key] for key in _RECORDED_ARGUMENTS if key in arguments},
             "shapes": {name: list(engine.shape(parameter)) for name, parameter in parameters.items()},
             "kinds": {name: kind for name, kind in tensor_kinds(model).items() if name in parameters},
@@ -207,16 +213,23 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
 
 
 def warn_of_other_learning_rate(profile: RateProfile, own: RateProfile) -> None:
-    """Warn if a matched run does not use the learning rate of its base, to which the scales are relative.
+    """Warn if a matched run does not use the learning rates of its base, to which the scales are relative.
+
+    Each tensor is compared with the base's tensors of its kind: Muon and AdamW have different learning rates in a run.
 
     Args:
         profile: The profile of the base run.
         own: The profile of the matched run.
     """
-    was, now = profile.about.learning_rate, own.about.learning_rate
-    if was is not None and now is not None and not math.isclose(was, now, rel_tol=1e-6):
+    rates = own.about.learning_rates
+    tensors: dict[tuple[float, float], list[str]] = {}
+    for name, was in profile.about.learning_rates_for(own.about.kinds).items():
+        if name in rates and not math.isclose(was, rates[name], rel_tol=1e-6):
+            tensors.setdefault((was, rates[name]), []).append(name)
+    for (was, now), names in tensors.items():
+        of = "" if len(names) == len(rates) else f" of {preview(names)}"
         logger.warning(
-            f"the base's learning rate was {was:g}, this run's is {now:g}: its updates will change the outputs "
+            f"the base's learning rate{of} was {was:g}, this run's is {now:g}: its updates will change the outputs "
             f"{now / was:.3g} times as much as the base's. Use the base's learning rate; FLeRM scales it."
         )
 
@@ -224,6 +237,10 @@ def warn_of_other_learning_rate(profile: RateProfile, own: RateProfile) -> None:
 def _units(config: FLeRMConfig) -> dict[str, str | None]:
     output = CALLABLE if callable(config.output) else config.output or "logits"
     return dict(zip(UNITS, (output, config.positions or "attention_mask", config.metric), strict=True))
+
+
+def _described(optimizer: Optimizer) -> dict[str, Any]:
+    return {"class": type(optimizer).__name__, **_simple(optimizer.defaults)}
 
 
 def _simple(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ class Recorder:
         model: The trained model, not wrapped.
         parameters: `{canonical name: parameter}` of all trained parameters.
         optimizer: The optimizer, unwrapped.
+        groups: What steps which tensors; see `described_groups`.
         config: The options of the run.
         probe_data: Examples to probe with.
         arguments: Settings of the training for the profile's metadata; see `provenance`.
@@ -61,6 +63,7 @@ class Recorder:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         optimizer: Optimizer,
+        groups: Sequence[Mapping[str, Any]],
         config: FLeRMConfig,
         probe_data: ProbeData,
         arguments: Mapping[str, Any] | None,
@@ -86,7 +89,7 @@ class Recorder:
         self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}
         self._sum_over_processes = ProcessSum(product_shapes(parameters, engine), research.estimator)
         self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
-        metadata = provenance(model, parameters, optimizer, config, probe_data, arguments)
+        metadata = provenance(model, parameters, optimizer, groups, config, probe_data, arguments)
         self.profile = empty_profile(metadata, self._joint)
         self.last_measurement: Measurement | None = None
 
@@ -185,11 +188,13 @@ class Recorder:
 
     def _probed(self, step: int, update: StepUpdate) -> Measurement:
         """Probe the model with the weights from before the step; if memory runs out, retry with half the batch size."""
+        target_error = self._probe_data.target_error
         with update.unit_updates() as updates:
             while True:
                 batches, generator = self._probe_data.drawn(step, self._device)
                 try:
-                    return self._probe.measure(updates, batches, generator, target_error=self._probe_data.target_error)
+                    measurement = self._probe.measure(updates, batches, generator, target_error=target_error)
+                    return replace(measurement, learning_rates=update.nominal_rates)
                 except Exception as error:
                     # Each process retries on its own. With sharded weights this cannot help if one process alone runs
                     # out of memory in the middle of a forward pass: the others still wait for it in the all-gathers of

@@ -63,7 +63,8 @@ class FLeRMRun:
 
     Args:
         model: The trained model, bare or wrapped by Accelerate, DDP or `torch.compile`.
-        optimizer: The optimizer, bare or wrapped by Accelerate.
+        optimizer: The optimizer, bare or wrapped by Accelerate; a list of several that step different tensors, whose
+            steps all belong into `with run.step()`.
         config: The options; see `FLeRMConfig`.
         dataloader: The training data loader. Probes use its data set, collate function and batch size.
         probe_dataset: Examples to probe with. None: examples of the training set.
@@ -113,18 +114,21 @@ class FLeRMRun:
         self._saved: tuple[Path, RateProfile] | None = None
         self._scaler: Scaler | None = None
         self._schedule = Schedule(config.measure_every, config.measure_steps)
-        self._accumulation = getattr(optimizer, "gradient_state", None)
+        several = isinstance(optimizer, (list, tuple))
+        self._accumulation = getattr(optimizer[0] if several else optimizer, "gradient_state", None)
         accumulation = gradient_accumulation_steps or getattr(self._accumulation, "num_steps", None) or 1
         probe_data = ProbeData(config, dataloader, probe_dataset, collate_fn, batch_size, accumulation)
         with ExitStack() as if_refused:
             if_refused.callback(self.close)  # else the scaler's hooks would stay in the optimizer
             if base is not None:
                 self._watch.check_own_learning_rates()
-                self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, config)
+                algorithms = {name: group["optimizer"] for group in self._watch.groups for name in group["names"]}
+                self._scaler = Scaler(base, model, self._watch.optimizer, self._watch.in_optimizer, algorithms, config)
             self._recorder = Recorder(
                 model,
                 parameters,
                 self._watch.optimizer,
+                self._watch.groups,
                 config,
                 probe_data,
                 arguments,

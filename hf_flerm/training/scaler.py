@@ -40,6 +40,7 @@ class Scaler:
         model: The target.
         optimizer: The optimizer, unwrapped.
         in_optimizer: `{canonical name: tensor in the optimizer's param groups}` of all trained parameters.
+        algorithms: `{canonical name: algorithm that steps it}`.
         config: The options of the run.
 
     Raises:
@@ -52,6 +53,7 @@ class Scaler:
         model: nn.Module,
         optimizer: Optimizer,
         in_optimizer: Mapping[str, Tensor],
+        algorithms: Mapping[str, str],
         config: FLeRMConfig,
     ) -> None:
         check_units(base, config, "the profile")
@@ -64,7 +66,7 @@ class Scaler:
         self.strategy = choose_strategy(
             base,
             model,
-            optimizer,
+            algorithms,
             policy=research.policy or ("follow" if follows else None),
             granularity=config.granularity,
             rules=research.rules,

@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from ..engines import engine_of
@@ -36,9 +36,9 @@ class Change:
         scaling: Ratio of the factors on LoRA's output (alpha / r, or alpha / sqrt(r) for rsLoRA).
         base_adapter: The base's adapter by PEFT's name ("LORA", "VERA", ...; "DORA" for LoRA with `use_dora`), or None.
         target_adapter: The target's.
-        base_optimizer: Class of the base's optimizer; None if not known or not compared.
-        target_optimizer: Class of the target's.
-        muon_adjustment: `adjust_lr_fn` of the target's `torch.optim.Muon`.
+        base_optimizer: The algorithms that stepped the base, such as "AdamW" or "AdamW, Muon"; None if not known or not
+            compared.
+        target_optimizer: Those of the target.
     """
 
     width: float = 1.0
@@ -49,7 +49,6 @@ class Change:
     target_adapter: str | None = None
     base_optimizer: str | None = None
     target_optimizer: str | None = None
-    muon_adjustment: str | None = None
 
     @property
     def of_optimizer(self) -> bool:
@@ -60,6 +59,11 @@ class Change:
     def of_adapter(self) -> bool:
         """Whether the adapters are of different methods, or only one of the two has an adapter."""
         return self.base_adapter != self.target_adapter
+
+    @property
+    def is_none(self) -> bool:
+        """Whether neither size, adapter nor optimizer changed."""
+        return not (self.of_optimizer or self.of_adapter or self.ratios or self.scaling != 1.0)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -78,12 +82,14 @@ class TargetTensor:
         fan_in: Target / base of the input dimension of a matrix; 1 if not known.
         is_hidden: Whether it is a matrix between hidden layers: in a block, or with both dimensions larger than in the
             base.
+        algorithm: What steps it; None if not known.
     """
 
     shape: tuple[int, ...]
     in_block: bool
     fan_in: float
     is_hidden: bool
+    algorithm: str | None
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,8 @@ def _without_adapter(change: Change) -> bool:
 
 
 _ADAM = ("Adam", "AdamW")
-_MUON = "Muon"  # torch.optim.Muon
-_LION = ("Lion", "Lion8bit", "Lion32bit", "PagedLion", "PagedLion8bit", "PagedLion32bit")
+_MUON = "Muon"
+_LION = ("Lion",)
 
 RULES: Sequence[Rule] = (
     Rule(
@@ -166,9 +172,9 @@ RULES: Sequence[Rule] = (
     Rule(
         "Moonlight: Muon takes AdamW's learning rate if its steps are scaled by 0.2 sqrt(max(rows, columns))",
         "arXiv 2502.16982",
-        lambda change: change.base_optimizer in _ADAM and change.target_optimizer == _MUON,
+        lambda change: change.base_optimizer in _ADAM and _MUON in (change.target_optimizer or "").split(", "),
         lambda change: 1.0,
-        lambda change, tensor: _of_muon(change, tensor),
+        lambda change, tensor: _of_muon(tensor) if tensor.algorithm == _MUON else 1.0,
     ),
     Rule(
         "Lion: 3 to 10 times smaller than AdamW's learning rate",
@@ -187,16 +193,22 @@ RULES: Sequence[Rule] = (
 )
 
 
-def _of_muon(change: Change, tensor: TargetTensor) -> float:
-    """The factor that turns the step size of `torch.optim.Muon` into Moonlight's."""
-    if len(tensor.shape) != 2 or change.muon_adjustment == "match_rms_adamw":
+def _of_muon(tensor: TargetTensor) -> float:
+    """The factor that turns Muon's own step size, sqrt(max(1, rows / columns)), into Moonlight's."""
+    if len(tensor.shape) != 2:
         return 1.0
     rows, columns = tensor.shape
     return 0.2 * math.sqrt(max(rows, columns) / max(1.0, rows / columns))
 
 
-def change_between(base: RateProfile, model: nn.Module, optimizer: Optimizer | None = None) -> Change:
-    """Compare the base of a profile with a model and its optimizer. Ratios that the metadata do not determine are 1."""
+def change_between(base: RateProfile, model: nn.Module, algorithms: Mapping[str, str] = MappingProxyType({})) -> Change:
+    """Compare the base of a profile with a target. Ratios that the metadata do not determine are 1.
+
+    Args:
+        base: Profile of the base.
+        model: The target.
+        algorithms: `{canonical name: algorithm that steps it}` in the target; empty: optimizers are not compared.
+    """
     parameters = trainable_parameters(model)
     kinds = tensor_kinds(model)
     engine = engine_of(model)
@@ -223,31 +235,35 @@ def change_between(base: RateProfile, model: nn.Module, optimizer: Optimizer | N
         scaling=(new_adapter.scaling if new_adapter else 1.0) / (old_adapter.scaling if old_adapter else 1.0),
         base_adapter=old_adapter.method if old_adapter else None,
         target_adapter=new_adapter.method if new_adapter else None,
-        base_optimizer=None if optimizer is None else base.about.optimizer_class,
-        target_optimizer=None if optimizer is None else type(optimizer).__name__,
-        muon_adjustment=None if optimizer is None else optimizer.defaults.get("adjust_lr_fn"),
+        base_optimizer=base.about.optimizer_name if algorithms else None,
+        target_optimizer=", ".join(sorted(set(algorithms.values()))) or None,
     )
 
 
-def prior_scales(base: RateProfile, model: nn.Module, change: Change) -> dict[str, float]:
-    """Return the learning-rate scales that the published rules for a change give, the product of those that apply.
+def prior_scales(
+    base: RateProfile, model: nn.Module, algorithms: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, float]:
+    """Return the learning-rate scales that published rules give, the product of those that apply to the change.
 
     Args:
         base: Profile of the base, with the shapes of its tensors in the metadata.
         model: The target.
-        change: How the target differs; see `change_between`.
+        algorithms: `{canonical name: algorithm that steps it}` in the target; empty: rules for optimizers are left out.
 
     Returns:
         `{canonical name: factor}` of every trained tensor; all 1 if no rule applies.
     """
+    change = change_between(base, model, algorithms)
     factors = [rule.of_tensor for rule in RULES if rule.of_tensor is not None and rule.applies(change)]
     return {
         name: math.prod(factor(change, tensor) for factor in factors)
-        for name, tensor in _target_tensors(base, model).items()
+        for name, tensor in _target_tensors(base, model, algorithms).items()
     }
 
 
-def _target_tensors(base: RateProfile, model: nn.Module) -> dict[str, TargetTensor]:
+def _target_tensors(
+    base: RateProfile, model: nn.Module, algorithms: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, TargetTensor]:
     """Describe the trained tensors of a target by canonical name."""
     parameters, kinds, engine = trainable_parameters(model), tensor_kinds(model), engine_of(model)
     before = _by_kind(base.about.shapes, base.about.kinds)
@@ -260,7 +276,8 @@ def _target_tensors(base: RateProfile, model: nn.Module) -> dict[str, TargetTens
         is_hidden = len(shape) == 2 and ("*" in kind or min(ratios) > 1)
         # Conv1D of GPT-2 keeps its weight as [in, out], everything else as [out, in].
         fan_in = 0 if isinstance(model.get_submodule(path.rpartition(".")[0]), Conv1D) else 1
-        described[name] = TargetTensor(shape, "*" in kind, ratios[fan_in] if is_hidden else 1.0, is_hidden)
+        width = ratios[fan_in] if is_hidden else 1.0
+        described[name] = TargetTensor(shape, "*" in kind, width, is_hidden, algorithms.get(name))
     return described
 
 

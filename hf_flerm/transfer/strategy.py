@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..profile.rate_profile import RateProfile
 from .evidence import Evidence, columns_of, random_effects_mean
@@ -60,7 +59,7 @@ class Strategy:
 def choose_strategy(
     base: RateProfile,
     model: nn.Module,
-    optimizer: Optimizer,
+    algorithms: Mapping[str, str],
     *,
     policy: str | None = None,
     granularity: str | None = None,
@@ -71,20 +70,20 @@ def choose_strategy(
     Args:
         base: Profile of the base.
         model: The target.
-        optimizer: Its optimizer, unwrapped.
+        algorithms: `{canonical name: algorithm that steps it}`, such as "Muon" or "AdamW".
         policy: A policy to use in any case; None: the one for the change.
         granularity: What gets its own scale; None: what the policy needs. With a granularity and no policy, each unit
             follows its own rates.
         rules: Where the prior comes from: the "published" rules, or "none".
     """
-    change = change_between(base, model, optimizer)
+    change = change_between(base, model, algorithms)
     chosen, reason = _policy(change, base, rules)
     if policy is None and granularity is not None:
         chosen, reason = "follow", f"granularity={granularity!r} was asked for"
     if policy is not None:
         chosen, reason = policy, f"policy={policy!r} was asked for"
     coarse = "global" if chosen == "level" else "tensor"
-    prior = prior_scales(base, model, change) if rules == "published" else {}
+    prior = prior_scales(base, model, algorithms) if rules == "published" else {}
     return Strategy(chosen, granularity or coarse, prior, reason)
 
 
@@ -169,10 +168,8 @@ def log_level(evidence: Evidence) -> tuple[float, float]:
     """Estimate the level: the factor that all scales need beyond their prior, by the joint rate of the whole model.
 
     Returns:
-        Its logarithm, and the standard error of that, the method's error included; (0, inf) without a measurement.
-        The logarithm is 0 unless it exceeds the standard error, and reduced by less and less beyond:
-        mean * max(0, 1 - (variance / mean^2)^2). The positive-part James-Stein estimate has the power 1 in place of 2,
-        and would take off more where the evidence is clear.
+        Its logarithm, `shrunk`, and the standard error before that, the method's error included; (0, inf) without a
+        measurement.
     """
     steps = torch.tensor(evidence.steps)
     usable = (steps >= _FIRST_LEVEL_STEP) & evidence.levels.isfinite()
@@ -182,9 +179,17 @@ def log_level(evidence: Evidence) -> tuple[float, float]:
     variances = 2 * evidence.level_errors[usable].square().nan_to_num()
     weights = (steps[usable].clamp(max=_FULL_WEIGHT_STEP) + 1.0).double().square()
     mean, variance = random_effects_mean(evidence.levels[usable].unsqueeze(1), variances.unsqueeze(1), weights)
-    variance = variance + _LEVEL_ERROR**2
-    shrunk = mean * (1 - (variance / mean.square()).square()).clamp(min=0)
-    return shrunk.nan_to_num().item(), variance.sqrt().item()
+    total = variance.item() + _LEVEL_ERROR**2
+    return shrunk(mean.item(), total), math.sqrt(total)
+
+
+def shrunk(estimate: float, variance: float) -> float:
+    """Return 0 if an estimate does not exceed its standard error, and less and less reduced the clearer it does.
+
+    estimate * max(0, 1 - (variance / estimate^2)^2). The positive-part James-Stein estimate has the power 1 in place of
+    2, and would take off more where the evidence is clear.
+    """
+    return estimate * max(0.0, 1 - (variance / estimate**2) ** 2) if estimate else 0.0
 
 
 def is_balanced(evidence: Evidence, mapped: ProfileMap, prior: Tensor) -> bool:

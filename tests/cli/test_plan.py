@@ -82,7 +82,12 @@ def test_the_command_says_the_same_of_a_seed(tmp_path: Path) -> None:
 def test_the_command_asks_for_a_profile_that_tells_its_learning_rate(tmp_path: Path) -> None:
     base = recorded(tmp_path / "runs", gpt2())
     arguments = base.metadata["training_arguments"]
-    other = {**base.metadata, "training_arguments": {**arguments, "learning_rate": 2 * LEARNING_RATE}}
+    groups = [{**group, "learning_rate": 2 * LEARNING_RATE} for group in base.metadata["param_groups"]]
+    other = {
+        **base.metadata,
+        "param_groups": groups,
+        "training_arguments": {**arguments, "learning_rate": 2 * LEARNING_RATE},
+    }
     twice = RateProfile(base.steps, base.rates, other, base.joint_rates)
     RateProfile.average([base, twice]).save_pretrained(tmp_path / "mean")
     gpt2().save_pretrained(tmp_path / "model")

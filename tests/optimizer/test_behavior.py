@@ -334,6 +334,8 @@ def test_every_entry_of_the_table_is_tried() -> None:
         ("torch", "ZeroRedundancyOptimizer"),
         ("prodigyopt", "Prodigy"),
         ("peft", "LoraFAOptimizer"),  # in test_per_tensor_lists.py
+        ("", "MuonWithAuxAdam"),  # in test_muon_and_adamw.py, as the next one
+        ("", "SingleDeviceMuonWithAuxAdam"),
         ("", "Lookahead"),  # in test_inner_optimizers.py
     }
     assert tried | apart == set(TABLE)

@@ -50,7 +50,8 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
 def test_measurements_count_by_learning_rate_and_step(tmp_path: Path) -> None:
     """Of a training that moves next to nothing: its first scales cannot act on what is measured later."""
     base = recorded(tmp_path, gpt2())
-    told = {**base.metadata, "training_arguments": {**base.metadata["training_arguments"], "learning_rate": 1e-5}}
+    groups = [{**group, "learning_rate": 1e-5} for group in base.metadata["param_groups"]]
+    told = {**base.metadata, "param_groups": groups}
     steps, factor = 6, 9.0
     weights = [(step + 1) * (1 - step / 8) for step in range(steps)]  # of a linear schedule over 8 steps
 

@@ -33,6 +33,29 @@ class Pair(Optimizer):
         self.param_groups = [group for each in self.optimizers for group in each.param_groups]
 
 
+class SingleDeviceMuonWithAuxAdam(Optimizer):
+    """One class for both, as Keller Jordan's: Muon in groups with `use_muon`, AdamW in the others, no defaults."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["use_muon"]:
+                    momentum = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    left, _, right = torch.linalg.svd(momentum.double(), full_matrices=False)
+                    p.sub_(group["lr"] * (left @ right).to(p.dtype))
+                else:
+                    mean = state.setdefault("exp_avg", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                    square = state.setdefault("exp_avg_sq", torch.zeros_like(p)).lerp_(p.grad**2, 0.05)
+                    p.sub_(group["lr"] * mean / (square.sqrt() + 1e-10))
+
+
 class PairByProperty(Optimizer):
     """The same in a dict, with groups that are put together whenever they are read, and without hooks of its own."""
 

@@ -27,6 +27,7 @@ def test_provenance(tmp_path: Path) -> None:
         "model_config",
         "adapters",
         "optimizer",
+        "param_groups",
         "training_arguments",
         "flerm",
         "dataset_fingerprint",

@@ -15,9 +15,10 @@ from transformers import Trainer
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, Measurement, RateProfile, Research, map_profile
 from hf_flerm.model.names import trainable_parameters
+from hf_flerm.optimizer.param_groups import described_groups
 from hf_flerm.transfer.evidence import Evidence
 from hf_flerm.transfer.mapping import ProfileMap
-from hf_flerm.transfer.rules import change_between, prior_scales
+from hf_flerm.transfer.rules import prior_scales
 from hf_flerm.transfer.strategy import Strategy, choose_strategy, is_balanced, log_level, log_prior, with_scales
 from tests.shared.plans import arguments, lora, recorded
 from tests.shared.training import Rows, gpt2
@@ -51,13 +52,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, RateProfile]:
 def test_the_policy_follows_from_what_changed(case: str, bases: Mapping[Any, RateProfile]) -> None:
     base, make, optimizer, policy, granularity = TARGETS[case]
     model = make()
-    strategy = choose_strategy(bases[base], model, optimizer(model.parameters(), lr=0.1))
+    strategy = choose_strategy(bases[base], model, algorithms(model, optimizer(model.parameters(), lr=0.1)))
     assert (strategy.policy, strategy.granularity) == (policy, granularity), strategy.reason
 
 
 def test_options_override_the_policy(bases: Mapping[Any, RateProfile]) -> None:
     model = gpt2(width=64)
-    optimizer = AdamW(model.parameters())
+    optimizer = algorithms(model, AdamW(model.parameters()))
     assert choose_strategy(bases[gpt2], model, optimizer, granularity="module").policy == "follow"
     level = choose_strategy(bases[gpt2], model, optimizer, policy="level")
     assert (level.policy, level.granularity) == ("level", "global")
@@ -69,13 +70,18 @@ def test_a_profile_without_shapes_is_followed(bases: Mapping[Any, RateProfile]) 
     base = bases[gpt2]
     bare = RateProfile(base.steps, base.rates, {}, base.joint_rates)
     model = gpt2(width=64)
-    strategy = choose_strategy(bare, model, AdamW(model.parameters()))
+    strategy = choose_strategy(bare, model, algorithms(model, AdamW(model.parameters())))
     assert strategy.policy == "follow"
     assert set(strategy.prior.values()) == {1.0}
 
 
+def algorithms(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
+    groups = described_groups(optimizer, trainable_parameters(model))
+    return {name: group["optimizer"] for group in groups for name in group["names"]}
+
+
 def priors(base: RateProfile, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, float]:
-    return prior_scales(base, model, change_between(base, model, optimizer))
+    return prior_scales(base, model, {} if optimizer is None else algorithms(model, optimizer))
 
 
 def test_wider_matrices_in_blocks_start_at_mups_rate(bases: Mapping[Any, RateProfile]) -> None:
