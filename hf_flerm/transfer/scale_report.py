@@ -42,8 +42,9 @@ class LargeScales:
             f"learning-rate scales are above {LARGE:g} or below 1/{LARGE:g}:\n"
             + "\n".join(reasons)
             + "\nThis is expected if the initialization sets how far a tensor moves the outputs: another rank with "
-            "LoRA's 'gaussian' initialization needs 20 to 40, and so may another initialization scale or optimizer; or if a "
-            "published rule says so (muP at more than 10 times the width). If nothing like this differs, base and target may not be comparable; max_scale limits the scales."
+            "LoRA's 'gaussian' initialization needs 20 to 40, and so may another initialization scale or optimizer; or "
+            "if a published rule says so (muP at more than 10 times the width). If nothing like this differs, base and "
+            "target may not be comparable; max_scale limits the scales."
         )
 
 
