@@ -33,6 +33,8 @@ class Study:
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     plans: dict[str, list[float]] = field(default_factory=dict)  # learning rates by metric, then by seed
+    plan_errors: list[float] = field(default_factory=list)  # stated errors of their logarithms, by seed
+    plan_decisions: list[str] = field(default_factory=list)  # by seed
 
     @property
     def wanted(self) -> float:

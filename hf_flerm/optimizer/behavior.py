@@ -272,6 +272,11 @@ def undo_scale(optimizer: Optimizer, group: Group, scale: float) -> dict[str, An
     return {"weight_decay": group["weight_decay"] / scale}
 
 
+def without_precision(name: str) -> str:
+    """Return the name of an optimizer class without how its state is stored: `PagedAdamW8bit` is AdamW."""
+    return re.sub(r"^Paged|(8|32)bit$", "", name)
+
+
 @cache
 def _of_class(cls: type[Optimizer]) -> Behavior:
     return next((TABLE[key] for base in cls.__mro__ for key in _keys(base) if key in TABLE), _COUPLED_DECAY)
@@ -279,5 +284,5 @@ def _of_class(cls: type[Optimizer]) -> Behavior:
 
 def _keys(cls: type) -> list[tuple[str, str]]:
     """The keys in `TABLE` that a class may have."""
-    name = re.sub(r"^Paged|(8|32)bit$", "", cls.__name__)
+    name = without_precision(cls.__name__)
     return [(cls.__module__.partition(".")[0], name), (_ANY, name)]

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ SETTINGS = "flerm"  # what was measured and how: options of `FLeRMConfig`
 GROUPS = "param_groups"  # what stepped which tensors; see `hf_flerm.optimizer.param_groups.described_groups`
 MATCHING = "matching"  # of a matched run: its base and `Evidence.to_record()`
 AVERAGED_OVER = "averaged_over"
+LARGEST_CHANGE = "largest_change"  # [optimizer step, change of the outputs in this step]
 # Settings that define what a rate measures. Profiles that differ in one of them cannot be compared.
 UNITS = ("output", "positions", "metric")
 CALLABLE = "callable"  # recorded as `output` if it was a function
@@ -42,7 +43,9 @@ _TRAINING_OPTIONS: Mapping[str, tuple[type, ...]] = {  # and their types in JSON
     "max_grad_norm": (int, float),
 }
 _OBJECTS = (SETTINGS, "kinds", MATCHING, "training_arguments")  # entries that must be JSON objects
-_LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch
+_LARGEST_SIZE = 2**63 - 1  # of a tensor's dimension in torch, or of a count
+# Entries of `optimizer` that do not change an update, or are recorded elsewhere.
+_NO_OPTIONS = {"class", "lr", "weight_decay", "fused", "foreach", "capturable", "differentiable"}
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
@@ -83,8 +86,7 @@ class Adapter:
     @property
     def base_model(self) -> str | None:
         """The folder or repository of the model that the adapter was trained on."""
-        found = self.config.get("base_model_name_or_path")
-        return found if isinstance(found, str) and found else None
+        return _text(self.config.get("base_model_name_or_path"))
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ class ProfileMetadata:
         return self._object("optimizer")
 
     @property
+    def optimizer_class(self) -> str | None:
+        """Name of the optimizer's class."""
+        return _text(self.optimizer.get("class"))
+
+    @property
     def algorithms(self) -> dict[str, str]:
         """`{canonical parameter name: algorithm that stepped it}`, such as "Muon" and "AdamW" in one run."""
         return {name: found for name, found in self._by_group("optimizer").items() if isinstance(found, str)}
@@ -129,8 +136,7 @@ class ProfileMetadata:
     @property
     def optimizer_name(self) -> str | None:
         """The algorithms that stepped the run ("AdamW", or "AdamW, Muon"), else the class of its optimizer."""
-        own = self.optimizer.get("class")
-        return ", ".join(sorted(set(self.algorithms.values()))) or (own if isinstance(own, str) and own else None)
+        return ", ".join(sorted(set(self.algorithms.values()))) or self.optimizer_class
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -198,6 +204,42 @@ class ProfileMetadata:
         return found
 
     @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """The optimizer's defaults that influence an update, without learning rate and weight decay."""
+        return {key: value for key, value in self.optimizer.items() if key not in _NO_OPTIONS}
+
+    @property
+    def weight_decay(self) -> float | None:
+        """The largest weight decay of a tensor, from the param groups like `learning_rate`."""
+        found = [decay for each in self._by_group("weight_decay").values() if (decay := _number(each)) is not None]
+        return max(found, default=_number(self.training_arguments.get("weight_decay")))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples per optimizer step on all processes together."""
+        return _count(self.training_arguments.get("total_train_batch_size"))
+
+    @property
+    def schedule(self) -> str | None:
+        """The type of the learning-rate schedule."""
+        return _text(self.training_arguments.get("lr_scheduler_type"))
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole training."""
+        return _count(self.training_arguments.get("max_steps"))
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Optimizer steps of the warm-up; older profiles may hold them as a fraction of all steps."""
+        steps, total = _number(self.training_arguments.get("warmup_steps")), self.total_steps
+        if steps is None or steps < 0:
+            return None
+        if 0 < steps < 1:
+            return None if total is None else math.ceil(steps * total)
+        return int(steps)
+
+    @property
     def model_name(self) -> str | None:
         """The repository or folder of the model, else its type, else its class."""
         names = (self.model_config.get("_name_or_path"), self.model_config.get("model_type"), self.raw.get("model"))
@@ -228,14 +270,21 @@ class ProfileMetadata:
     @property
     def dataset_fingerprint(self) -> str | None:
         """The fingerprint that `datasets` gives the training set."""
-        found = self.raw.get("dataset_fingerprint")
-        return found if isinstance(found, str) and found else None
+        return _text(self.raw.get("dataset_fingerprint"))
+
+    @property
+    def largest_change(self) -> tuple[int, float] | None:
+        """The measured step that changed the outputs most, and the change: learning rates times rates, joint."""
+        found = self.raw.get(LARGEST_CHANGE)
+        if not isinstance(found, list) or len(found) != 2:
+            return None
+        step, change = found[0], _positive(found[1])
+        return None if type(step) is not int or step < 0 or change is None else (step, change)
 
     @property
     def averaged_over(self) -> int | None:
         """How many profiles this one is the average of."""
-        found = self.raw.get(AVERAGED_OVER)
-        return found if type(found) is int and found > 0 else None
+        return _count(self.raw.get(AVERAGED_OVER))
 
     @property
     def sweep(self) -> dict[float, float]:
@@ -335,5 +384,13 @@ def _positive(value: object) -> float | None:
     return number if number is not None and number > 0 else None
 
 
-def _is_size(value: object) -> bool:
+def _count(value: object) -> int | None:
+    return value if _is_size(value) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 < value <= _LARGEST_SIZE

@@ -149,7 +149,8 @@ class FLeRMCallback(TrainerCallback):
             collate_fn=task.collate_fn,
             batch_size=(args.auto_find_batch_size and state.train_batch_size) or args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            arguments=args.to_dict(),
+            arguments=args.to_dict()
+            | {"max_steps": state.max_steps, "warmup_steps": args.get_warmup_steps(state.max_steps)},
         )
         if resumed is not None:
             try:
@@ -182,11 +183,17 @@ class FLeRMCallback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the measurements since the last log to a training log; evaluation logs are not changed."""
+        """Add the measurements since the last log to a training log; evaluation logs are not changed.
+
+        The last log, which has the run time, also gets the summary of a matched run: transformers shows warnings but no
+        messages of the level INFO, unless told otherwise, whereas everybody sees this log.
+        """
         logs = kwargs.get("logs") or {}
         if self._run is None or not logs.keys() & {"loss", "train_runtime"}:
             return
         measured = self._run.take_logs()
+        if "train_runtime" in logs and self._run.summary is not None:
+            measured |= self._run.summary.logs()
         logs.update(measured)
         if state.log_history:
             state.log_history[-1].update(measured)

@@ -8,16 +8,18 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..config import FLeRMConfig
 from ..engines import engine_of
-from ..model.names import preview, tensor_kinds
+from ..model.names import tensor_kinds
 from ..optimizer.param_groups import stepping_optimizers
-from ..profile.metadata import CALLABLE, GROUPS, SETTINGS, UNITS
+from ..profile.metadata import CALLABLE, GROUPS, LARGEST_CHANGE, SETTINGS, UNITS
 from ..profile.rate_profile import RateProfile, RateProfileError, check_names
+from ..transfer.differences import differences, instability
 from .probe_data import ProbeData
 
 logger = logging.get_logger(__name__)
@@ -30,6 +32,7 @@ _RECORDED_ARGUMENTS = (
     "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
+    "total_train_batch_size",
     "gradient_accumulation_steps",
     "optim",
     "optim_args",
@@ -78,6 +81,8 @@ def provenance(
             "per_device_train_batch_size": probe_data.training_batch_size,
             "gradient_accumulation_steps": probe_data.accumulation_steps,
         }
+    examples = probe_data.training_batch_size * probe_data.accumulation_steps * PartialState().num_processes
+    arguments = {**arguments, "total_train_batch_size": examples}
     # Of an optimizer that delegates its step, the optimizers inside it.
     parts = [_described(each) for each in stepping_optimizers(optimizer) if each is not optimizer]
     description: dict[str, Any] = _plain(
@@ -131,7 +136,25 @@ def resumed_profile(resumed: RateProfile, empty: RateProfile, config: FLeRMConfi
         logger.warning(
             f"settings changed at the checkpoint: the profile was measured with {was} before, now with {now}."
         )
-    return RateProfile(resumed.steps, resumed.rates, empty.metadata, resumed.joint_rates)
+    profile = RateProfile(resumed.steps, resumed.rates, empty.metadata, resumed.joint_rates)
+    largest = resumed.about.largest_change
+    return profile if largest is None else with_change(profile, *largest)
+
+
+def with_change(profile: RateProfile, step: int, change: float) -> RateProfile:
+    """Return the profile with a step's change of the outputs in its metadata, if no step before changed them more.
+
+    Args:
+        profile: The profile.
+        step: The optimizer step.
+        change: How far it moved the outputs, to first order and in the profile's metric.
+    """
+    largest = profile.about.largest_change
+    if largest is not None and largest[1] >= change:
+        return profile
+    return RateProfile(
+        profile.steps, profile.rates, {**profile.metadata, LARGEST_CHANGE: [step, change]}, profile.joint_rates
+    )
 
 
 def _measuring_settings(config: FLeRMConfig, probe_data: ProbeData) -> dict[str, Any]:
@@ -212,26 +235,27 @@ def check_unscaled(profile: RateProfile, which: str) -> None:
         )
 
 
-def warn_of_other_learning_rate(profile: RateProfile, own: RateProfile) -> None:
-    """Warn if a matched run does not use the learning rates of its base, to which the scales are relative.
+def warn_of_differences(base: RateProfile, own: RateProfile) -> None:
+    """Warn once of everything in which the training of a matched run differs from its base's, and of an unstable base.
 
-    Each tensor is compared with the base's tensors of its kind: Muon and AdamW have different learning rates in a run.
+    Other data are only mentioned at the level INFO: the fingerprint also differs if the same text was prepared twice,
+    and most users who transfer to another part of their data could do nothing about a warning.
 
     Args:
-        profile: The profile of the base run.
+        base: The profile of the base run.
         own: The profile of the matched run.
     """
-    rates = own.about.learning_rates
-    tensors: dict[tuple[float, float], list[str]] = {}
-    for name, was in profile.about.learning_rates_for(own.about.kinds).items():
-        if name in rates and not math.isclose(was, rates[name], rel_tol=1e-6):
-            tensors.setdefault((was, rates[name]), []).append(name)
-    for (was, now), names in tensors.items():
-        of = "" if len(names) == len(rates) else f" of {preview(names)}"
+    found = differences(base.about, own.about)
+    if found:
         logger.warning(
-            f"the base's learning rate{of} was {was:g}, this run's is {now:g}: its updates will change the outputs "
-            f"{now / was:.3g} times as much as the base's. Use the base's learning rate; FLeRM scales it."
+            "this run differs from the base of its profile in more than what is transferred across:\n"
+            + "\n".join(f"- {difference}" for difference in found)
         )
+    if at_edge := instability(base.about):
+        logger.warning(at_edge)
+    prints = base.about.dataset_fingerprint, own.about.dataset_fingerprint
+    if None not in prints and prints[0] != prints[1]:
+        logger.info("base and target are probed on data sets with different fingerprints: {} and {}.".format(*prints))
 
 
 def _units(config: FLeRMConfig) -> dict[str, str | None]:

@@ -31,7 +31,7 @@ from ..rates.process_sum import ProcessSum
 from ..rates.tensors import product_shapes
 from ..transfer.mapping import joint_groups
 from .probe_data import ProbeData
-from .provenance import empty_profile, provenance, resumed_profile
+from .provenance import empty_profile, provenance, resumed_profile, with_change
 
 logger = logging.get_logger(__name__)
 
@@ -114,13 +114,20 @@ class Recorder:
             self._choose_metric(update.attempt)
         own = update.attempt.run(partial(self._probed, step, update)) if moved else None
         joint_shares = [shares for paths in self._joint.values() for shares in paths.values()]
-        measurement = self._sum_over_processes(own, [*joint_shares, *matched], update.attempt.failure)
+        # A joint rate is per unit of the largest nominal learning rate, with the ratios of the nominal ones. In this
+        # combination it is the change of the outputs in this step.
+        made = {
+            name: update.nominal_rate * rate / update.nominal_rates[name] if rate else 0.0
+            for name, rate in update.learning_rates.items()
+        }
+        measurement = self._sum_over_processes(own, [*joint_shares, *matched, made], update.attempt.failure)
         if measurement is None:
             return None
         self._check(measurement)
         joint = {granularity: measurement.joint_rates(paths) for granularity, paths in self._joint.items()}
         joint_rates = {by: {path: rate for path, (rate, _) in rates.items()} for by, rates in joint.items()}
-        self.profile = self.profile.appended(step, measurement.rates, joint_rates)
+        change = measurement.joint_rates({"": made})[""][0]
+        self.profile = with_change(self.profile.appended(step, measurement.rates, joint_rates), step, change)
         self.last_measurement = measurement
         return measurement
 

@@ -25,9 +25,10 @@ from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
+from ..transfer.scale_report import MatchSummary, decision_from
 from .failures import Failures
 from .probe_data import ProbeData
-from .provenance import warn_of_other_learning_rate, with_units_of
+from .provenance import warn_of_differences, with_units_of
 from .recorder import Recorder
 from .scaler import Scaler
 from .schedule import Schedule
@@ -107,6 +108,7 @@ class FLeRMRun:
 
         self.steps = 0
         self.seconds = 0.0
+        self._created = time.perf_counter()
         self._step = 0
         self._was_due = False
         self._failures = Failures()
@@ -134,7 +136,7 @@ class FLeRMRun:
                 arguments,
             )
             if base is not None:
-                warn_of_other_learning_rate(base, self._recorder.profile)
+                warn_of_differences(base, self._recorder.profile)
             # After the scaler's hooks, which restore the nominal learning rates.
             self._watch.start(self._measure_update)
             if_refused.pop_all()
@@ -159,6 +161,21 @@ class FLeRMRun:
     def evidence(self) -> Evidence | None:
         """The evidence for the scales; None when recording."""
         return None if self._scaler is None else self._scaler.evidence
+
+    @property
+    def summary(self) -> MatchSummary | None:
+        """What matching has done so far, for instance `print(run.summary)` after training; None when recording."""
+        if self._scaler is None:
+            return None
+        scales = self.scales
+        return MatchSummary(
+            f"{decision_from(scales)}, as {self._scaler.strategy.reason}",
+            min(scales.values()),
+            max(scales.values()),
+            len(self._recorder.profile.steps),
+            self.seconds,
+            time.perf_counter() - self._created,
+        )
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -265,8 +282,9 @@ class FLeRMRun:
             self._scaler.remove()
 
     def report(self) -> None:
-        """At the end of training, warn of tensors that were not scaled and of an empty profile."""
+        """At the end of training, log the summary of a matched run; warn of unscaled tensors and an empty profile."""
         if self._scaler is not None:
+            logger.info(f"matching has ended: {self.summary}")
             self._scaler.report_unmatched()
         if len(self._recorder.profile.steps):
             return

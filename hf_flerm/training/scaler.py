@@ -20,6 +20,7 @@ from ..profile.rate_profile import RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import map_profile
+from ..transfer.scale_report import LargeScales
 from ..transfer.strategy import choose_strategy, log_prior, tensor_scales, with_scales
 from .provenance import check_units, check_unscaled
 
@@ -79,6 +80,7 @@ class Scaler:
             unmatched=config.unmatched,
         )
         self._base = _identity(base)
+        self._large_scales = LargeScales()
         self.evidence = self._without_evidence()
         self._step_scales = StepScales(optimizer, in_optimizer)
         self._set_scales()
@@ -125,6 +127,7 @@ class Scaler:
             beta=research.beta,
         )
         self._set_scales()
+        self._warn_of_large_scales(step, measurement)
         return {
             name: scale / old[name]
             for name, scale in self.scales.items()
@@ -168,6 +171,19 @@ class Scaler:
     def remove(self) -> None:
         """Release the optimizer; the evidence stays."""
         self._step_scales.remove()
+
+    def _warn_of_large_scales(self, step: int, measurement: Measurement) -> None:
+        units = self._mapped.measured_units.values()
+        kinds = {unit.name: unit.kind or "all tensors" for unit in units}
+        measured = measurement.joint_rates({unit.name: unit.shares for unit in units})
+        self._large_scales.warn(
+            {
+                kinds[name]: math.exp(log)
+                for name, log in zip(self.evidence.units, self.evidence.log_scales.tolist(), strict=True)
+            },
+            {unit.kind or "all tensors": self._mapped.base.interpolated(unit.rates, step).item() for unit in units},
+            {kinds[name]: rate for name, (rate, _) in measured.items()},
+        )
 
     def _without_evidence(self) -> Evidence:
         empty = Evidence.empty(self._mapped)

@@ -89,14 +89,14 @@ def choose_strategy(
 
 def _policy(change: Change, base: RateProfile, rules: str) -> tuple[str, str]:
     """Return the policy for a change, and the reason in words."""
+    if not (base.about.shapes and base.joint_rates.get("global")):
+        return "follow", "the profile has no shapes or no joint rates, without which nothing else can be decided"
     if change.of_optimizer:
         optimizers = f"{change.base_optimizer} to {change.target_optimizer}"
         return "level", f"the optimizer changed ({optimizers}), so the base says nothing of the balance between tensors"
     if change.of_adapter:
         adapters = f"{change.base_adapter or 'no adapter'} to {change.target_adapter or 'no adapter'}"
         return "level", f"the adapter changed ({adapters}), so the base says nothing of the balance between tensors"
-    if not base.about.shapes:
-        return "follow", "the profile does not say which shapes the base's tensors had"
     if change.target_adapter is not None and change.depth == 1.0:
         return "gate", "the adapter is of the same kind"
     if change.width != 1.0 and change.target_adapter is None:

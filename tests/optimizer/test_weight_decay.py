@@ -35,6 +35,10 @@ OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adamw-8bit": ("bitsandbytes.optim", "AdamW8bit", {"eps": 1e-4}),
     "lion": ("bitsandbytes.optim", "Lion", {}),
 }
+COUPLED: dict[str, tuple[str, str, dict[str, Any]]] = {  # weight decay is added to the gradient
+    "sgd": ("torch.optim", "SGD", {"momentum": 0.9}),
+    "adam": ("torch.optim", "Adam", {"eps": 1e-4}),
+}
 OPTIONS: dict[str, Any] = {"data": Rows(BATCH), "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
 
 
@@ -44,14 +48,14 @@ def model() -> nn.Module:
 
 
 def optimizer_class(name: str) -> Any:
-    module, cls, _ = OPTIMIZERS[name]
+    module, cls, _ = (OPTIMIZERS | COUPLED)[name]
     return getattr(importlib.import_module(module), cls)
 
 
 def given(name: str, parameters: Any, decay: float = DECAY) -> dict[str, Any]:
     """The Trainer's arguments for an optimizer of its user."""
-    cls = optimizer_class(name)
-    return {"extra": {"optimizers": (cls(parameters, lr=LR, weight_decay=decay, **OPTIMIZERS[name][2]), None)}}
+    options = (OPTIMIZERS | COUPLED)[name][2]
+    return {"extra": {"optimizers": (optimizer_class(name)(parameters, lr=LR, weight_decay=decay, **options), None)}}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -67,9 +71,12 @@ def test_rates_do_not_see_decay(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *COUPLED])
 def test_a_matched_run_decays_at_its_nominal_rate(tmp_path: Path, name: str, alone: bool) -> None:
-    """As a run whose groups have lr * s and decay / s: in the step that is redone, and in those after it."""
+    """As a run whose groups have lr * s and decay / s: in the step that is redone, and in those after it.
+
+    If decay is part of the gradient, it is scaled with the rest of the update: lr * s and decay.
+    """
     net = model()
     config = FLeRMConfig(measure_steps=(0,))
     own = recorded(
@@ -80,7 +87,11 @@ def test_a_matched_run_decays_at_its_nominal_rate(tmp_path: Path, name: str, alo
         net = model()
         start = weights_of(net)
         groups = [
-            {"params": [parameter], "lr": LR * factors[key], "weight_decay": DECAY / factors[key]}
+            {
+                "params": [parameter],
+                "lr": LR * factors[key],
+                "weight_decay": DECAY if name in COUPLED else DECAY / factors[key],
+            }
             for key, parameter in trainable_parameters(net).items()
         ]
         make_trainer(tmp_path, net, max_steps=steps, **OPTIONS, **given(name, groups)).train()

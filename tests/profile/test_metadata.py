@@ -29,6 +29,7 @@ EVERYTHING = {
     "averaged_over": 3,
     "dataset_fingerprint": "abc",
     "flerm": {"output": "logits", "positions": "labels", "metric": "fisher", "mode": "match", "probes": 4},
+    "largest_change": [4, 1.5],
     "kinds": {"h.0.w": "h.*.w", "h.1.w": "h.*.w"},
     "matching": {
         "base": "0",
@@ -81,6 +82,7 @@ def test_every_entry_is_read_with_its_type() -> None:
     assert about.model_name == "gpt2"
     assert about.base_models == ("org/base",)
     assert (about.averaged_over, about.dataset_fingerprint) == (3, "abc")
+    assert about.largest_change == (4, 1.5)
     assert about.shapes == {"h.0.w": (4, 8), "h.1.w": ()}
     assert {rate: str(loss) for rate, loss in about.sweep.items()} == {0.1: "2.5", 1.0: "nan"}
     assert about.matched_scales == pytest.approx({"h.0.w": 2.0, "h.1.w": 1.0})

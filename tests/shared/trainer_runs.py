@@ -83,7 +83,7 @@ def all_ones(mapped: ProfileMap, logs: Mapping[str, float]) -> dict[str, float]:
 
 def known_base(folder: Path, make: Callable[[], nn.Module], **options: Any) -> RateProfile:
     """A base that a run of `make()` matches with the scales `some_factors`: its own rates, seen by the same probes."""
-    config = FLeRMConfig(measure_steps=(0,))
+    config = FLeRMConfig(measure_steps=(0,), metric="euclidean")
     return scaled(recorded(folder, make(), flerm=config, **{"max_steps": 1, **options}), some_factors(make()))
 
 

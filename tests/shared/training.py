@@ -230,4 +230,5 @@ def some_factors(model: nn.Module) -> dict[str, float]:
 
 def scaled(profile: RateProfile, factors: Mapping[str, float]) -> RateProfile:
     """The base that a run with `profile`'s rates must be scaled by `factors` to match."""
-    return RateProfile(profile.steps, {name: rates * factors[name] for name, rates in profile.rates.items()})
+    rates = {name: rates * factors[name] for name, rates in profile.rates.items()}
+    return RateProfile(profile.steps, rates, {"flerm": dict(profile.about.settings)})  # in the same metric

@@ -19,9 +19,8 @@ def test_another_learning_rate_than_the_bases_is_told(folder: Path, warnings_of:
     assert warnings_of() == []
     make_trainer(folder, gpt2(), match(base), learning_rate=5e-2).train()
     (warning,) = warnings_of()
-    assert warning.startswith(
-        "the base's learning rate was 0.01, this run's is 0.05: its updates will change the outputs 5 times"
-    )
+    assert "\n- learning rate: 0.01 in the base, 0.05 here; this run's updates will change the outputs 5 " in warning
+    assert len(warning.splitlines()) == 2
 
 
 @pytest.mark.parametrize("source", ["object", "folder", "file", "text"])

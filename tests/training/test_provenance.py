@@ -31,6 +31,7 @@ def test_provenance(tmp_path: Path) -> None:
         "training_arguments",
         "flerm",
         "dataset_fingerprint",
+        "largest_change",
         "shapes",
         "kinds",
     }

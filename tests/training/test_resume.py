@@ -178,7 +178,7 @@ def test_other_outputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_base_starts_anew(tmp_path: Path, base: RateProfile, warnings_of: Callable[[], list[str]]) -> None:
-    other = RateProfile(base.steps, {name: 2 * rates for name, rates in base.rates.items()})
+    other = scaled(base, dict.fromkeys(base.rates, 2.0))
     first, then = config("match", base), config("match", other, measure_steps=(5,), pool="unit", beta=0.0)
     _, resumed = whole_and_resumed(tmp_path, first, then)
     assert any("matched to another profile; its scales are not used" in warning for warning in warnings_of())

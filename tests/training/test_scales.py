@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, Research, measure_rates
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, measure_rates
 from hf_flerm.model.names import canonical_names, trainable_parameters
 from hf_flerm.optimizer.param_groups import raw_optimizer
 from hf_flerm.transfer.mapping import ProfileMap
@@ -25,6 +25,7 @@ from tests.shared.training import (
     STEPS,
     Rows,
     flerm_callback,
+    flerm_config,
     gpt2,
     lora,
     make_trainer,
@@ -85,7 +86,9 @@ def test_scales_act_like_learning_rates_of_their_own(folder: Path, monkeypatch: 
     parameters = trainable_parameters(model)
     optimizer = SGD([{"params": [p], "lr": 0.5 * factors[name]} for name, p in parameters.items()])
     start = weights_of(model)
-    baked = make_trainer(folder, model, FLeRMConfig(), extra={"optimizers": (optimizer, None)}, weight_decay=0.0)
+    baked = make_trainer(
+        folder, model, FLeRMConfig(metric="euclidean"), extra={"optimizers": (optimizer, None)}, weight_decay=0.0
+    )
     baked.train()
     base = RateProfile([0], {name: [1.0] for name in factors})
     monkeypatch.setattr(ProfileMap, "tensor_scales", lambda mapped, logs: dict(factors))
@@ -138,7 +141,7 @@ def test_recorded_rates_are_those_of_the_steps_that_were_made(folder: Path) -> N
     profile = recorded(
         folder,
         model,
-        flerm=FLeRMConfig(measure_steps=range(4), research=Research(estimator="exact", probe_batch_size=BATCH)),
+        flerm=flerm_config(measure_steps=range(4), metric="euclidean", estimator="exact", probe_batch_size=BATCH),
         extra=loraplus(model),
         **options,
     )
