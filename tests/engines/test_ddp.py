@@ -24,6 +24,7 @@ from tests.shared.distributed import (
     UNEVEN,
     base_of,
     drawn_by_all,
+    following,
     matched_run,
     whole,
 )
@@ -210,8 +211,7 @@ def test_files_are_written_once_and_read_by_any_number_of_processes(
 
 
 def resumed_run(checkpoint: Path, folder: Path, batch: int) -> dict[str, Any]:
-    config = FLeRMConfig(mode="match", profile=base_of("full"), max_change=1e6, research=Research(probe_batch_size=4))
-    trainer = make_trainer(folder, gpt2(), config, **STABLE, per_device_train_batch_size=batch)
+    trainer = make_trainer(folder, gpt2(), following("full"), **STABLE, per_device_train_batch_size=batch)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return {
         "weights": whole(trainer.model),

@@ -46,7 +46,8 @@ def lies_here(followed: Loop) -> list[Any]:
 
 
 def matching(base: RateProfile) -> FLeRMConfig:
-    return FLeRMConfig(mode="match", profile=base, max_change=1e6, research=Research(probe_batch_size=BATCH))
+    research = Research(policy="follow", probe_batch_size=BATCH)
+    return FLeRMConfig(mode="match", profile=base, max_change=1e6, research=research)
 
 
 def starting(kind: str) -> dict[str, Any]:

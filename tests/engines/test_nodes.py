@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from hf_flerm import FLeRMConfig, RateProfile, RateProfileError
+from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, Research
 from hf_flerm.profile.rate_profile import PROFILE_NAME
 from tests.shared.processes import launch
 from tests.shared.training import flerm_callback, gpt2, make_trainer, scaled, some_factors, weights_of
@@ -30,7 +30,8 @@ def disk(folder: Path) -> Path:
 
 
 def matched(place: Path, profile: Any, resume: Path | None = None, **options: Any) -> dict[str, Any]:
-    config = FLeRMConfig(mode="match", profile=profile, measure_steps=(0, 2), max_change=1e6)
+    research = Research(policy="follow")
+    config = FLeRMConfig(mode="match", profile=profile, measure_steps=(0, 2), max_change=1e6, research=research)
     trainer = make_trainer(place, gpt2(), config, **{**SAVING, **options})
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return {

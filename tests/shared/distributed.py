@@ -70,15 +70,23 @@ def base_of(kind: str) -> RateProfile:
     return RateProfile([0], {name: [3.0 * factors[name]] for name in names})
 
 
+def following(kind: str, steps: Sequence[int] | None = None) -> FLeRMConfig:
+    """Match that base, each kind of tensor by its own rates."""
+    research = Research(policy="follow", probe_batch_size=4)
+    return FLeRMConfig(mode="match", profile=base_of(kind), max_change=1e6, measure_steps=steps, research=research)
+
+
 def matched_run(
     folder: Path, kind: str, resume: Path | None = None, steps: Sequence[int] | None = None, **options: Any
 ) -> dict[str, Any]:
     model = MODELS[kind](**({"init": False} if kind == "lora" else {}))
-    config = FLeRMConfig(
-        mode="match", profile=base_of(kind), max_change=1e6, measure_steps=steps, research=Research(probe_batch_size=4)
-    )
-    trainer = make_trainer(folder, model, config, **STABLE, **options)
+    trainer = make_trainer(folder, model, following(kind, steps), **STABLE, **options)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return outcome(trainer)
+
+
+def outcome(trainer: Any) -> dict[str, Any]:
+    """What a training on several processes is compared by."""
     return {
         "weights": whole(trainer.model),
         "scales": flerm_callback(trainer).scales,

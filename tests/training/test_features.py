@@ -147,8 +147,10 @@ def test_a_batch_that_does_not_fit_is_halved_for_training_and_probes(
     monkeypatch.setattr(FLeRMTrainer, "training_step", small)
     base = recorded(tmp_path, gpt2(seed=1))
     options = {"auto_find_batch_size": True, "per_device_train_batch_size": 2 * BATCH}
-    trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig(mode="match", profile=base), data=Rows(32), **options)
+    config = FLeRMConfig(mode="match", profile=base, research=Research(policy="follow"))
+    trainer = make_trainer(tmp_path, gpt2(), config, data=Rows(32), **options)
     trainer.train()
+    assert set(flerm_callback(trainer).scales.values()) != {1.0}
     assert trainer.state.train_batch_size == BATCH
     assert trainer.rate_profile.steps.tolist() == MEASURED
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks  # none of a run that was given up

@@ -68,11 +68,18 @@ def test_recording_changes_nothing_however_it_is_trained(tmp_path: Path, model: 
 
 def test_where_the_snapshot_lies_does_not_matter_to_a_matched_run(tmp_path: Path) -> None:
     base = recorded(tmp_path, lora(seed=1))
-    runs = [
-        train(make_trainer(tmp_path, lora(), FLeRMConfig(mode="match", profile=base, snapshot_device=device)))
+    research = Research(policy="follow")
+    trainers = [
+        make_trainer(
+            tmp_path, lora(), FLeRMConfig(mode="match", profile=base, snapshot_device=device, research=research)
+        )
         for device in (None, "cpu")
     ]
+    runs = [train(trainer) for trainer in trainers]
     assert_same_run(runs[1], runs[0])
+    one, other = (flerm_callback(trainer).scales for trainer in trainers)
+    assert one == other
+    assert set(one.values()) != {1.0}
 
 
 @pytest.mark.parametrize(("target_error", "probes"), [(10.0, 2), (1e-9, 10)])
@@ -108,7 +115,7 @@ def test_a_profile_in_the_same_units_is_taken(tmp_path: Path) -> None:
     base = recorded(tmp_path, gpt2(), flerm=FLeRMConfig(metric="fisher"))
     trainer = make_trainer(tmp_path, gpt2(), FLeRMConfig(mode="match", profile=base, metric="fisher"))
     trainer.train()
-    assert set(flerm_callback(trainer).scales.values()) != {0.0}
+    assert trainer.rate_profile.steps.tolist() == MEASURED
 
 
 def test_a_profile_that_cannot_be_written_does_not_end_the_training(

@@ -112,7 +112,8 @@ def test_matching_a_run_to_itself_is_that_run(tmp_path: Path, case: str, make: C
         make = gpt2  # LoRA's base weights stay frozen
     plain = run(tmp_path / "plain", case, make)
     recorded: Any = run(tmp_path / "recorded", case, make, FLeRMConfig())
-    matched: Any = run(tmp_path / "matched", case, make, FLeRMConfig(mode="match", profile=recorded.rate_profile))
+    follow = FLeRMConfig(mode="match", profile=recorded.rate_profile, research=Research(policy="follow"))
+    matched: Any = run(tmp_path / "matched", case, make, follow)
     for trainer in (recorded, matched):
         assert_identical(weights_of(trainer.model), weights_of(plain.model))
         states = [raw_optimizer(each.optimizer).state_dict() for each in (trainer, plain)]

@@ -79,7 +79,7 @@ def test_a_users_own_optimizer_and_scheduler_go_through(
 def test_matching_a_run_with_itself_changes_nothing(folder: Path, model: str) -> None:
     """Nothing is patched: with the same probes as the base, the measured rates are the base's, and every scale is 1."""
     base = recorded(folder, MODELS[model](DROPOUT), gradient_accumulation_steps=2, optim="adamw_torch_fused")
-    config = FLeRMConfig(mode="match", profile=base)
+    config = flerm_config(mode="match", profile=base, policy="follow")
     options = {"gradient_accumulation_steps": 2, **OPTIMIZERS["adamw-fused"]}
     trainer = make_trainer(folder, MODELS[model](DROPOUT), config, **options)
     outcome = train(trainer)

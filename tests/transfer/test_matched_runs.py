@@ -64,7 +64,7 @@ def test_recorded_joint_rates_are_those_of_the_measurement(tmp_path: Path) -> No
 @pytest.mark.parametrize("depth", ["joint", "equal", "sqrt", "copy"])
 def test_two_layers_to_four(tmp_path: Path, depth: str) -> None:
     base = recorded(tmp_path, gpt2())
-    trainer = matched(tmp_path, gpt2(layers=4), base, research=Research(depth=depth))
+    trainer = matched(tmp_path, gpt2(layers=4), base, research=Research(depth=depth, rules="none"))
     scales, kinds = trainer.flerm_callback.scales, tensor_kinds(gpt2(layers=4))
     assert set(scales) == set(trainable_parameters(gpt2(layers=4)))
     assert any(scale != 1.0 for scale in scales.values())
@@ -146,7 +146,8 @@ def test_a_resumed_match_has_the_very_same_scales(tmp_path: Path, make: Callable
             per_device_train_batch_size=4,
             learning_rate=1e-2,
         )
-        config = FLeRMConfig(mode="match", profile=base, max_change=1.5)
+        research = Research(policy="follow")
+        config = FLeRMConfig(mode="match", profile=base, max_change=1.5, research=research)
         trainer = FLeRMTrainer(model=make(), args=args, train_dataset=Rows(), flerm=config)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
