@@ -39,8 +39,8 @@ _DENSE_UNTIL = 8  # steps that are all measured
 # Standard deviation of the logarithm of a measured factor around the one that sweeps find, apart from the sampling
 # error, over the axes of examples/studies. It decides whether a factor is told from 1.
 _METHOD_ERROR = 0.4
-# The same where neither size, adapter nor optimizer changed: there the learning rate is right as it is more often, and a
-# change of the initialization, which nothing but the rates tells of, has been misjudged by a factor of 4.
+# The same where neither size, adapter nor optimizer changed: there the learning rate is right as it is more often, and
+# a change of the initialization, which nothing but the rates tells of, has been misjudged by a factor of 4.
 _UNCHANGED_ERROR = 0.7
 # The same of an advised factor. With it the stated 68 % range covers 73 % of the runs on these axes, on which it was
 # chosen.
