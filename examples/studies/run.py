@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import axes
+import developed
 import torch
 import unseen
 from axes import Axis, grid_index, grid_rate
@@ -43,7 +44,7 @@ from workload import arguments, in_parallel, pretrained, processes, quiet, train
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
 
-AXES: Mapping[str, Axis] = {**axes.AXES, **unseen.UNSEEN}
+AXES: Mapping[str, Axis] = {**axes.AXES, **developed.DEVELOPED, **unseen.UNSEEN}
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,8 @@ def main() -> None:
     pretrained(progress=True)
     if not set(options.axes or AXES).isdisjoint(unseen.UNSEEN):
         unseen.pretrain()
+    if not set(options.axes or AXES).isdisjoint(developed.DEVELOPED):
+        developed.pretrained_qwen()
     with processes(options.workers) as pool:
         for name in options.axes or AXES:
             for method in options.again:
