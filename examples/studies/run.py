@@ -191,8 +191,8 @@ def _train(job: Job, output: Path) -> Result:
     )
 
 
-def planned(job: Job, output: Path) -> tuple[Job, float]:
-    """Return the learning rate that `plan` finds for the target from this job's profile; stored like a run."""
+def planned(job: Job, output: Path) -> tuple[Job, dict[str, Any]]:
+    """Return what `plan` finds for the target from this job's profile; stored like a run."""
     file = job.folder(output) / f"plan-{job.axis}.json"
     if not file.exists():
         quiet()
@@ -210,11 +210,12 @@ def planned(job: Job, output: Path) -> tuple[Job, float]:
         found = {
             "learning_rate": advice.learning_rate,
             "overall": asdict(advice.overall),
+            "advised": asdict(advice.advised),
             "evidence": advice.evidence.to_record(),
             "words": str(advice),
         }
         file.write_text(json.dumps(found, indent=1))
-    return job, json.loads(file.read_text())["learning_rate"]
+    return job, json.loads(file.read_text())
 
 
 @dataclass
@@ -282,10 +283,13 @@ class Runner:
             self.run(base, [rate], {})
         for method in methods:
             if method == PLAN:
-                advice = in_parallel(
-                    self.pool, planned, [(job, self.output) for job in self.jobs("record", [rate])], PLAN
-                )
-                study.plans["default"] = [dict(advice)[job] for job in self.jobs("record", [rate])]
+                jobs = self.jobs("record", [rate])
+                advice = dict(in_parallel(self.pool, planned, [(job, self.output) for job in jobs], PLAN))
+                found = [advice[job] for job in jobs]
+                study.plans["default"] = [each["learning_rate"] for each in found]
+                # Plans of older versions hold no advised factor.
+                advised = [each["advised"] for each in found if "advised" in each]
+                study.advised["default"] = [(each["value"], each["error"]) for each in advised]
                 continue
             results: dict[Job, Result] = {}
             self.run(method, [rate], results)
