@@ -287,9 +287,11 @@ class Runner:
             if method == PLAN:
                 jobs = self.jobs("record", [rate])
                 advice = dict(in_parallel(self.pool, planned, [(job, self.output) for job in jobs], PLAN))
-                study.plans["default"] = [advice[job]["learning_rate"] for job in jobs]
-                study.plan_errors = [advice[job]["advised"]["error"] for job in jobs]
-                study.plan_decisions = [advice[job]["decision"] for job in jobs]
+                found = [advice[job] for job in jobs]
+                study.plans["default"] = [each["learning_rate"] for each in found]
+                # Plans of older versions hold no advised factor.
+                advised = [each["advised"] for each in found if "advised" in each]
+                study.advised["default"] = [(each["value"], each["error"]) for each in advised]
                 continue
             results: dict[Job, Result] = {}
             self.run(method, [rate], results)
