@@ -166,7 +166,7 @@ def gated(value: float, variance: float) -> float:
 def test_advice_in_closed_form(change: Change, policy: str, value: float, advised: float) -> None:
     found = advise(Multiplier(value, 0.1), change, policy)
     assert found.value == pytest.approx(advised)
-    assert found.error == pytest.approx(math.hypot(0.1, 0.25))
+    assert found.error == pytest.approx(math.hypot(0.1, 0.6))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_text_begins_with_decision_reason_range_and_rule(tmp_path: Path) -> 
     first, reason, spread, *rules = str(keep).splitlines()[:6]
     assert first == "Keep 0.01."
     assert reason == keep.reason
-    low, high = (0.01 * math.exp(sign * math.hypot(0.1, 0.25)) for sign in (-1, 1))
+    low, high = (0.01 * math.exp(sign * math.hypot(0.1, 0.6)) for sign in (-1, 1))
     assert keep.range == pytest.approx((low, high))
     assert spread == f"68 % range of the learning rate for all tensors: {low:.3g} to {high:.3g}."
     assert rules[0].startswith("A published rule says 0.005: muP: hidden matrices at lr / width (AdamW)")
