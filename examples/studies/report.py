@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,20 @@ from workload import spread, standard_error
 STABLE = 1.0  # nats per token above the best of a sweep
 WORTH = 0.05  # a regret, in nats per token, that is worth something
 NEAR = 1.5  # a factor on a learning rate that costs little
+ALLOWED = 0.01  # nats per token above the better of plain and rule
+LEADING = ("plain", "rule", "default", "without rules")  # columns that come first
+# Pattern of axes: what changes, and what a matched run without options does about it.
+CHANGES: Mapping[str, tuple[str, str]] = {
+    r"-width": ("width, from scratch", "muP's rule, and nothing beyond it"),
+    r"-depth": ("depth, from scratch", "blocks start at 1 / depth; each kind of tensor follows its own rates"),
+    r"-init": ("neither size, adapter nor optimizer", "nothing"),
+    r"-gaussian": ("LoRA rank, `gaussian`", "out of balance: each kind of tensor follows its own rates"),
+    r"-(default|dora|pissa|classifier-rank)": ("LoRA rank, default, DoRA, PiSSA", "in balance: muA's rule, here 1"),
+    r"-(rslora|alpha|batch)": ("LoRA alpha, or rank with another scaling (rsLoRA)", "in balance: muA's rule"),
+    r"-full": ("LoRA to full fine-tuning", "a tenth, times one factor for all tensors from step 16 on"),
+    r"^adamw-|-muon": ("optimizer", "the rule where there is one, times one factor for all tensors from step 16 on"),
+    r"": ("other", ""),
+}
 Sweep = dict[float, list[float]]
 
 
@@ -32,9 +47,9 @@ class Study:
     scales: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    plans: dict[str, list[float]] = field(default_factory=dict)  # learning rates by metric, then by seed
-    plan_errors: list[float] = field(default_factory=list)  # stated errors of their logarithms, by seed
-    plan_decisions: list[str] = field(default_factory=list)  # by seed
+    plans: dict[str, list[float]] = field(default_factory=dict)  # learning rates by method, then by seed
+    # Advised factors and standard errors of their logarithms, by method, then by seed; older files have none.
+    advised: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def wanted(self) -> float:
@@ -48,9 +63,9 @@ class Study:
         found = sorted(target / base for base in bases for target in targets)
         return found[len(found) // 20], found[-1 - len(found) // 20]
 
-    def planned(self, metric: str) -> float:
+    def planned(self, method: str) -> float:
         """The factor of `plan`, a geometric mean over seeds."""
-        return math.exp(mean(math.log(rate / self.base_rate) for rate in self.plans[metric]))
+        return math.exp(mean(math.log(rate / self.base_rate) for rate in self.plans[method]))
 
     @property
     def base_rate(self) -> float:
@@ -75,16 +90,14 @@ class Study:
         """Losses minus the best of the target's own sweep, seed by seed."""
         return [loss - best for loss, best in zip(self.at_base_rate[method], self.best_losses, strict=True)]
 
-    @property
-    def winner(self) -> str:
-        """The method with the smallest regret."""
-        return min(self.at_base_rate, key=lambda method: mean(self.at_base_rate[method]))
+    def regret(self, method: str) -> float:
+        """The mean of `regrets`."""
+        return mean(self.regrets(method))
 
-    def behind(self, method: str, other: str) -> bool:
-        """Whether a method loses to another by more than the standard error of their difference, seed by seed."""
-        pairs = zip(self.at_base_rate[method], self.at_base_rate[other], strict=True)
-        differences = [loss - best for loss, best in pairs]
-        return not mean(differences) <= (standard_error(differences) if all(map(math.isfinite, differences)) else 0)
+    @property
+    def reference(self) -> float:
+        """The regret of the better of plain and rule."""
+        return min(self.regret(method) for method in ("plain", "rule") if method in self.at_base_rate)
 
     def to_json(self) -> str:
         """As JSON; a loss that is not finite is null."""
@@ -180,11 +193,20 @@ def table(study: Study) -> str:
 
 
 def combined(studies: Sequence[Study]) -> str:
-    """Regrets of every method on every axis as Markdown."""
-    methods = list(dict.fromkeys(method for study in studies for method in study.at_base_rate))
+    """Results of all axes as Markdown: by change, of every method, and of `plan`. Comments separate the parts."""
+    found = dict.fromkeys(method for study in studies for method in study.at_base_rate)
+    methods = list(dict.fromkeys([*LEADING, *found]))
     lines = [
         "Regret at the base's best learning rate, nats per token.",
         "",
+        "<!-- by change -->",
+        *_by_change(studies),
+    ]
+    for method in ("default", "without rules", "fisher"):
+        lines += _verdict([study for study in studies if method in study.methods], method)
+    lines += [
+        "",
+        "<!-- by axis -->",
         "| axis | shift, decades | stable lr, base | target | " + " | ".join(methods) + " |",
         "|---|---|---|---|" + "---|" * len(methods),
     ]
@@ -194,74 +216,98 @@ def combined(studies: Sequence[Study]) -> str:
         lines.append(f"| {study.axis} | {study.shift:+.2f} | {edges} | " + " | ".join(cells) + " |")
     means = [_mean(studies, method) for method in methods]
     lines.append("| mean (axes on which it converges) |  |  |  | " + " | ".join(means) + " |")
-    for method in ("flerm", "fisher"):
-        lines += ["", *verdicts([study for study in studies if method in study.methods], method)]
-    lines += [
-        "",
-        "`plan`: the factor on the learning rate that it finds, and the factor that the sweeps find (wanted: the "
-        "target's optimum over the base's, each interpolated between the points of its sweep).",
-        "",
-        *_plans(studies),
-    ]
+    lines += ["", "<!-- plan -->", *_plans(studies), "", "<!-- end -->"]
     return "\n".join([*lines, ""])
 
 
+def _by_change(studies: Sequence[Study]) -> list[str]:
+    groups: dict[tuple[str, str], list[Study]] = {}
+    for study in studies:
+        change = next(change for pattern, change in CHANGES.items() if re.search(pattern, study.axis))
+        groups.setdefault(change, []).append(study)
+    heads = " | ".join(LEADING)
+    lines = [f"| what changes | what a matched run does | axes | {heads} |", "|---|---|---|" + "---|" * len(LEADING)]
+    for (name, action), members in groups.items():
+        cells = [_mean(members, method) for method in LEADING]
+        lines.append(f"| {name} | {action} | {len(members)} | {' | '.join(cells)} |")
+    return [*lines, "", "Means over the axes on which a method converges; their number is in parentheses."]
+
+
+def _verdict(studies: Sequence[Study], method: str) -> list[str]:
+    """Count on how many axes a method is good, and say where it harms; nothing without a study of it."""
+    if not studies:
+        return []
+    good = [study for study in studies if study.regret(method) <= study.reference + ALLOWED]
+    harms = {study.axis: study.regret(method) - study.regret("plain") for study in studies}
+    worst = max(harms, key=lambda axis: harms[axis])
+    amount = f"{harms[worst]:.3f}" if math.isfinite(harms[worst]) else "divergence"
+    harm = f"Its largest harm over plain is {amount}, on {worst}." if harms[worst] > 0 else "It harms on no axis."
+    moved = [study for study in studies if study.regret("plain") > WORTH]
+    left = [study.axis for study in moved if not study.regret(method) <= study.regret("plain") / 4]
+    return [
+        "",
+        f"`{method}` is within {ALLOWED} nats of the better of plain and rule, or better, on {len(good)} of "
+        f"{len(studies)} axes; its mean regret is {_mean(studies, method)}, that of plain {_mean(studies, 'plain')}. "
+        f"{harm} On {len(moved)} axes the base's learning rate costs more than {WORTH} nats; at most a quarter of that "
+        f"is left on {len(moved) - len(left)} of them" + (f", not on {', '.join(left)}." if left else "."),
+    ]
+
+
 def _plans(studies: Sequence[Study]) -> list[str]:
-    metrics = list(dict.fromkeys(metric for study in studies for metric in study.plans))
-    heads = " | ".join(f"planned, {metric} | / wanted" for metric in metrics)
+    found = dict.fromkeys(method for study in studies for method in study.plans)
+    methods = sorted(found, key=lambda method: method != "default")
+    heads = " | ".join(f"planned, {method} | / wanted" for method in methods)
     lines = [
+        "`plan`: the factor on the learning rate that it finds, and the factor that the sweeps find (wanted: the "
+        "target's optimum over the base's, each interpolated between the points of its sweep).",
+        "",
         f"| axis | base's best lr | target's best lr | wanted | 90 % of resampled seeds | {heads} |",
-        "|---|---|---|---|---|" + "---|---|" * len(metrics),
+        "|---|---|---|---|---|" + "---|---|" * len(methods),
     ]
     for study in studies:
         low, high = study.wanted_range
         rates = f"{optimum(study.base):.3g} | {optimum(study.plain):.3g} | {study.wanted:.3g} | {low:.2g} to {high:.2g}"
-        cells = [_plan_cells(study, metric) for metric in metrics]
+        cells = [_plan_cells(study, method) for method in methods]
         lines.append(f"| {study.axis} | {rates} | {' | '.join(cells)} |")
-    for metric in metrics:
-        planned = [study for study in studies if metric in study.plans]
-        near = [study for study in planned if _near(study.planned(metric) / study.wanted)]
-        open_ = [study for study in planned if _near(study.planned(metric) / _nearest(study, metric))]
-        rough = [study for study in planned if _near(study.planned(metric) * study.base_rate / optimum(study.plain))]
+    for method in methods:
+        planned = [study for study in studies if method in study.plans]
+        ratios = [study.planned(method) / study.wanted for study in planned]
+        near, rough = (sum(_near(ratio, factor) for ratio in ratios) for factor in (NEAR, 2))
+        open_ = sum(_near(study.planned(method) / _nearest(study, method)) for study in planned)
         lines += [
             "",
-            f"By {metric} rates, `plan` is within a factor of {NEAR} of the wanted factor on {len(near)} of "
-            f"{len(planned)} axes, and of the range that the seeds leave open on {len(open_)}. If it starts from the "
-            "best point of the base's sweep (a quarter of a decade from the next) instead of its optimum, on "
-            f"{len(rough)}.",
+            f"By {method}, `plan` is within a factor of {NEAR} of the wanted factor on {near} of {len(planned)} axes, "
+            f"within 2 on {rough}, and within {NEAR} of the range that the seeds leave open on {open_}."
+            + _coverage(planned, method),
         ]
     return lines
 
 
-def _nearest(study: Study, metric: str) -> float:
+def _coverage(studies: Sequence[Study], method: str) -> str:
+    """Say how often the wanted factor lies in the stated range; empty if no study has stored ranges."""
+    inside = [
+        abs(math.log(study.wanted / value)) <= error
+        for study in studies
+        for value, error in study.advised.get(method, [])
+    ]
+    return f" The stated 68 % range covers {sum(inside)} of {len(inside)} runs." if inside else ""
+
+
+def _nearest(study: Study, method: str) -> float:
     """The factor within the range of wanted factors that is nearest to the planned one."""
     low, high = study.wanted_range
-    return min(max(study.planned(metric), low), high)
+    return min(max(study.planned(method), low), high)
 
 
-def _plan_cells(study: Study, metric: str) -> str:
-    if metric not in study.plans:
+def _plan_cells(study: Study, method: str) -> str:
+    if method not in study.plans:
         return " | "
-    planned = study.planned(metric)
+    planned = study.planned(method)
     return f"{planned:.3g} | {planned / study.wanted:.2f}"
 
 
-def verdicts(studies: Sequence[Study], method: str) -> list[str]:
-    """Say on which axes a method is the best, and on which it recovers most of what the base's learning rate costs."""
-    beaten = [f"{study.axis} ({study.winner})" for study in studies if study.behind(method, study.winner)]
-    moved = [study for study in studies if mean(study.regrets("plain")) > WORTH]
-    left = [study.axis for study in moved if not mean(study.regrets(method)) <= mean(study.regrets("plain")) / 4]
-    return [
-        f"`{method}` is the best method, or within a standard error of it, on {len(studies) - len(beaten)} of "
-        f"{len(studies)} axes. Another one is better on {', '.join(beaten) or 'none'}.",
-        "",
-        f"On {len(moved)} axes the base's learning rate costs more than {WORTH} nats. `{method}` recovers at least "
-        f"three quarters of that on {len(moved) - len(left)} of them, but not on {', '.join(left) or 'any other'}.",
-    ]
-
-
-def _near(ratio: float) -> bool:
-    return 1 / NEAR <= ratio <= NEAR
+def _near(ratio: float, factor: float = NEAR) -> bool:
+    return 1 / factor <= ratio <= factor
 
 
 def _cell(study: Study, method: str) -> str:
@@ -271,7 +317,7 @@ def _cell(study: Study, method: str) -> str:
 
 
 def _mean(studies: Sequence[Study], method: str) -> str:
-    regrets = [mean(study.regrets(method)) for study in studies if method in study.at_base_rate]
+    regrets = [study.regret(method) for study in studies if method in study.at_base_rate]
     converged = [regret for regret in regrets if math.isfinite(regret)]
     return f"{mean(converged):.3f} ({len(converged)})" if converged else ""
 

@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import axes
+import developed
 import torch
 import unseen
 from axes import Axis, grid_index, grid_rate
@@ -43,7 +44,7 @@ from workload import arguments, in_parallel, pretrained, processes, quiet, train
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
 
-AXES: Mapping[str, Axis] = {**axes.AXES, **unseen.UNSEEN}
+AXES: Mapping[str, Axis] = {**axes.AXES, **developed.DEVELOPED, **unseen.UNSEEN}
 
 
 @dataclass(frozen=True)
@@ -286,9 +287,11 @@ class Runner:
             if method == PLAN:
                 jobs = self.jobs("record", [rate])
                 advice = dict(in_parallel(self.pool, planned, [(job, self.output) for job in jobs], PLAN))
-                study.plans["default"] = [advice[job]["learning_rate"] for job in jobs]
-                study.plan_errors = [advice[job]["advised"]["error"] for job in jobs]
-                study.plan_decisions = [advice[job]["decision"] for job in jobs]
+                found = [advice[job] for job in jobs]
+                study.plans["default"] = [each["learning_rate"] for each in found]
+                # Plans of older versions hold no advised factor.
+                advised = [each["advised"] for each in found if "advised" in each]
+                study.advised["default"] = [(each["value"], each["error"]) for each in advised]
                 continue
             results: dict[Job, Result] = {}
             self.run(method, [rate], results)
@@ -337,6 +340,8 @@ def main() -> None:
     pretrained(progress=True)
     if not set(options.axes or AXES).isdisjoint(unseen.UNSEEN):
         unseen.pretrain()
+    if not set(options.axes or AXES).isdisjoint(developed.DEVELOPED):
+        developed.pretrained_qwen()
     with processes(options.workers) as pool:
         for name in options.axes or AXES:
             for method in options.again:

@@ -173,13 +173,14 @@ def with_units_of(profile: RateProfile, config: FLeRMConfig) -> FLeRMConfig:
     """Return options with the output, positions and metric of a base's profile where they are not set.
 
     Args:
-        profile: The profile of the base. If it does not say by which metric, its rates are euclidean.
+        profile: The profile of the base. If a run recorded it without saying by which metric, its rates are euclidean;
+            a profile that was put together by hand has the metric that this run would record with.
         config: The options of the matched run.
 
     Raises:
         RateProfileError: If what is set differs from the profile, or what the profile says is not allowed.
     """
-    recorded = {"metric": "euclidean", **profile.about.config_units}
+    recorded = {**({"metric": "euclidean"} if profile.about.settings else {}), **profile.about.config_units}
     if callable(config.output):
         recorded.pop("positions", None)  # the function chooses them
     unset = {name: value for name, value in recorded.items() if getattr(config, name) is None}

@@ -251,8 +251,11 @@ def prior_scales(
         algorithms: `{canonical name: algorithm that steps it}` in the target; empty: rules for optimizers are left out.
 
     Returns:
-        `{canonical name: factor}` of every trained tensor; all 1 if no rule applies.
+        `{canonical name: factor}` of every trained tensor; all 1 if no rule applies, and if the profile does not hold
+        shapes: then it does not say either whether the base had an adapter.
     """
+    if not base.about.shapes:
+        return dict.fromkeys(trainable_parameters(model), 1.0)
     change = change_between(base, model, algorithms)
     factors = [rule.of_tensor for rule in RULES if rule.of_tensor is not None and rule.applies(change)]
     return {

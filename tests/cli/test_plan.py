@@ -171,4 +171,4 @@ def test_the_command_plans_on_a_text_file(tmp_path: Path) -> None:
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     assert result.stdout.strip() == str(advice).strip()
-    assert not advice.overall.is_one
+    assert advice.learning_rate != advice.base_learning_rate

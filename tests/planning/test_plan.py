@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from hf_flerm import FLeRMConfig, RateProfile, RateProfileError, plan
-from hf_flerm.planning.plan import Multiplier, decide
+from hf_flerm.planning.plan import Multiplier, advise
+from hf_flerm.transfer.rules import Change
+from hf_flerm.transfer.strategy import Strategy
 from tests.shared.plans import LEARNING_RATE, arguments, lora, planned, recorded, sgd
 from tests.shared.training import Rows, gpt2
 
@@ -22,10 +24,10 @@ def test_a_model_is_told_to_keep_its_own_learning_rate(tmp_path: Path) -> None:
     base = recorded(tmp_path, lora())
     advice = planned(tmp_path, lora(), base)
     assert advice.learning_rate == pytest.approx(LEARNING_RATE)
-    assert advice.overall.is_one
+    assert advice.advised.value == 1.0
     assert advice.keeps
     assert advice.decision == "keep"
-    assert str(advice).startswith("Keep 0.01.\nThe measured factor")
+    assert str(advice).startswith("Keep 0.01.\nNeither size, adapter nor optimizer changed (the measured factor")
 
 
 @pytest.mark.parametrize("factor", [0.1, 3.0])
@@ -41,8 +43,9 @@ def test_a_known_factor_is_found(tmp_path: Path, factor: float) -> None:
     )
     advice = planned(tmp_path, gpt2(), times, optimizer=sgd)
     assert abs(math.log(advice.overall.value / factor)) < 4 * advice.overall.error + 0.3
-    assert advice.learning_rate == advice.base_learning_rate * advice.overall.value
-    assert not advice.keeps
+    assert advice.learning_rate == advice.base_learning_rate * advice.advised.value
+    assert advice.decision == "one"
+    assert 0.5 < advice.advised.value / factor < 2.0
     for multiplier in advice.multipliers.values():
         assert 0.2 < multiplier.value / factor < 5.0
 
@@ -139,51 +142,73 @@ def test_a_profile_without_a_learning_rate_that_moves_is_refused(tmp_path: Path)
         plan(lora(rank=4), args, Rows(), base, steps=1)
 
 
-@pytest.mark.parametrize(
-    ("value", "error", "is_one"),
-    [(2.0, 0.4, True), (2.0, 0.3, False), (0.5, 0.4, True), (1.7, 0.0, True), (1.9, 0.0, False), (0.5, 0.0, False)],
-)
-def test_a_multiplier_is_one_within_two_standard_errors_or_what_the_method_misses_by(
-    value: float, error: float, is_one: bool
-) -> None:
-    assert Multiplier(value, error).is_one == is_one
+LORA = Change(rank=4.0, scaling=0.25, base_adapter="LORA", target_adapter="LORA")
+
+
+def gated(value: float, variance: float) -> float:
+    log = math.log(value)
+    return math.exp(log * max(0.0, 1 - (variance / log**2) ** 2))
 
 
 @pytest.mark.parametrize(
-    ("overall", "kinds", "decision"),
+    ("change", "policy", "value", "advised"),
     [
-        (1.1, [0.5, 2.0], "keep"),
-        (3.0, [3.0, 6.0], "one"),
-        (0.2, [], "one"),
-        (1.1, [0.3, 1.0, 3.1], "match"),
-        (30.0, [2.0, 50.0], "match"),
+        (Change(), "hold", 0.5, 1.0),  # within a factor of 2, the method's error where nothing changed
+        (Change(), "hold", 10.0, gated(10.0, 0.7**2 + 0.1**2)),
+        (Change(width=4.0), "hold", 1.0, 0.5),  # between muP's 1/4 and 1
+        (Change(width=4.0), "hold", 0.25, 0.25),
+        (Change(depth=3.0), "follow", math.e, math.exp(1 / (1 + 0.4**2 + 0.1**2))),
+        (LORA, "gate", 1.5, 1.0),
+        (LORA, "gate", 12.0, gated(12.0, 0.4**2 + 0.1**2)),
+        (Change(base_optimizer="AdamW", target_optimizer="SGD"), "level", 16.0, gated(16.0, 0.4**2 + 0.1**2)),
     ],
 )
-def test_a_decision_follows_from_the_factors(overall: float, kinds: list[float], decision: str) -> None:
-    factors = {str(index): Multiplier(value, 0.1) for index, value in enumerate(kinds)}
-    assert decide(Multiplier(overall, 0.1), factors) == decision
-    unsure = {kind: Multiplier(factor.value, 2.0) for kind, factor in factors.items()}
-    assert decide(Multiplier(overall, 0.1), unsure) != "match", "two standard errors are a factor of 286"
+def test_advice_in_closed_form(change: Change, policy: str, value: float, advised: float) -> None:
+    found = advise(Multiplier(value, 0.1), change, policy)
+    assert found.value == pytest.approx(advised)
+    assert found.error == pytest.approx(math.hypot(0.1, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("policy", "prior", "balanced", "value", "decision"),
+    [
+        ("gate", 1.0, True, 1.1, "keep"),
+        ("gate", 1.0, True, 5.0, "one"),
+        ("gate", 1.0, False, 1.1, "match"),
+        ("level", 1.0, True, 5.0, "one"),
+        ("level", 1.0, False, 1.1, "keep"),  # one factor for all is what a matched run takes, too
+        ("follow", 1.0, True, 1.1, "match"),
+        ("hold", 1.0, True, 1.1, "keep"),
+        ("hold", 0.25, True, 1.1, "match"),  # of one tensor alone
+    ],
+)
+def test_the_decision_is_what_a_matched_run_does(
+    policy: str, prior: float, balanced: bool, value: float, decision: str, tmp_path: Path
+) -> None:
+    found = planned(tmp_path, lora(rank=4), recorded(tmp_path, lora()))
+    names = list(found.strategy.prior)
+    strategy = Strategy(policy, "tensor", {**dict.fromkeys(names, 1.0), names[0]: prior}, "it is so")
+    found = replace(found, strategy=strategy, is_balanced=balanced, overall=Multiplier(value, 0.1))
+    assert found.decision == found.to_dict()["decision"] == decision
+    assert found.keeps == (decision == "keep")
 
 
 def test_the_text_begins_with_decision_reason_range_and_rule(tmp_path: Path) -> None:
     found = planned(tmp_path, gpt2(width=32), recorded(tmp_path, gpt2()))
-    kinds = {"a": Multiplier(0.01, 0.1), "b": Multiplier(4.0, 0.1)}
-    keep = replace(found, overall=Multiplier(0.7, 0.1), multipliers={})
-    use = replace(found, overall=Multiplier(0.25, 0.1), multipliers={"a": Multiplier(0.2, 0.1)})
-    match = replace(found, overall=Multiplier(0.7, 0.1), multipliers=kinds)
-    first, reason, spread, rule = str(keep).splitlines()[:4]
+    assert found.decision == "match"
+    level = replace(found, strategy=Strategy("level", "global", {}, "the optimizer changed"))
+    keep, use = (replace(level, overall=Multiplier(value, 0.1)) for value in (1.1, 0.25))
+    first, reason, spread, *rules = str(keep).splitlines()[:6]
     assert first == "Keep 0.01."
     assert reason == keep.reason
-    assert spread == "68 % range of the learning rate for all tensors: 0.00633 to 0.00774."  # 0.007 exp(-+0.1)
-    assert rule.startswith("A published rule says 0.005: muP: hidden matrices at lr / width (AdamW)")
-    assert str(use).splitlines()[:2] == ["Use 0.0025 for all tensors.", use.reason]
+    low, high = (0.01 * math.exp(sign * math.hypot(0.1, 0.25)) for sign in (-1, 1))
+    assert keep.range == pytest.approx((low, high))
+    assert spread == f"68 % range of the learning rate for all tensors: {low:.3g} to {high:.3g}."
+    assert rules[0].startswith("A published rule says 0.005: muP: hidden matrices at lr / width (AdamW)")
+    assert str(use).splitlines()[:2] == [f"Use {use.learning_rate:.3g} for all tensors.", use.reason]
     assert "would change the outputs 4 times as much as in the base run" in use.reason
-    assert str(match).splitlines()[0] == "Match: one number cannot do it, kinds differ by 400x."
-    assert match.reason.startswith("a needs 0.01 times the base's learning rate and b 4 times; mode='match'")
-    assert [p.decision for p in (keep, use, match)] == [p.to_dict()["decision"] for p in (keep, use, match)]
-    assert match.to_dict()["range"] == pytest.approx([0.007 * math.exp(-0.1), 0.007 * math.exp(0.1)])
-    assert [p.keeps for p in (keep, use, match)] == [True, False, False]
+    assert str(found).splitlines()[0] == "Match: one number cannot do it, kinds differ by 2x."
+    assert found.reason.startswith("The width changed, where muP's rule predicts better than rates; without matching,")
 
 
 def test_steps_are_refused_by_their_own_name(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_what_a_run_writes_comes_back(tmp_path: Path) -> None:
     model = lora()
     about = recorded(tmp_path, model).about
     assert about.learning_rate == 0.01
-    assert about.units == {"output": "logits", "positions": "attention_mask", "metric": "euclidean"}
+    assert about.units == {"output": "logits", "positions": "attention_mask", "metric": "fisher"}
     parameters = trainable_parameters(model)
     assert about.shapes == {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     assert about.kinds == {name: kind for name, kind in tensor_kinds(model).items() if name in parameters}

@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_a_number_ends_the_measuring_alone(
     assert all(bool(weights.isnan().any()) for weights in weights_of(trainer.model).values())
     assert trainer.rate_profile.steps.tolist() == [0, 1]
     assert all(0 < scale < float("inf") for scale in flerm_callback(trainer).scales.values())
-    first, last = warnings_of()
+    first, last = (text for text in warnings_of() if "learning-rate scales are above" not in text)
     assert "the measurement at step 2 failed" in first
     assert "not finite" in first
     assert "3 measurements failed in a row" in last

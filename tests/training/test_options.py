@@ -130,7 +130,7 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_training(
     monkeypatch.setattr("hf_flerm.profile.file.save", too_large)
     caplog.set_level(logging.WARNING, "hf_flerm")
     assert_same_run(train(make_trainer(tmp_path / "recorded", gpt2(), FLeRMConfig(), **options)), plain)
-    (said,) = [record.getMessage() for record in caplog.records]
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_flerm")]
     assert "could not be written and will be tried at every save: the profile cannot be written" in said
     assert not list(tmp_path.glob(f"recorded/**/{PROFILE_NAME}"))
 

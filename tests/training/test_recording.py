@@ -100,7 +100,10 @@ def test_recording_changes_nothing_with_a_collator_that_draws(folder: Path) -> N
     plain = train(make_trainer(folder, gpt2(DROPOUT), extra=extra))
     by_training = len(calls)
     trainer = make_trainer(
-        folder, gpt2(DROPOUT), FLeRMConfig(research=Research(probes=2, probe_batch_size=3)), extra=extra
+        folder,
+        gpt2(DROPOUT),
+        FLeRMConfig(metric="fisher", research=Research(probes=2, probe_batch_size=3)),
+        extra=extra,
     )
     assert_same_run(train(trainer), plain)
     assert trainer.rate_profile.steps.tolist() == MEASURED

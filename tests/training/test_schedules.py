@@ -77,7 +77,7 @@ def test_a_step_at_learning_rate_zero_is_not_measured(
     assert set(spy.inside[0].values()) == {0.0}
     assert trainer.rate_profile.steps.tolist() == [1, 2, 4]
     assert all(bool((rates > 0).all()) for rates in trainer.rate_profile.rates.values())
-    assert warnings_of() == []
+    assert [text for text in warnings_of() if "learning-rate scales are above" not in text] == []
     if mode == "record":
         assert_same_run(outcome, plain)
     else:

@@ -12,7 +12,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
-from hf_flerm import FLeRMConfig, FLeRMTrainer, Measurement, RateProfile, map_profile, plan
+from hf_flerm import FLeRMConfig, FLeRMTrainer, Measurement, RateProfile, Research, map_profile, plan
 from hf_flerm.transfer.evidence import Evidence
 from hf_flerm.transfer.mapping import ProfileMap
 from tests.shared.training import Rows, arguments, flerm_callback, gpt2, make_trainer
@@ -184,14 +184,15 @@ def test_runs_of_adapters_compare_no_joint_rate_of_their_first_step(
 
 def test_the_scale_of_everything_for_unmatched_tensors_waits_and_is_bounded(tmp_path: Path) -> None:
     base, target = adapted(2, "gaussian", target_modules=["c_attn"]), adapted(32, "gaussian")
-    first = matched(tmp_path / "1", base, target, steps=1, unmatched="global")
+    options: dict[str, Any] = {"unmatched": "global", "research": Research(beta=0.0)}
+    first = matched(tmp_path / "1", base, target, steps=1, **options)
     scales = flerm_callback(first).scales
     assert {scale for name, scale in scales.items() if "c_proj" in name} == {1.0}
     assert max(scale for name, scale in scales.items() if "c_attn" in name) > 2.0, "single tensors do not wait"
     base, target = adapted(2, "gaussian", target_modules=["c_attn"]), adapted(32, "gaussian")
     (second,) = {
         scale
-        for name, scale in flerm_callback(matched(tmp_path / "2", base, target, unmatched="global")).scales.items()
+        for name, scale in flerm_callback(matched(tmp_path / "2", base, target, **options)).scales.items()
         if "c_proj" in name
     }
     assert 0.25 * (1 - 1e-12) <= second <= 4.0 * (1 + 1e-12)
