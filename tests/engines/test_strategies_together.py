@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, Research
 from hf_flerm.rates.per_example.linear_head import LinearHead
@@ -58,9 +59,11 @@ class Case:
     options: Mapping[str, Any]
 
 
+# With momentum, because torch cannot load the state of an FSDP optimizer that has none.
+BY_SGD: dict[str, Any] = {"extra": {"optimizer_cls_and_kwargs": (SGD, {"lr": 1e-3, "momentum": 0.9})}}
 CASES = {
-    "level": Case("full", {"optim": "sgd"}),
-    "level, accumulated": Case("full", {"optim": "sgd", "gradient_accumulation_steps": 2}),
+    "level": Case("full", BY_SGD),
+    "level, accumulated": Case("full", {**BY_SGD, "gradient_accumulation_steps": 2}),
     "gate": Case("lora", {}),
 }
 
