@@ -42,7 +42,7 @@ nitpick_ignore_regex = [
         r"(accelerate|collections|dataclasses|datasets|huggingface_hub|matplotlib|nn|numpy|os|pathlib|torch|transformers|typing)\..*",
     ),
     (r"py:.*", r"[A-Z]\w*"),
-    (r"py:.*", r"hf_flerm\.rates\.totals\.\w+"),  # inner parts
+    (r"py:.*", r"hf_flerm\.rates\.(totals\.\w+|measurement\.Key)"),  # inner parts
 ]
 
 
