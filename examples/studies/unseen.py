@@ -1,8 +1,8 @@
 """Twelve axes that no policy or threshold was chosen on: other models, texts, sizes, ranks and optimizers.
 
-(The width of the range that `plan` states was set after them.)
 What `FLeRMConfig(mode="match", profile=...)` and `plan` say of them was committed before any sweep of a target ran
-(`examples/results/unseen/predictions`), and the sweeps were scored once.
+(`examples/results/unseen/predictions`), and the sweeps were scored once. The width of the range that `plan` states was
+set afterwards.
 """
 
 from __future__ import annotations
