@@ -224,7 +224,9 @@ def best_rate(losses: dict[float, float]) -> float:
 
 def record(entry: Entry, learning_rate: float, base_rate: float | None) -> tuple[float, RateProfile]:
     """Record an entry. Its validation loss is that of the sweep, because recording changes nothing."""
-    loss, trainer = run(entry, learning_rate, base_rate, FLeRMConfig(mode="record", research=Research(probes=8)))
+    loss, trainer = run(
+        entry, learning_rate, base_rate, FLeRMConfig(mode="record", metric="euclidean", research=Research(probes=8))
+    )
     return round(loss, 4), trainer.rate_profile
 
 

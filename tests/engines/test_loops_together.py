@@ -46,7 +46,7 @@ def lies_here(followed: Loop) -> list[Any]:
 
 
 def matching(base: RateProfile) -> FLeRMConfig:
-    research = Research(policy="follow", probe_batch_size=BATCH)
+    research = Research(policy="follow", beta=0.0, probe_batch_size=BATCH)
     return FLeRMConfig(mode="match", profile=base, max_change=1e6, research=research)
 
 

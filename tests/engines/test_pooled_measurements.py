@@ -71,8 +71,8 @@ def probe_together(kind: str, estimator: str, count: int) -> dict[str, Any]:
     model, moves = moving(kind)
     probe = RateProbe(model, estimator=estimator)
     shapes = {name: parameter.shape for name, parameter in trainable_parameters(model).items()}
-    sum_over_processes = ProcessSum(shapes, estimator, groups_of(model))
-    result = sum_over_processes(probe.measure(moves, batches_of(rank, count), seeded(rank)))
+    measured = probe.measure(moves, batches_of(rank, count), seeded(rank))
+    result = ProcessSum(shapes, estimator)(measured, groups_of(model))
     return summary(model, result)
 
 

@@ -89,7 +89,15 @@ def known_base(folder: Path, make: Callable[[], nn.Module], **options: Any) -> R
 
 def match_known(base: RateProfile, **changes: Any) -> FLeRMConfig:
     return flerm_config(
-        **{"mode": "match", "profile": base, "pool": "unit", "beta": 1.0, "measure_steps": (0,), **changes}
+        **{
+            "mode": "match",
+            "profile": base,
+            "metric": "euclidean",  # as in `known_base`, also for a profile that is made of its rates
+            "pool": "unit",
+            "beta": 1.0,
+            "measure_steps": (0,),
+            **changes,
+        }
     )
 
 
