@@ -92,7 +92,8 @@ def test_scales_act_like_learning_rates_of_their_own(folder: Path, monkeypatch: 
     baked.train()
     base = RateProfile([0], {name: [1.0] for name in factors})
     monkeypatch.setattr(ProfileMap, "tensor_scales", lambda mapped, logs: dict(factors))
-    matched = make_trainer(folder, gpt2(), FLeRMConfig(mode="match", profile=base), **plain_sgd())
+    config = FLeRMConfig(mode="match", profile=base, metric="euclidean")
+    matched = make_trainer(folder, gpt2(), config, **plain_sgd())
     matched.train()
     expected, actual = weights_of(model), weights_of(matched.model)
     for name in expected:
