@@ -106,7 +106,7 @@ def qwen(seed: int, rank: int, **options: Any) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", **options))
 
 
-def _in_layers(text: str, factor: float, matrices_only: bool) -> Rule:
+def in_layers(text: str, factor: float, matrices_only: bool) -> Rule:
     def of(name: str, parameter: nn.Parameter) -> float:
         return factor if LAYER.search(name) and (parameter.ndim >= 2 or not matrices_only) else 1.0
 
@@ -124,7 +124,7 @@ def _axes() -> list[Axis]:
             Side(llama, {"width": 32, "depth": 2}, grid(3.16e-3, 3.16e-2)),
             Side(llama, {"width": 128, "depth": 2}, grid(1e-3, 1e-2)),
             width,
-            _in_layers("muP: matrices in blocks at lr / 4", 0.25, matrices_only=True),
+            in_layers("muP: matrices in blocks at lr / 4", 0.25, matrices_only=True),
             **scratch,
         ),
         Axis(
@@ -132,7 +132,7 @@ def _axes() -> list[Axis]:
             Side(llama, {"width": 48, "depth": 2}, grid(3.16e-3, 3.16e-2)),
             Side(llama, {"width": 48, "depth": 8}, rates),
             depth,
-            _in_layers("blocks at lr / sqrt(4)", 0.5, matrices_only=False),
+            in_layers("blocks at lr / sqrt(4)", 0.5, matrices_only=False),
             **scratch,
         ),
         Axis(

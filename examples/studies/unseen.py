@@ -7,7 +7,6 @@ set afterwards.
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 import unicodedata
@@ -20,6 +19,7 @@ import torch
 import workload
 from axes import Axis, Rule, Side, everywhere, grid
 from datasets import Dataset
+from developed import HEAD_SIZE, LAYER, in_layers
 from optimizers import MUON_WITH_ADAMW
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -40,11 +40,9 @@ from transformers import (
     set_seed,
 )
 
-HEAD_SIZE = 16
 MASK = 1  # id of the mask token; also pads
 SYMBOLS = 30000  # Unicode characters whose names are used
 CATEGORIES = ("Lu", "Ll", "Lo", "Lm", "Mn", "Mc", "Nd", "No", "So", "Sm", "Po")
-LAYER = re.compile(r"(^|\.)(layers)\.\d+\.")
 
 
 @cache
@@ -215,13 +213,6 @@ def adapted_bert(seed: int, rank: int, **options: Any) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def _in_layers(text: str, factor: float, matrices_only: bool) -> Rule:
-    def of(name: str, parameter: nn.Parameter) -> float:
-        return factor if LAYER.search(name) and (parameter.ndim >= 2 or not matrices_only) else 1.0
-
-    return Rule(text, of)
-
-
 def _muon_rule(name: str, parameter: nn.Parameter) -> float:
     if parameter.ndim != 2 or not LAYER.search(name):
         return 1.0
@@ -267,7 +258,7 @@ def _axes() -> list[Axis]:
             "width-tied",
             tied_llama,
             "muP: the best lr falls with width",
-            _in_layers("muP: matrices in blocks at lr / 3", 1 / 3, matrices_only=True),
+            in_layers("muP: matrices in blocks at lr / 3", 1 / 3, matrices_only=True),
             {"width": 48, "depth": 2},
             {"width": 144, "depth": 2},
         ),
@@ -275,7 +266,7 @@ def _axes() -> list[Axis]:
             "depth-tied",
             tied_llama,
             "depth-muP: lr ~ 1 / sqrt(depth)",
-            _in_layers("blocks at lr / sqrt(3)", 3**-0.5, matrices_only=False),
+            in_layers("blocks at lr / sqrt(3)", 3**-0.5, matrices_only=False),
             {"width": 64, "depth": 2},
             {"width": 64, "depth": 6},
         ),
@@ -283,7 +274,7 @@ def _axes() -> list[Axis]:
             "width-neox",
             neox,
             "muP: the best lr falls with width",
-            _in_layers("muP: matrices in blocks at lr / 4", 0.25, matrices_only=True),
+            in_layers("muP: matrices in blocks at lr / 4", 0.25, matrices_only=True),
             {"width": 32, "depth": 3},
             {"width": 128, "depth": 3},
         ),
@@ -291,7 +282,7 @@ def _axes() -> list[Axis]:
             "depth-neox",
             neox,
             "depth-muP: lr ~ 1 / sqrt(depth)",
-            _in_layers("blocks at lr / sqrt(4)", 0.5, matrices_only=False),
+            in_layers("blocks at lr / sqrt(4)", 0.5, matrices_only=False),
             {"width": 48, "depth": 2},
             {"width": 48, "depth": 8},
         ),

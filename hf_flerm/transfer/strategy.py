@@ -3,7 +3,7 @@
 Learning-rate scales start from a prior: what the field's rules say of the change (`rules.prior_scales`), or 1. What the
 measurements may add depends on the change, because rates do not predict equally well everywhere. At their best learning
 rates two runs agree in their rates only up to a factor, however precisely these are measured, and every scale that
-moves without need costs something. `examples/studies` has the figures of every policy on every axis.
+moves without need costs something. `examples/studies/run.py` can run every policy on every axis.
 
     policy   scales
     hold     the prior
