@@ -30,7 +30,7 @@ from ..training.probe_data import OnCopies
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
-from ..transfer.strategy import Strategy, choose_strategy, is_balanced, log_prior, shrunk
+from ..transfer.strategy import Strategy, choose_strategy, is_balanced, shrunk
 from .checks import check_plan, warn_if_trained
 from .copied_trainer import copied_model, copied_trainer, quiet_arguments, set_learning_rate
 
@@ -418,7 +418,7 @@ def plan(
         multipliers=by_kind,
         change=change_between(base, target, algorithms),
         strategy=strategy,
-        is_balanced=is_balanced(collector.by_kind, mapped, log_prior(mapped, strategy.prior)),
+        is_balanced=is_balanced(collector.by_kind, mapped, strategy),
         mapped=mapped,
         steps=copied.state.global_step,
         evidence=flerm.evidence,
