@@ -12,7 +12,6 @@ from transformers.utils import logging
 
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.metadata import Adapter
-from ..profile.rate_profile import RateProfile
 
 logger = logging.get_logger(__name__)
 _ZERO_AT_START = (True, "gaussian", "eva")  # values of `init_lora_weights` with which lora_B starts at 0

@@ -26,7 +26,7 @@ from ..model.isolation import kept_random_state
 from ..model.names import tensor_kinds, trainable_parameters
 
 # h / m of the joint update at the best learning rate: median over the base and target runs of examples/studies.
-AT_BEST = 1.36
+AT_BEST = 1.2
 # Before this step the sensitivity of a network changes too fast for the ratio to say something about later steps.
 _FIRST_STEP = 16
 _EVERY = 4  # steps between two measurements
@@ -57,12 +57,14 @@ class Look:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether a loss is not finite, or the last ones exceed the first one."""
-        return not all(map(math.isfinite, self.losses)) or mean(self.losses[-4:]) > self.losses[0]
+        """Whether a loss is not finite, or the last four exceed the first one by more than a tenth of it."""
+        if not all(map(math.isfinite, self.losses)):
+            return True
+        return mean(self.losses[-4:]) > self.losses[0] + abs(self.losses[0]) / 10
 
     @property
     def ratio(self) -> float:
-        """h / m of the joint update over all measurements; inf if the loss does not fall along the update."""
+        """H / m of the joint update over all measurements; inf if the loss does not fall along the update."""
         signal, curvature = self.signal.sum().item(), self.curvature.sum().item()
         return curvature / signal if signal > 0 else math.inf
 
@@ -129,6 +131,7 @@ class CurvatureProbe(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Find the trained tensors."""
         model = self.trainer.model
         parameters, kinds = trainable_parameters(model), tensor_kinds(model)
         self._parameters = list(parameters.values())
@@ -137,6 +140,7 @@ class CurvatureProbe(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Keep the weights before a step that is measured."""
         step = state.global_step
         if step == 0 or (step >= self._first and (step - self._first) % _EVERY == 0):
             self._before = [parameter.detach().clone() for parameter in self._parameters]
@@ -144,6 +148,7 @@ class CurvatureProbe(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Measure the step."""
         if self._before is None:
             return
         with kept_random_state(args.device):
@@ -154,6 +159,7 @@ class CurvatureProbe(TrainerCallback):
             self._rows.append((signal, curvature))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the training after `steps`, or when its learning rate is clearly far off or its loss not finite."""
         clear = len(self._rows) >= _FEW and abs(self.look(0.0, 0).excess) > _CLEAR
         if state.global_step >= self._steps or clear or not all(map(math.isfinite, self._losses)):
             control.should_training_stop = True

@@ -20,8 +20,8 @@ from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
 from ..transfer.strategy import Strategy, choose_strategy, is_balanced, shrunk
 from .checks import warn_if_trained
+from .search import Plan, looks_of
 from .trial import OptimizerFactory, Trial
-from .without_base import FirstPlan, first_plan
 
 _STEPS_AT_THE_BASE = 32  # of the copy, with a profile
 _STEPS_OF_A_LOOK = 64  # of each copy, without one
@@ -116,10 +116,11 @@ def advise(measured: Multiplier, change: Change, policy: str) -> Multiplier:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The result of `plan`: the learning rate for a target. `str()` gives the decision, its reason and all numbers.
+class PlanFromBase(Plan):
+    """The result of `plan` with the profile of a base. `str()` gives the decision, its reason and all numbers.
 
     Attributes:
+        looks: Short trainings around the base's learning rate.
         base_learning_rate: The learning rate of the base; of several, the largest.
         overall: Measured factor on it if all tensors have the same learning rate; `advised` is what to make of it.
         multipliers: `{kind: factor}` on it if each kind of tensor has its own learning rate.
@@ -127,7 +128,7 @@ class Plan:
         strategy: What `mode="match"` does without options.
         is_balanced: Whether the kinds of tensors are in balance; see `strategy.is_balanced`.
         mapped: Which rates of the base correspond to which tensors of the target.
-        steps: Training steps of the copy.
+        steps: Training steps of the copy whose rates were measured.
         evidence: The measurements behind `overall`.
     """
 
@@ -143,8 +144,13 @@ class Plan:
 
     @property
     def advised(self) -> Multiplier:
-        """The factor on the base's learning rate that is advised for all tensors; see `advise`."""
-        return advise(self.overall, self.change, self.strategy.policy)
+        """The factor on the base's learning rate that is advised for all tensors.
+
+        It is what signal and curvature say; if they are not to be trusted (`doubts`), what the rates say (`advise`).
+        """
+        if self.doubts:
+            return advise(self.overall, self.change, self.strategy.policy)
+        return Multiplier(self.wanted / self.base_learning_rate, self.error)
 
     @property
     def decision(self) -> Decision:
@@ -160,13 +166,19 @@ class Plan:
             or (self.strategy.policy == "gate" and not self.is_balanced)
         ):
             return "match"
-        return "one" if abs(math.log(self.advised.value)) > math.log(_WORTH) else "keep"
+        return "keep" if self._may_be_kept else "one"
+
+    @property
+    def _may_be_kept(self) -> bool:
+        """Whether the base's learning rate is in the 68 % range, or differs from the answer by less than `_WORTH`."""
+        low, high = self.advised.bounds
+        close = abs(math.log(self.advised.value)) <= math.log(_WORTH)
+        return close or (not self.doubts and low <= 1 <= high)
 
     @property
     def learning_rate(self) -> float:
         """One learning rate for all tensors; the base's, if it need not change."""
-        keeps = abs(math.log(self.advised.value)) <= math.log(_WORTH)
-        return self.base_learning_rate * (1.0 if keeps else self.advised.value)
+        return self.base_learning_rate * (1.0 if self._may_be_kept else self.advised.value)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -182,6 +194,8 @@ class Plan:
             if self.strategy.policy == "gate":
                 because = "The kinds of tensors are out of balance with one another"
             return f"{because}; without matching, {self.learning_rate:.3g} for all tensors is best."
+        if not self.doubts:
+            return super().reason
         measured = f"the measured factor on the base's learning rate is {self.overall.value:.3g}"
         if self.change.is_none and self.decision == "keep":
             return f"Neither size, adapter nor optimizer changed ({measured})."
@@ -238,6 +252,7 @@ class Plan:
             "unmatched": list(self.mapped.unmatched),
             "unused": list(self.mapped.unused),
             "steps": self.steps,
+            **self._looks_to_dict(),
         }
 
     def __str__(self) -> str:
@@ -249,7 +264,8 @@ class Plan:
         lines += ["", "Factors if each kind of tensor has its own learning rate:"]
         lines += [f"  {kind}: {multiplier}" for kind, multiplier in sorted(self.multipliers.items())]
         lines += ["", "Tensors of the base and of the target:", str(self.mapped)]
-        lines += ["", f"Measured in {self.steps} training steps of a copy of the model."]
+        lines += ["", f"Rates were measured in {self.steps} training steps of a copy of the model."]
+        lines += self._about_looks()
         return "\n".join(lines)
 
     def _decision(self) -> str:
@@ -286,8 +302,16 @@ def plan(
     args: TrainingArguments | None = None,
     train_dataset: Dataset[Any] | None = None,
     profile: None = None,
-    **options: Any,
-) -> FirstPlan: ...
+    *,
+    steps: int | None = None,
+    looks: int = 6,
+    granularity: str | None = None,
+    optimizer: OptimizerFactory | None = None,
+    data_collator: Any = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Plan: ...
 
 
 @overload
@@ -297,18 +321,33 @@ def plan(
     train_dataset: Dataset[Any] | None = None,
     *,
     profile: RateProfile | str,
-    **options: Any,
-) -> Plan: ...
+    steps: int | None = None,
+    looks: int = 6,
+    granularity: str | None = None,
+    optimizer: OptimizerFactory | None = None,
+    data_collator: Any = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PlanFromBase: ...
 
 
 @overload
 def plan(
-    model: nn.Module,
-    args: TrainingArguments,
-    train_dataset: Dataset[Any],
+    model: nn.Module | Trainer,
+    args: TrainingArguments | None,
+    train_dataset: Dataset[Any] | None,
     profile: RateProfile | str,
-    **options: Any,
-) -> Plan: ...
+    *,
+    steps: int | None = None,
+    looks: int = 6,
+    granularity: str | None = None,
+    optimizer: OptimizerFactory | None = None,
+    data_collator: Any = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PlanFromBase: ...
 
 
 def plan(
@@ -325,15 +364,16 @@ def plan(
     probe_dataset: Dataset[Any] | None = None,
     config: FLeRMConfig | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Plan | FirstPlan:
+) -> Plan:
     """Estimate the learning rate that a model needs, before it is trained.
 
     Without a profile, copies of the model train for a few dozen steps at learning rates that approach the one at which
     the curvature of the loss along the updates is what it is at the best one; see `hf_flerm.planning.curvature`.
 
-    With the profile of a base, one copy trains for a few steps at the base's learning rate, times one scale for all
-    tensors, which is updated from the measurements. The factors for each kind of tensor are estimated from the same
-    measurements. A warning says in which settings the training differs from the base's.
+    With the profile of a base, one more copy trains for a few steps at the base's learning rate, times one scale for
+    all tensors, which is updated from the measured rates. The search starts at what the rates say. The factors for each
+    kind of tensor are estimated from the same measurements. A warning says in which settings the training differs from
+    the base's.
 
     The model, its trainer, all random number generators and the disk are unchanged.
 
@@ -345,8 +385,10 @@ def plan(
             one, it is used only if the profile has none.
         train_dataset: The training set of the target.
         profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub. None: no base.
-        steps: Training steps of a copy; fewer if its training is shorter. None: 64 without a profile, 32 with one.
-        looks: Without a profile: the largest number of learning rates at which a copy is trained.
+        steps: Training steps of a copy; fewer if its training is shorter. None: 32 to measure rates, 64 for signal and
+            curvature.
+        looks: The largest number of learning rates at which signal and curvature are looked at. 0, with a profile: the
+            learning rate is what the rates say, which is less certain.
         granularity: With a profile: what gets its own factor; see `map_profile`. None: "tensor" if base and target have
             tensors of the same names, else "module".
         optimizer: Function that creates the optimizer of a model, if `args.optim` does not name it. The optimizer gets
@@ -365,18 +407,20 @@ def plan(
         ValueError: If `steps` or `looks` is below 1, the training set holds texts that nothing tokenizes, nothing could
             be measured in these steps, or several processes run.
     """
-    for name, number in (("steps", steps), ("looks", looks)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}; it must be a whole number of at least 1.")
+    for name, number, least in (("steps", steps, 1), ("looks", looks, 0 if profile is not None else 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{name} is {number}; it must be a whole number of at least {least}.")
     trial = Trial.of(model, args, train_dataset, optimizer=optimizer, data_collator=data_collator)
     trial = trial.with_callbacks(callbacks)
     if profile is not None:
         base = RateProfile.from_pretrained(profile)
-        return _plan_from(base, trial, steps or _STEPS_AT_THE_BASE, granularity, probe_dataset, config)
+        measured = _plan_from(base, trial, steps or _STEPS_AT_THE_BASE, granularity, probe_dataset, config)
+        start = measured.base_learning_rate * measured.advised.value
+        return replace(measured, looks=looks_of(trial, start, steps or _STEPS_OF_A_LOOK, looks))
     of_a_base = {"granularity": granularity, "probe_dataset": probe_dataset, "config": config}
     if given := [name for name, value in of_a_base.items() if value is not None]:
         raise TypeError(f"plan takes {', '.join(given)} only with the profile of a base: give one, or leave them out.")
-    return first_plan(trial, steps or _STEPS_OF_A_LOOK, looks)
+    return Plan(looks_of(trial, trial.args.learning_rate, steps or _STEPS_OF_A_LOOK, looks))
 
 
 def _plan_from(
@@ -386,8 +430,8 @@ def _plan_from(
     granularity: str | None,
     probe_dataset: Dataset[Any] | None,
     config: FLeRMConfig | None,
-) -> Plan:
-    """Plan from the profile of a base; see `plan`."""
+) -> PlanFromBase:
+    """Plan from the rates in the profile of a base, without looks; see `plan`."""
     target = trial.model
     mapped = _mapped(base, target, granularity)
     everything = map_profile(base, target, granularity="global")
@@ -415,7 +459,8 @@ def _plan_from(
         )
     algorithms = flerm.rate_profile.about.algorithms
     strategy = choose_strategy(base, target, algorithms)
-    return Plan(
+    return PlanFromBase(
+        looks=(),
         base_learning_rate=base_rate,
         overall=overall,
         multipliers=by_kind,

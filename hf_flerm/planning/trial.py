@@ -45,7 +45,11 @@ class Trial:
 
     @classmethod
     def of(
-        cls, model: nn.Module | Trainer, args: TrainingArguments | None, train_dataset: Dataset[Any] | None, **given: Any
+        cls,
+        model: nn.Module | Trainer,
+        args: TrainingArguments | None,
+        train_dataset: Dataset[Any] | None,
+        **given: Any,
     ) -> Trial:
         """Return the trial of a trainer, or of a model with its arguments and training set.
 

@@ -268,8 +268,8 @@ def asked_scales(change: Change, model: nn.Module, prior: Mapping[str, float]) -
     """Return what rates ask for beyond the prior where nothing is wrong: `{canonical name: factor}`, 1 if not named.
 
     LoRA's A and B have more than one balance with the same product. A rule gives both one factor p; rates ask for
-    another balance, which trains no better. With r, s and w the ratios of rank, scaling and width, and B as large as its
-    steps have made it, one step moves the outputs by
+    another balance, which trains no better. With r, s and w the ratios of rank, scaling and width, and B as large as
+    its steps have made it, one step moves the outputs by
 
         rate of B  ~ r s lr_B             rate of A  ~ r s w lr_A |B|  ~  r s w lr_A lr_B
 

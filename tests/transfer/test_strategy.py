@@ -276,7 +276,7 @@ def test_balance_is_judged_by_matrices_apart_from_what_they_share(rates: dict[st
 def test_what_a_larger_scaling_asks_of_b_is_no_imbalance(
     rules: str, prior: float, bases: Mapping[Any, RateProfile]
 ) -> None:
-    """At 64 times the scaling, B moves the outputs 64 times as far, and A 64 lr times as far, as B has grown with lr."""
+    """At 64 times the scaling B moves the outputs 64 times as far, and A 64 lr times, as B has grown with lr."""
     base, model = bases[lora], lora(lora_alpha=16 * 64)
     found = map_profile(base, model)
     strategy = choose_strategy(base, model, algorithms(model, AdamW(model.parameters())), rules=rules)
