@@ -38,7 +38,7 @@ import developed
 import held_out
 import torch
 import unseen
-from axes import Axis, grid_index, grid_rate
+from axes import Axis, Side, grid_index, grid_rate
 from baselines import equal_rates
 from report import Study, combined, picture, table
 from workload import arguments, in_parallel, pretrained, processes, quiet, trained
@@ -76,6 +76,8 @@ METHODS: dict[str, Method] = {
     ),
 }
 PLAN = "plan"
+ALONE = "plan without a base"
+FIRST_RATE = 1e-4  # where it starts, whatever the side
 BASES = {
     "record": FLeRMConfig(mode="record", metric="fisher", research=Research(probes=8)),
     "record, euclidean": FLeRMConfig(mode="record", metric="euclidean", research=Research(probes=8)),
@@ -221,6 +223,28 @@ def planned(job: Job, output: Path) -> tuple[Job, dict[str, Any]]:
     return job, json.loads(file.read_text())
 
 
+def planned_alone(job: Job, side_name: str, output: Path) -> dict[str, Any]:
+    """Return what `plan` finds for a side of an axis without a profile; stored by what it depends on."""
+    axis = AXES[job.axis]
+    side: Side = getattr(axis, side_name)
+    settings = {"side": side.settings(), **axis.settings(), "steps": job.steps, "seed": job.seed, "start": FIRST_RATE}
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    file = output / "alone" / f"{name}.json"
+    if not file.exists():
+        quiet()
+        torch.set_num_threads(1)
+        with TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
+            advice = plan(
+                side.build(job.seed),
+                arguments(scratch, disable_tqdm=True, **{**job.trainer_options(), "learning_rate": FIRST_RATE}),
+                axis.data()[0],
+                optimizer=lambda model: side.make_optimizer(model, FIRST_RATE),
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"settings": settings, "error": advice.error, **advice.to_dict()}, indent=1))
+    return json.loads(file.read_text())
+
+
 @dataclass
 class Runner:
     """The runs of one study, in a pool of processes."""
@@ -261,7 +285,7 @@ class Runner:
         found: dict[str, str] = {}
         for method in methods:
             job = Job(self.axis.name, method, 0.0, 0, 0)
-            found.setdefault(method if method == PLAN else json.dumps(job.settings(), sort_keys=True), method)
+            found.setdefault(method if method in (PLAN, ALONE) else json.dumps(job.settings(), sort_keys=True), method)
         return list(found.values())
 
     def study(self, methods: list[str]) -> Study:
@@ -285,6 +309,12 @@ class Runner:
         for base in [*bases, *(["record"] if PLAN in methods else [])]:
             self.run(base, [rate], {})
         for method in methods:
+            if method == ALONE:
+                job = self.jobs("record", [rate])[0]
+                sides = ("base", "target")
+                found = list(self.pool.map(planned_alone, [job] * 2, sides, [self.output] * 2))
+                study.alone = dict(zip(sides, found, strict=True))
+                continue
             if method == PLAN:
                 jobs = self.jobs("record", [rate])
                 advice = dict(in_parallel(self.pool, planned, [(job, self.output) for job in jobs], PLAN))
@@ -324,7 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axes", nargs="*", metavar="AXIS", help=", ".join(AXES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="*", choices=[*METHODS, PLAN], default=[*METHODS, PLAN])
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, PLAN, ALONE], default=[*METHODS, PLAN, ALONE])
     parser.add_argument("--again", nargs="*", choices=METHODS, default=[], help="methods to run again")
     parser.add_argument("--stored", type=Path, help="folder of studies, AXIS.json, to add methods to")
     parser.add_argument(

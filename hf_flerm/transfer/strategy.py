@@ -49,8 +49,8 @@ class Strategy:
         granularity: What gets its own scale; see `map_profile`.
         prior: `{canonical name: factor on the learning rate}` to start from.
         reason: Why, in words.
-        asked: `{canonical name: factor beyond its prior}` that rates ask for where nothing is wrong; 1 if not named. See
-            `rules.asked_scales`.
+        asked: `{canonical name: factor beyond its prior}` that rates ask for where nothing is wrong; 1 if not named.
+            See `rules.asked_scales`.
     """
 
     policy: str
