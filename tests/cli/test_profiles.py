@@ -100,7 +100,7 @@ def test_bad_input_is_named_and_exits_with_2(shell, base: Path, hub, words: tupl
     assert out == ""
     assert "Traceback" not in err
     assert "Warning" not in err
-    is_wrong_usage = err.startswith(f"Usage: hf-flerm {words[0]}")
+    is_wrong_usage = err.startswith("Usage: ") and f"hf-flerm {words[0]} " in err
     assert is_wrong_usage or (err.startswith("error: ") and err.count("\n") == 1)
     assert not list(base.glob("bad*"))
 
