@@ -248,9 +248,8 @@ def _multipliers(series: Sequence[MultiplierSeries]) -> Figure:
 def _put_legend_below(figure: Figure) -> None:
     """Make room for the legend under a figure: beside it, names of tensors leave no room on a narrow screen."""
     entries = sum(trace.showlegend is not False for trace in figure.data)
-    figure.update_layout(
-        height=figure.layout.height + _ENTRY * entries, legend={"x": 0, "y": -0.2, "yanchor": "top", "xanchor": "left"}
-    )
+    below = {"x": 0, "y": -0.2, "xanchor": "left", "yanchor": "top", "tracegroupgap": 0}
+    figure.update_layout(height=figure.layout.height + _ENTRY * entries, legend=below)
 
 
 def _figure(height: int) -> tuple[ModuleType, Figure]:
