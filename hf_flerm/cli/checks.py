@@ -106,9 +106,9 @@ def _is_known_to_the_hub(name: str, repo_type: Literal["model", "dataset"]) -> b
     from huggingface_hub.errors import GatedRepoError
     from huggingface_hub.file_download import repo_folder_name
 
-    if Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
-        return True
     try:
+        if Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
+            return True
         HfApi().repo_info(name, repo_type=repo_type, timeout=_SECONDS)
     except GatedRepoError:
         return True
