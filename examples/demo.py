@@ -63,7 +63,7 @@ def train(method: str, run: Run, output: Path) -> Result:
     if method == "flerm":
         logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
         result.measuring_seconds = logged["flerm/seconds"]
-        prefix = "flerm/scale/base_model.model.transformer.h.*."
+        prefix = "flerm/scale/transformer.h.*."
         result.scales = {key.removeprefix(prefix): value for key, value in logged.items() if key.startswith(prefix)}
     return result
 

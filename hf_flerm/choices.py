@@ -20,7 +20,7 @@ Unmatched = Literal["error", "global", "nominal", "freeze"]
 Pool = Literal["kind", "unit"]
 Policy = Literal["hold", "level", "follow", "gate"]
 Rules = Literal["published", "none"]
-LogBy = Literal["kind", "tensor"]
+LogBy = Literal["kind", "tensor", "none"]
 Decision = Literal["keep", "one", "match"]
 Picture = Literal["rates", "layers", "multipliers"]
 

@@ -300,7 +300,8 @@ class FLeRMConfig:
     log_by: str = field(
         default="kind",
         metadata={
-            "help": "What the logs hold: a geometric mean for each 'kind' of tensor, or a value for each 'tensor'."
+            "help": "What has entries in the logs, besides the joint rate, the range of the scales and the time: each "
+            "'kind' of tensor, by a geometric mean, each 'tensor', or 'none'. The console does not show these entries."
         },
     )
     research: Research = field(

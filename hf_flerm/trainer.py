@@ -39,8 +39,7 @@ class FLeRMMixin(_Base):
     ) -> None:
         self._flerm = FLeRMCallback(flerm, probe_dataset)
         super().__init__(*args, **kwargs)
-        # First in the list, so that the entries it adds to a log reach all trackers.
-        self.callback_handler.callbacks.insert(0, self._flerm)
+        self._flerm.add_to(self)
 
     @property
     def flerm_callback(self) -> FLeRMCallback:

@@ -11,7 +11,8 @@ import typer
 import hf_flerm
 
 from ..choices import Granularity
-from .profiles import AsJson, commands, errors_as_usage, print_result, with_adapter
+from .checks import check_folder, check_source, errors_as_usage, quiet_libraries
+from .profiles import AsJson, commands, print_result, with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +24,8 @@ _WEIGHTS = ("*.safetensors*", "pytorch_model*.bin*")
 
 _OF_THE_BASE = "Default: as in the base run."
 
-app = typer.Typer(no_args_is_help=True)
+# Plain text instead of boxes: errors can be read by other programs, and help loads faster.
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(commands)
 
 
@@ -80,11 +82,16 @@ def plan(
 
     Trains a copy of the model for a few steps; nothing is saved. The first line of the output is the decision.
     """
+    with errors_as_usage():
+        check_folder("model", model)
+        check_source("data set", data, "dataset")
+        if adapter not in (None, "none"):
+            check_folder("adapter", adapter)
     from huggingface_hub.utils import tqdm
     from transformers import TrainingArguments, set_seed
 
     set_seed(seed)  # weights may be initialized here
-    with errors_as_usage(), tempfile.TemporaryDirectory() as scratch:
+    with errors_as_usage(), quiet_libraries(), tempfile.TemporaryDirectory() as scratch:
         base = hf_flerm.RateProfile.from_pretrained(profile)
         if base.about.learning_rate is None:
             raise ValueError(
@@ -157,11 +164,11 @@ def _examples(source: str, model: str, length: int) -> tuple[Dataset, Any]:
     else:
         examples = load_from_disk(path) if path.is_dir() else load_dataset(source, split="train")
     if not isinstance(examples, Dataset):
-        raise typer.BadParameter(f"{source} contains several data sets: {', '.join(examples)}. Pass one of them.")
+        raise ValueError(f"{source} contains several data sets: {', '.join(examples)}. Pass one of them.")
     if "input_ids" in examples.column_names:
         return examples, default_data_collator
     if "text" not in examples.column_names:
-        raise typer.BadParameter(f"{source} has no column 'text' or 'input_ids'; it has {examples.column_names}.")
+        raise ValueError(f"{source} has no column 'text' or 'input_ids'; it has {examples.column_names}.")
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,7 @@ import typer
 import hf_flerm
 
 from ..choices import Depth, Granularity, Picture, Unmatched
+from .checks import check_folder, check_output_folder, check_suffix, errors_as_usage, printable, quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from hf_flerm import RateProfile
 
 DIFFERENT = 1  # exit code of `diff`; click uses 2 for wrong input
+_PICTURE_FILES, _PAGES = (".png", ".svg", ".pdf"), (".html", ".htm")
 HERE, PICTURE, PAGE = Path(), Path("rate_profile.png"), Path("rate_profile.html")
 
 Source = Annotated[
@@ -58,12 +58,12 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
         "scales": {unit: _finite(scale) for unit, scale in found.about.matched_scales.items()},
     }
     about = describe(found) | ({"commit": found.commit_hash} if found.commit_hash else {})
-    lines = [f"{what:14} {_text(text)}" for what, text in about.items()]
+    lines = [f"{what:14} {printable(text)}" for what, text in about.items()]
     lines += ["", f"{'first rate':>11} {'last rate':>11}  tensors  kind"]
     for kind, rates in rates_by_kind(found).items():
         ends = rates.mean[[0, -1]].tolist() if len(rates.mean) else [0.0, 0.0]
         first, last = (f"{_finite(rate) or 0:.3g}" for rate in ends)
-        lines.append(f"{first:>11} {last:>11}  {len(rates.names):7}  {_text(kind)}")
+        lines.append(f"{first:>11} {last:>11}  {len(rates.names):7}  {printable(kind)}")
     print_result(content, lines, as_json)
 
 
@@ -128,13 +128,15 @@ def _compared(one: RateProfile, other: RateProfile, tolerance: float) -> dict[st
 
 def _difference(content: dict[str, Any]) -> list[str]:
     lines = [
-        f"{key.replace('_', ' ')}: {_text(content[key])}" for key in ("only_in_first", "only_in_second") if content[key]
+        f"{key.replace('_', ' ')}: {printable(content[key])}"
+        for key in ("only_in_first", "only_in_second")
+        if content[key]
     ]
     first, second = content["steps"]
     lines += [] if first == second else [f"steps: {first} and {second}"]
-    lines += [f"metadata that differ: {_text(', '.join(content['metadata']))}"] if content["metadata"] else []
+    lines += [f"metadata that differ: {printable(', '.join(content['metadata']))}"] if content["metadata"] else []
     lines += [
-        f"second / first, at the first and last step: {_ratio(ratios[0])}, {_ratio(ratios[-1])}  {_text(kind)}"
+        f"second / first, at the first and last step: {_ratio(ratios[0])}, {_ratio(ratios[-1])}  {printable(kind)}"
         for kind, ratios in (content["kinds"].items() if content["differs"] else ())
     ]
     return [*lines, "different" if content["differs"] else "equal"]
@@ -150,16 +152,17 @@ def average(
     with errors_as_usage():
         if len(profiles) < 2:
             raise hf_flerm.RateProfileError("an average needs two or more profiles; got one.")
+        check_output_folder(output)
         file = hf_flerm.RateProfile.average(profiles).save_pretrained(output)
     print_result({"file": str(file), "averaged_over": len(profiles)}, [str(file)], as_json)
 
 
 @commands.command("map")
 def map_(
-    profile: Source,
     model: Annotated[
         str, typer.Argument(help="The target: a folder or repository with a config.json. Weights are not read.")
     ],
+    profile: Source,
     adapter: Annotated[
         str | None, typer.Option(help="Folder or repository with the target's adapter_config.json.")
     ] = None,
@@ -173,10 +176,15 @@ def map_(
     as_json: AsJson = False,
 ) -> None:
     """Show which rates of a profile apply to which tensors of a model."""
+    with errors_as_usage():
+        model, profile = _model_first(model, profile)
+        check_folder("model", model)
+        if adapter is not None:
+            check_folder("adapter", adapter)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with errors_as_usage():
+    with errors_as_usage(), quiet_libraries():
         base = hf_flerm.RateProfile.from_pretrained(profile)
         with torch.device("meta"):
             target: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
@@ -192,23 +200,27 @@ def map_(
         "unmatched": list(found.unmatched),
         "unused": list(found.unused),
     }
-    print_result(content, [_text(line) for line in str(found).splitlines()], as_json)
+    print_result(content, [printable(line) for line in str(found).splitlines()], as_json)
 
 
 @commands.command()
 def plot(
     profile: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .png, .svg or .pdf.")] = PICTURE,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write: .png, .svg or .pdf. Its folder is created.")
+    ] = PICTURE,
     what: Annotated[
         Picture, typer.Option(help="Rates by kind of tensor, by layer, or the multipliers of a matched run.")
     ] = "rates",
     as_json: AsJson = False,
 ) -> None:
     """Draw a figure of a profile."""
-    from ..show.plotting import PICTURES
-
     with errors_as_usage():
+        check_suffix(output, _PICTURE_FILES)
+        from ..show.plotting import PICTURES
+
         figure = PICTURES[what](hf_flerm.RateProfile.from_pretrained(profile))
+        output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=150)
     print_result({"file": str(output)}, [str(output)], as_json)
 
@@ -216,14 +228,17 @@ def plot(
 @commands.command("report")
 def report_(
     profile: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .html.")] = PAGE,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .html. Its folder is created.")] = PAGE,
     as_json: AsJson = False,
 ) -> None:
     """Write an HTML page with zoomable figures of a profile; it works offline."""
-    from ..show.report import report
-
     with errors_as_usage():
-        output.write_text(report(hf_flerm.RateProfile.from_pretrained(profile)), encoding="utf-8")
+        check_suffix(output, _PAGES)
+        from ..show.report import report
+
+        page = report(hf_flerm.RateProfile.from_pretrained(profile))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
     print_result({"file": str(output)}, [str(output)], as_json)
 
 
@@ -265,9 +280,23 @@ def pull(
 ) -> None:
     """Download a profile from the Hub into a folder."""
     with errors_as_usage():
+        check_output_folder(output)
         found = hf_flerm.RateProfile.from_pretrained(profile)
         file = found.save_pretrained(output)
     print_result({"file": str(file), "commit": found.commit_hash}, [str(file)], as_json)
+
+
+def _model_first(first: str, second: str) -> tuple[str, str]:
+    """Return the model and the profile; in the other order, as in version 0.1, if the folders leave no doubt."""
+    from ..profile.file import PROFILE_NAME
+
+    one, other = Path(first), Path(second)
+    is_profile = [path.suffix == ".safetensors" or (path / PROFILE_NAME).is_file() for path in (one, other)]
+    is_model = [(path / "config.json").is_file() for path in (one, other)]
+    if is_profile != [True, False] or is_model != [False, True]:
+        return first, second
+    typer.echo(f"warning: the model comes first: hf-flerm map {printable(second)} {printable(first)}", err=True)
+    return second, first
 
 
 def with_adapter(model: Any, source: str) -> nn.Module:
@@ -278,15 +307,6 @@ def with_adapter(model: Any, source: str) -> nn.Module:
     config.inference_mode = False  # PEFT saves the config of a trained adapter for inference
     adapted_model: nn.Module = get_peft_model(model, config)
     return adapted_model
-
-
-@contextmanager
-def errors_as_usage() -> Iterator[None]:
-    """Context manager: report ValueError, ImportError and OSError as wrong usage, with exit code 2."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError) as error:
-        raise typer.BadParameter(_text(error)) from error
 
 
 def print_result(content: dict[str, Any], lines: list[str], as_json: bool) -> None:
@@ -305,8 +325,3 @@ def _ratio(value: float | None) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _text(value: object) -> str:
-    """Replace unprintable characters, which could control the terminal."""
-    return "".join(character if character.isprintable() else " " for character in str(value))

@@ -145,6 +145,8 @@ def parse_bytes(content: bytes, path: Path) -> Content:
         RateProfileError: If the bytes are not a complete, valid profile.
     """
     _check_limit(len(content), "bytes", path)
+    if not content.startswith(b"{", _LENGTH_BYTES):  # where the header of every safetensors file begins
+        raise RateProfileError(f"{path} is not a whole safetensors file, as a rate profile is.")
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     _check_limit(length, "bytes of header", path)
     header_text = content[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8", "replace")

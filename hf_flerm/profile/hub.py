@@ -46,6 +46,7 @@ _REFUSALS = {
     403: "the token lacks the permission: use another one",
 }
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which a retry may succeed
+_ADDRESSES = ("hf://", "http://", "https://")
 _WAITS = (1, 2, 4)  # seconds before each retry
 
 Result = TypeVar("Result")
@@ -76,6 +77,7 @@ def find(source: str, *, revision: str | None = None, subfolder: str | None = No
             )
         return path
     with _explained(f"{source!r} is not a folder, a file or a repository with {PROFILE_NAME}"):
+        _check_id(source)
         repo_id, address_revision, address_subfolder = _address(source)
         for what, given, in_address in (
             ("revision", revision, address_revision),
@@ -138,9 +140,18 @@ def upload(
     return pushed
 
 
+def _check_id(source: str) -> None:
+    """Raise ValueError if a source that is not on disk cannot be a repository either, so that the Hub is not asked."""
+    owner, slash, name = source.partition("@")[0].partition("/")
+    if not slash:
+        raise ValueError("there is no such file or folder, and a repository on the Hub is written owner/name")
+    if owner in ("", ".", "..", "~") or (not source.startswith(_ADDRESSES) and "/" in name):
+        raise ValueError("there is no such file or folder")
+
+
 def _address(source: str) -> tuple[str, str | None, str | None]:
     """Split the address of a profile on the Hub into repository, revision and subfolder."""
-    is_address = source.startswith(("hf://", "http://", "https://"))
+    is_address = source.startswith(_ADDRESSES)
     if not is_address and "@" not in source:
         return source, None, None
     address = parse_hf_uri(source if is_address else f"hf://{source}")

@@ -26,7 +26,12 @@ from .summary import rates_by_kind
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 GRAY = "#999999"
 VARIANTS = 4  # number of marker and dash styles per color
-STEP = "optimizer step + 1"  # plus 1, so that a logarithmic axis can show step 0
+STEP = "optimizer step"
+# What lines, bands, points and colors are, for the figure itself.
+RATES_LEGEND = "Line: geometric mean over the tensors of a kind. Band: one standard error. Points: measured steps."
+LAYERS_LEGEND = "Color: joint rate of the tensors of a layer; white where it is 0."
+MULTIPLIERS_LEGEND = "Line: factor that was used. Point and bar: factor measured in a layer, with one standard error."
+_STEP_RATIO = 1.25  # smallest ratio of neighboring ticks on the logarithmic axis of steps
 RATE = "rate (output units per unit learning rate)"
 OUTSIDE = "outside"  # label of units outside all layers, such as embeddings
 EVERYTHING = "everything"  # label of the unit of granularity "global", whose name is ""
@@ -40,7 +45,7 @@ class Curve:
     Attributes:
         kind: Kind of tensor.
         tensors: Number of tensors of this kind.
-        x: Optimizer steps, plus 1.
+        x: Optimizer steps, plus 1, so that a logarithmic axis can show step 0; see `step_ticks`.
         rates: Geometric means over the tensors.
         low: One standard error below the mean.
         high: One standard error above it.
@@ -167,6 +172,19 @@ def styles() -> Iterator[tuple[str, int]]:
 def tick_positions(count: int, most: int) -> list[int]:
     """Return the positions of at most `most` of `count` labels: all, or every second, third, and so on."""
     return list(range(0, count, math.ceil(count / most) or 1))
+
+
+def step_ticks(steps: Iterable[int]) -> dict[int, str]:
+    """Return `{position: label}` on a logarithmic axis of steps plus 1; the labels are the steps themselves.
+
+    Args:
+        steps: The measured steps, ascending. Steps that come too close to the one before are left out.
+    """
+    ticks: dict[int, str] = {}
+    for step in steps:
+        if not ticks or step + 1 >= _STEP_RATIO * max(ticks):
+            ticks[step + 1] = str(step)
+    return ticks
 
 
 def _units_by_kind(units: Iterable[str]) -> dict[str, list[str]]:

@@ -16,7 +16,22 @@ from torch import Tensor
 
 from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
-from .figures import GRAY, RATE, STEP, layer_heat_map, layers_of, multiplier_series, rate_curves, styles, tick_positions
+from .figures import (
+    GRAY,
+    LAYERS_LEGEND,
+    MULTIPLIERS_LEGEND,
+    RATE,
+    RATES_LEGEND,
+    STEP,
+    layer_heat_map,
+    layers_of,
+    multiplier_series,
+    rate_curves,
+    step_ticks,
+    styles,
+    tick_positions,
+)
+from .summary import title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +60,10 @@ def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
         axes.plot(curve.x, curve.rates, label=curve.kind, **style)
         axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel=STEP, ylabel=RATE)
-    axes.xaxis.set_major_formatter("{x:g}")
+    ticks = step_ticks(profile.steps.tolist())
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.set_xticks([], minor=True)
+    _title(axes, title_of(profile), RATES_LEGEND)
     _legend(axes)
     return figure
 
@@ -70,10 +88,11 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
     image = axes.imshow(found.positive.numpy(), aspect="auto", cmap="viridis", norm=scale)
     labeled = tick_positions(len(found.steps), _MOST_STEPS)
-    axes.set_xticks(labeled, [str(found.steps[index] + 1) for index in labeled])
+    axes.set_xticks(labeled, [str(found.steps[index]) for index in labeled])
     axes.set_yticks(range(len(found.rows)), found.rows)
     axes.set(xlabel=STEP, ylabel="layer")
     figure.colorbar(image, ax=axes, label="joint rate (output units\nper unit learning rate)")
+    _title(axes, title_of(profile), LAYERS_LEGEND)
     return figure
 
 
@@ -118,6 +137,7 @@ def plot_multipliers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     labeled = tick_positions(len(layers), _MOST_STEPS)
     axes.set_xticks(labeled, [layers[index] for index in labeled])
+    _title(axes, title_of(profile), MULTIPLIERS_LEGEND)
     _legend(axes)
     return figure
 
@@ -152,7 +172,7 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
     labels = [without_prefix(names[index]) for index in labeled]
     axes.set_xticks(labeled, labels, rotation=90, fontsize="x-small")
     axes.set_yticks(labeled, labels, fontsize="x-small")
-    figure.colorbar(image, ax=axes, label="correlation of output changes")
+    figure.colorbar(image, ax=axes, label="correlation of output changes\n(red: in the same way, blue: they cancel)")
     return figure
 
 
@@ -191,6 +211,7 @@ def plot_losses(
         levels += [loss for loss in finite.values() if loss <= finite[best] + 2 * stable]
     room = 0.1 * (max(levels) - min(levels)) or 0.1
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(min(levels) - room, max(levels) + room))
+    _title(axes, "Star: best learning rate. Bars: one standard error over seeds. Dashed: edge of stability.")
     _legend(axes)
     return figure
 
@@ -234,6 +255,11 @@ def _styles() -> Iterator[dict[str, Any]]:
     for color, variant in styles():
         marks = {"marker": _MARKS[variant], "linestyle": _DASHES[variant]}
         yield {"color": color, **marks, "markersize": 4, "linewidth": 1.5}
+
+
+def _title(axes: Any, *lines: str) -> None:
+    """Set a title as plain text: names come from files, and `$` would begin a formula."""
+    axes.set_title("\n".join(f"{line:.110}" for line in lines), loc="left", fontsize="small", parse_math=False)
 
 
 def _legend(axes: Any) -> None:

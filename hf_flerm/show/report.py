@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,10 @@ from markupsafe import Markup
 from ..profile.rate_profile import RateProfile
 from .figures import (
     GRAY,
+    LAYERS_LEGEND,
+    MULTIPLIERS_LEGEND,
     RATE,
+    RATES_LEGEND,
     STEP,
     Curve,
     HeatMap,
@@ -23,11 +26,12 @@ from .figures import (
     layers_of,
     multiplier_series,
     rate_curves,
+    step_ticks,
     styles,
     tensor_heat_map,
     tick_positions,
 )
-from .summary import KindRates, describe, rates_by_kind
+from .summary import KindRates, describe, rates_by_kind, title_of, verdict
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond")
 _ROW = 18  # height of a heat map's row, in pixels
+_ENTRY = 20  # height of an entry of a legend, in pixels
 _TALLEST = 4000  # largest height of a heat map, in pixels
 
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -47,13 +52,22 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
+h1 { font-size: 1.5rem; line-height: 1.2; overflow-wrap: anywhere; }
+table.verdict { font-size: 1rem; }
 th, td { text-align: left; padding: 0.2rem 0.8rem 0.2rem 0; border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
+th { vertical-align: top; overflow-wrap: break-word; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+@media (max-width: 600px) { table { font-size: 0.8rem; } td.number, th.number { white-space: normal; } }
 </style>
 <script>{{ library }}</script>
 </head>
 <body>
 <h1>{{ title }}</h1>
+<table class="verdict">
+{% for what, text in verdict.items() %}
+<tr><th>{{ what }}</th><td>{{ text }}</td></tr>
+{% endfor %}
+</table>
 <p>The rate of a tensor says how much its update changed the outputs of the model, per unit learning rate. Drag over a
 figure to zoom in, double-click to zoom out. Click a name in a legend to hide its line, double-click to see only this
 line.</p>
@@ -102,34 +116,34 @@ def report(profile: RateProfile) -> str:
         about["commit"] = profile.commit_hash
     kinds = rates_by_kind(profile).items()
     rows = [(kind, len(rates.names), *_ends(rates)) for kind, rates in kinds]
-    title = f"Function-space learning rates of {about.get('model', 'a model')}"
+    title = f"Function-space learning rates: {title_of(profile)}"
     library = Markup(plotly.offline.get_plotlyjs())
-    return _PAGE.render(title=title, about=about, pictures=pictures, rows=rows, library=library)
+    texts = {"title": title, "verdict": verdict(profile), "about": about}
+    return _PAGE.render(**texts, pictures=pictures, rows=rows, library=library)
 
 
 def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
     """Yield heading, explanation and figure of each section."""
     yield (
         "Rates over training",
-        "A line for each kind of tensor, in a band of one standard error over its tensors.",
-        _rates(rate_curves(profile)),
+        RATES_LEGEND,
+        _rates(rate_curves(profile), step_ticks(profile.steps.tolist())),
     )
     has_steps = len(profile.steps) > 0
     if has_steps and profile.joint_rates.get("block"):
-        yield "Layers", "The joint rate of all tensors of a layer.", _heat_map(layer_heat_map(profile))
+        yield "Layers", LAYERS_LEGEND, _heat_map(layer_heat_map(profile))
     if has_steps:
         about = "The rate of each tensor. Zoom in to see the names of all of them."
         yield "Tensors", about, _heat_map(tensor_heat_map(profile))
     if series := multiplier_series(profile):
         yield (
             "Learning-rate multipliers",
-            "Lines: the multipliers that were used. Markers: base rate / target rate as measured in each layer, with "
-            "standard errors.",
+            f"{MULTIPLIERS_LEGEND} A factor is base rate / target rate.",
             _multipliers(series),
         )
 
 
-def _rates(curves: Iterable[Curve]) -> Figure:
+def _rates(curves: Iterable[Curve], ticks: Mapping[int, str]) -> Figure:
     graph, figure = _figure(height=520)
     for curve, style in zip(curves, _styles(), strict=False):
         group = {"legendgroup": curve.kind, "name": escape(curve.kind)}
@@ -158,8 +172,9 @@ def _rates(curves: Iterable[Curve]) -> Figure:
                 **style,
             )
         )
-    figure.update_xaxes(type="log", title=STEP)
+    figure.update_xaxes(type="log", title=STEP, tickvals=[*ticks], ticktext=[*ticks.values()])
     figure.update_yaxes(type="log", title=RATE, exponentformat="power")
+    _put_legend_below(figure)
     return figure
 
 
@@ -226,7 +241,15 @@ def _multipliers(series: Sequence[MultiplierSeries]) -> Figure:
     figure.add_hline(1, line={"color": GRAY, "dash": "dot", "width": 1})
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=layers_of(series), title="layer")
     figure.update_yaxes(type="log", title="learning-rate multiplier", exponentformat="power")
+    _put_legend_below(figure)
     return figure
+
+
+def _put_legend_below(figure: Figure) -> None:
+    """Make room for the legend under a figure: beside it, names of tensors leave no room on a narrow screen."""
+    entries = sum(trace.showlegend is not False for trace in figure.data)
+    below = {"x": 0, "y": -0.2, "xanchor": "left", "yanchor": "top", "tracegroupgap": 0}
+    figure.update_layout(height=figure.layout.height + _ENTRY * entries, legend=below)
 
 
 def _figure(height: int) -> tuple[ModuleType, Figure]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..model.names import without_prefix
 from ..profile.rate_profile import RateProfile
+from ..transfer.scale_report import decision_from
 
 _ADAPTER_FIELDS = ("r", "lora_alpha", "init_lora_weights", "use_rslora", "use_dora")
 _SIZES = ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size")
@@ -56,6 +58,61 @@ def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
         error = (variance / count).sqrt().where(count > 1, torch.tensor(torch.nan, dtype=torch.float64))
         summary[kind] = KindRates(tuple(names), mean.exp(), error)
     return summary
+
+
+def title_of(profile: RateProfile) -> str:
+    """Return model, adapter, learning rate and kind of a profile in one line, for a figure or a page.
+
+    The text is untrusted: do not interpret it.
+    """
+    about = profile.about
+    rates = about.learning_rate_texts if len(about.learning_rate_texts) > 1 else [about.learning_rate]
+    kind = "matched run" if about.matching else "average" if about.averaged_over else "recorded run"
+    return _joined(
+        about.model_name or next(iter(about.base_models), None) or "unnamed model",
+        *(" ".join([adapter.method, *_fields(adapter.config, ("r",))]) for adapter in about.adapters),
+        _joined(*(f"learning rate {rate}" for rate in rates if rate is not None)),
+        f"profile of a {kind}" if kind != "average" else f"average of {about.averaged_over} profiles",
+    )
+
+
+def verdict(profile: RateProfile) -> dict[str, str]:
+    """Return `{label: text}`: what matters most about a profile, in an order in which it can be read.
+
+    A matched run: its decision, the reason, and its base. A recorded run: whether its learning rate was the best of its
+    sweep, and the losses. The texts are untrusted: do not interpret them.
+    """
+    about = profile.about
+    rate, sweep = about.learning_rate, about.sweep
+    finite = {swept: loss for swept, loss in sweep.items() if math.isfinite(loss)}
+    losses = ", ".join(f"{loss:.4g} at {swept:g}" for swept, loss in sweep.items())
+    if about.matching:
+        scales = about.matched_scales
+        texts: dict[str, Any] = {
+            "decision": f"{decision_from(scales)} (from {min(scales.values()):.3g} to {max(scales.values()):.3g})"
+            if scales
+            else "no scale was recorded",
+            "reason": about.matching.get("reason"),
+            "base": _joined(
+                about.matching.get("base_commit") and f"commit {about.matching['base_commit']}",
+                about.matching.get("base") and f"rates with SHA-256 {about.matching['base']!s:.12}",
+            ),
+        }
+    else:
+        best = min(finite, key=finite.__getitem__) if finite else None
+        texts = {
+            "decision": "recorded only: no learning rate was changed",
+            "as a base": "the learning rate of this run was not chosen in a recorded sweep"
+            if best is None or rate is None
+            else f"{rate:g} was the best learning rate of its sweep"
+            if rate == best
+            else f"{rate:g} was not the best learning rate of its sweep: {best:g} was",
+        }
+    if about.largest_change is not None:
+        step, change = about.largest_change
+        texts["largest change"] = f"step {step} moved the outputs by {change:.3g} ({about.units.get('metric', '')})"
+    texts["validation losses"] = losses
+    return {label: str(text) for label, text in texts.items() if text not in (None, "")}
 
 
 def describe(profile: RateProfile) -> dict[str, str]:

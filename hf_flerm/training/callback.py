@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -18,6 +18,7 @@ from ..profile.common import base_profile, common_profile
 from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..transfer.evidence import Evidence
+from .console import line_of, show_all_but_on_console
 from .provenance import with_units_of
 from .run import FLeRMRun
 from .trl_tasks import trl_task
@@ -107,6 +108,17 @@ class FLeRMCallback(TrainerCallback):
         """Wall time in seconds that measuring has taken in this run."""
         return self._run.seconds if self._run is not None else 0.0
 
+    def add_to(self, trainer: Trainer) -> None:
+        """Add this callback to a trainer that exists, so that trackers get an entry for each kind of tensor.
+
+        With `callbacks=[FLeRMCallback(...)]`, `Trainer` calls the trackers of `report_to` before this callback, so they
+        get none of its entries. `FLeRMTrainer` and `FLeRMMixin` call this method.
+
+        Args:
+            trainer: The trainer. Its console shows the joint rate, the range of the scales and the time.
+        """
+        show_all_but_on_console(trainer, self)
+
     def resume_from(self, checkpoint: str | os.PathLike[str]) -> None:
         """Continue the profile of a checkpoint when training begins.
 
@@ -185,6 +197,7 @@ class FLeRMCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the measurements since the last log to a training log; evaluation logs are not changed.
 
+        The log history gets all entries. Callbacks after this one see the few that the console shows; see `add_to`.
         The last log, which has the run time, also gets the summary of a matched run: transformers shows warnings but no
         messages of the level INFO, unless told otherwise, whereas everybody sees this log.
         """
@@ -194,7 +207,7 @@ class FLeRMCallback(TrainerCallback):
         measured = self._run.take_logs()
         if "train_runtime" in logs and self._run.summary is not None:
             measured |= self._run.summary.logs()
-        logs.update(measured)
+        logs.update(line_of(measured))
         if state.log_history:
             state.log_history[-1].update(measured)
 

@@ -19,7 +19,7 @@ from ..engines import engine_of
 from ..engines.attempt import Attempt
 from ..engines.processes import any_process
 from ..model.isolation import undisturbed
-from ..model.names import preview, tensor_kinds
+from ..model.names import preview, tensor_kinds, without_prefix
 from ..optimizer.watch import StepUpdate
 from ..profile.metadata import SETTINGS
 from ..profile.rate_profile import RateProfile
@@ -88,7 +88,7 @@ class Recorder:
         self._probe_data = probe_data
         self._joint = joint_groups(model, parameters)  # {granularity: {path: {canonical name: share}}}
         self._sum_over_processes = ProcessSum(product_shapes(parameters, engine), research.estimator)
-        self._logged_as = tensor_kinds(model) if config.log_by == "kind" else {name: name for name in parameters}
+        self._logged_as = _log_names(model, config.log_by)
         metadata = provenance(model, parameters, optimizer, groups, config, probe_data, arguments)
         self.profile = empty_profile(metadata, self._joint)
         self.last_measurement: Measurement | None = None
@@ -158,11 +158,11 @@ class Recorder:
             by_tensor: `{canonical name: value}`; values that are not positive are left out.
 
         Returns:
-            `{flerm/what/kind: mean}`; one entry for each tensor if the run logs by tensor.
+            `{flerm/what/kind: mean}`; one entry for each tensor if the run logs by tensor, none if by none.
         """
         logs: dict[str, list[float]] = {}
         for name, value in by_tensor.items():
-            if value > 0:
+            if value > 0 and name in self._logged_as:
                 logs.setdefault(self._logged_as[name], []).append(math.log(value))
         return {f"flerm/{what}/{kind}": math.exp(sum(values) / len(values)) for kind, values in logs.items()}
 
@@ -220,3 +220,11 @@ class Recorder:
             logger.warning(
                 f"the outputs of the first measurement do not depend on {preview(unused)}: their rates are 0."
             )
+
+
+def _log_names(model: nn.Module, log_by: str) -> dict[str, str]:
+    """Return `{canonical name: name of its log entry}`, without PEFT's prefix; a name that is missing has no entry."""
+    if log_by == "none":
+        return {}
+    kinds = tensor_kinds(model)
+    return {name: without_prefix(kind if log_by == "kind" else name) for name, kind in kinds.items()}

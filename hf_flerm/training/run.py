@@ -254,7 +254,7 @@ class FLeRMRun:
             self.resume(profile, state["steps"])
 
     def take_logs(self) -> dict[str, float]:
-        """Return the log entries since the last call, by kind of tensor or by tensor (`FLeRMConfig.log_by`)."""
+        """Return the log entries since the last call; see `FLeRMConfig.log_by`."""
         logs, self._logs = self._logs, {}
         return logs
 
@@ -338,7 +338,12 @@ class FLeRMRun:
         if self._scaler is not None:
             update.rescale(self._scaler.update(step, measurement, update.nominal_rate))
             self._failures.warn_once("limit", self._scaler.at_limit())
-            self._logs |= self._recorder.by_kind("scale", self.scales)
+            scales = self.scales
+            self._logs |= self._recorder.by_kind("scale", scales)
+            self._logs |= {
+                "flerm/smallest_scale": min(scales.values()),
+                "flerm/largest_scale": max(scales.values()),
+            }
 
 
 def _trainable_names(model: nn.Module) -> frozenset[str]:

@@ -143,7 +143,8 @@ class Scaler:
         """Return the profile with the evidence in its metadata, from which a resumed run continues."""
         if not self.evidence.steps:
             return profile
-        metadata = {**profile.metadata, MATCHING: {**self._base, **self.evidence.to_record()}}
+        reason = {"reason": self.strategy.reason}
+        metadata = {**profile.metadata, MATCHING: {**self._base, **reason, **self.evidence.to_record()}}
         return RateProfile(profile.steps, profile.rates, metadata, profile.joint_rates)
 
     def at_limit(self) -> str:

@@ -91,7 +91,8 @@ def test_the_command_asks_for_a_profile_that_tells_its_learning_rate(tmp_path: P
     twice = RateProfile(base.steps, base.rates, other, base.joint_rates)
     RateProfile.average([base, twice]).save_pretrained(tmp_path / "mean")
     gpt2().save_pretrained(tmp_path / "model")
-    result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "no data", str(tmp_path / "mean")])
+    (tmp_path / "text").write_text("The old cat sat on the mat.")
+    result = CliRunner().invoke(app, ["plan", *(str(tmp_path / name) for name in ("model", "text", "mean"))])
     assert result.exit_code == 2
     assert "does not contain the learning rate" in " ".join(result.output.replace("│", " ").split())
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 from hf_flerm import FLeRMConfig, RateProfile
+from hf_flerm.cli import app
 from tests.shared.profiles import REPO
 from tests.shared.training import gpt2, lora, recorded
 
@@ -71,14 +75,18 @@ def test_every_command_has_help(shell, command: str) -> None:
         ("diff", "{0}/one", "{0}/nowhere"),
         ("average", "{0}/one", "-o", "{0}/mean"),
         ("average", "{0}/one", "{0}/lora", "-o", "{0}/mean"),
-        ("map", "{0}/lora", "{0}/deep"),
+        ("map", "{0}/deep", "{0}/lora"),
         ("plan", "{0}/nowhere", "{0}/one", "{0}/one"),
         ("plan", "{0}/deep", "{0}/nowhere", "{0}/one"),
         ("plan", "{0}/deep", "{0}/one", "{0}/one", "--optim", "none"),
         ("plan", "{0}/deep", "{0}/one", "{0}/one", "--adapter", "{0}/nowhere"),
         ("plot", "{0}/one", "--what", "multipliers", "-o", "{0}/bad.png"),
         ("plot", "{0}/one", "-o", "{0}/bad.doc"),
-        ("report", "{0}/one", "-o", "{0}/nowhere/bad.html"),
+        ("plot", "{0}/one", "-o", "{0}/bad"),
+        ("report", "{0}/one", "-o", "{0}/bad.png"),
+        ("report", "{0}/one", "-o", "{0}/one/rate_profile.safetensors/bad.html"),
+        ("average", "{0}/one", "{0}/two", "-o", "{0}/bad.safetensors"),
+        ("pull", "{0}/one", "-o", "{0}/one/rate_profile.safetensors"),
         ("push", "{0}/nowhere", "me/tuned"),
         ("push", "{0}/one", "no/such/id"),
         ("pull", "me/nowhere", "-o", "{0}/bad"),
@@ -91,8 +99,46 @@ def test_bad_input_is_named_and_exits_with_2(shell, base: Path, hub, words: tupl
     assert code == 2
     assert out == ""
     assert "Traceback" not in err
-    assert "hf-flerm" in err
+    assert "Warning" not in err
+    is_wrong_usage = err.startswith("Usage: ") and f"hf-flerm {words[0]} " in err
+    assert is_wrong_usage or (err.startswith("error: ") and err.count("\n") == 1)
     assert not list(base.glob("bad*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("inspect", "nope"), "'nope' is not a folder.* no such file or folder, and a repository .* owner/name"),
+        (("inspect", "nope@main"), "no such file or folder, and a repository on the Hub is written owner/name"),
+        (("inspect", "./nope"), "'./nope' is not a folder.* there is no such file or folder\\.$"),
+        (("inspect", "/no/pe"), "there is no such file or folder\\.$"),
+        (("inspect", "runs/no/pe"), "there is no such file or folder\\.$"),
+        (("inspect", "{0}/text"), "text is not a whole safetensors file"),
+        (("map", "nope", "{0}/one"), "the model 'nope' does not exist.* no repository was found on the Hub"),
+        (("map", "./nope", "{0}/one"), "the model './nope' does not exist: there is no such file or folder"),
+        (("map", "{0}/text", "{0}/one"), "the model '.*text' is a file; it must be a folder or a repository"),
+        (("map", "{0}/deep", "{0}/one", "--adapter", "nope"), "the adapter 'nope' does not exist"),
+        (("plan", "nope", "{0}/text", "{0}/one"), "the model 'nope' does not exist"),
+        (("plan", "{0}/deep", "nope", "{0}/one"), "the data set 'nope' does not exist"),
+        (("plan", "{0}/deep", "no data", "{0}/one"), "the data set 'no data' does not exist"),
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_what_does_not_exist_is_said_without_asking_the_hub_for_files(
+    shell, base: Path, hub, words: tuple[str, ...], expected: str
+) -> None:
+    (base / "text").write_text("The old cat sat on the mat.")
+    hub.requests.clear()
+    code, _, err = shell(*(word.format(base) for word in words))
+    assert code == 2
+    assert re.search(expected, err.strip()), err
+    assert not [request for request in hub.requests if "/resolve/" in str(request)]
+
+
+def test_every_option_has_help_and_completion() -> None:
+    for name, command in get_command(app).commands.items():
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.name)
 
 
 def test_inspect(shell, base: Path) -> None:
@@ -142,10 +188,11 @@ def test_average(shell, base: Path, tmp_path: Path) -> None:
 
 
 def test_map(shell, base: Path) -> None:
-    code, out, _ = shell("map", base / "one", base / "deep", "--depth", "joint")
+    code, out, err = shell("map", base / "deep", base / "one", "--depth", "joint")
     assert code == 0
+    assert "warning" not in err
     assert "joint rate: transformer.h.*.attn.c_attn.weight" in out
-    units = json.loads(shell("map", base / "one", base / "deep", "--json")[1])["units"]
+    units = json.loads(shell("map", base / "deep", base / "one", "--json")[1])["units"]
     name = "transformer.h.3.attn.c_attn.weight"
     half = RateProfile.from_pretrained(base / "one").rates["transformer.h.1.attn.c_attn.weight"] / 2
     assert units[name] == {
@@ -153,19 +200,31 @@ def test_map(shell, base: Path) -> None:
         "shares": {name: 1.0},
         "rates": pytest.approx(half.tolist()),
     }
-    assert shell("map", base / "lora", base / "deep", "--adapter", base / "adapter")[0] == 0
+    assert shell("map", base / "deep", base / "lora", "--adapter", base / "adapter")[0] == 0
+
+
+def test_map_takes_the_order_of_version_0_1_where_folders_leave_no_doubt(shell, base: Path, tmp_path: Path) -> None:
+    wanted = shell("map", base / "deep", base / "one")[1]
+    for first in (base / "one", base / "one" / "rate_profile.safetensors"):
+        code, out, err = shell("map", first, base / "deep")
+        assert (code, out) == (0, wanted)
+        assert err == f"warning: the model comes first: hf-flerm map {base / 'deep'} {first}\n"
+    both = shutil.copytree(base / "one", tmp_path / "both")
+    shutil.copy(base / "deep" / "config.json", both)
+    assert shell("map", both, base / "deep")[0] == 2, "a model with a profile, and a model without one"
+    assert shell("map", base / "deep", both)[:2] == (0, wanted)
 
 
 @pytest.mark.parametrize(("what", "source"), [("rates", "one"), ("layers", "one"), ("multipliers", "matched")])
 def test_plot(shell, base: Path, tmp_path: Path, what: str, source: str) -> None:
-    file = tmp_path / f"{what}.png"
+    file = tmp_path / "new" / f"{what}.png"
     assert shell("plot", base / source, "--what", what, "-o", file)[:2] == (0, f"{file}\n")
     assert file.read_bytes().startswith(b"\x89PNG")
     assert json.loads(shell("plot", base / source, "--what", what, "-o", file, "--json")[1]) == {"file": str(file)}
 
 
 def test_report(shell, base: Path, tmp_path: Path) -> None:
-    file = tmp_path / "report.html"
+    file = tmp_path / "new" / "report.html"
     assert shell("report", base / "one", "-o", file)[:2] == (0, f"{file}\n")
     assert "transformer.wte.weight" in file.read_text(encoding="utf-8")
     assert json.loads(shell("report", base / "one", "-o", file, "--json")[1]) == {"file": str(file)}

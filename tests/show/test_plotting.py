@@ -44,6 +44,8 @@ def test_the_lines_are_the_means_by_kind() -> None:
     assert {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()} == expected
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert "per unit learning rate" in axes.get_ylabel()
+    ticks = [(tick.get_position()[0], tick.get_text()) for tick in axes.get_xticklabels()]
+    assert ticks == [(step + 1, str(step)) for step in profile().steps.tolist()]
     close(figure)
 
 
@@ -102,7 +104,7 @@ def test_interactions_are_drawn_as_correlations() -> None:
 def test_labels_are_as_many_as_fit() -> None:
     steps = list(range(0, 2500, 100))
     figure = plot_layers(RateProfile(steps, {"h.0.w": [1.0] * 25}, None, {"block": {"h.0": [1.0] * 25}}))
-    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(step + 1) for step in steps[::2]]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == [str(step) for step in steps[::2]]
     close(figure)
     figure = plot_interactions([f"h.{layer}.w" for layer in range(200)], torch.eye(200))
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [f"h.{i}.w" for i in range(0, 200, 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_flerm import FLeRMConfig, Research
-from hf_flerm.model.names import tensor_kinds
+from hf_flerm import FLeRMCallback, FLeRMConfig, Research
+from hf_flerm.model.names import tensor_kinds, without_prefix
 from tests.shared.training import (
     BATCH,
     STEPS,
@@ -40,8 +41,50 @@ def geometric(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+LINE = {"flerm/rate/total", "flerm/smallest_scale", "flerm/largest_scale", "flerm/seconds"}
+
+
+def line(entry: dict[str, float]) -> dict[str, float]:
+    """What the console shows of the measurements in a log."""
+    return {key: value for key, value in entry.items() if key in LINE}
+
+
+def test_the_console_shows_a_short_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows no entry of a kind of tensor, whether logs are printed or written above a progress bar."""
+    base = scaled(recorded(folder, lora()), some_factors(lora()))
+    config = FLeRMConfig("match", base, measure_steps=(0, 2))
+    added = FLeRMCallback(config)
+    trainers = [
+        make_trainer(folder, lora(), config),
+        make_trainer(folder, lora(), config, alone=True),
+        make_trainer(folder, lora()),
+        make_trainer(folder, lora(), config, disable_tqdm=False),
+    ]
+    added.add_to(trainers[2])
+    for trainer in trainers:
+        capsys.readouterr()
+        trainer.train()
+        printed = [
+            ast.literal_eval(text) for text in capsys.readouterr().out.splitlines() if text.startswith("{'loss'")
+        ]
+        assert len(printed) == STEPS
+        for entry, console in zip(trainer.state.log_history, printed, strict=False):
+            shown = {key: float(value) for key, value in console.items() if key.startswith("flerm/")}
+            assert shown == pytest.approx(line(entry), rel=1e-3)
+            assert len(shown) == (4 if entry["step"] in (1, 3) else 0)
+            assert any(key.startswith("flerm/scale/") for key in entry) == bool(shown)
+
+
+def test_no_entry_has_the_prefix_of_adapters(folder: Path) -> None:
+    trainer = make_trainer(folder, lora(), FLeRMConfig(measure_steps=(1,)))
+    trainer.train()
+    keys = {key for entry in trainer.state.log_history for key in entry}
+    assert "flerm/rate/transformer.h.*.attn.c_attn.lora_A.weight" in keys
+    assert not [key for key in keys if "base_model" in key]
+
+
 @pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
-@pytest.mark.parametrize("log_by", ["kind", "tensor"])
+@pytest.mark.parametrize("log_by", ["kind", "tensor", "none"])
 @pytest.mark.parametrize("mode", ["record", "match"])
 def test_rates_errors_and_scales_are_logged(folder: Path, mode: str, log_by: str, alone: bool) -> None:
     measured = (0, 2, 3)
@@ -54,18 +97,22 @@ def test_rates_errors_and_scales_are_logged(folder: Path, mode: str, log_by: str
     trainer.train()
     profile = flerm_callback(trainer).rate_profile
     known_kinds = tensor_kinds(trainer.model)
-    kinds = {name: known_kinds[name] if log_by == "kind" else name for name in profile.names}
+    kinds = {
+        name: without_prefix(known_kinds[name] if log_by == "kind" else name)
+        for name in profile.names
+        if log_by != "none"
+    }
     history = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     for step in range(STEPS):
         entry = {key: value for key, value in history[step + 1].items() if key.startswith("flerm/")}
         seen = {key: value for key, value in tracker.logs[step].items() if key.startswith("flerm/")}
-        assert seen == entry
+        assert seen == (line(entry) if alone else entry)
         if step not in measured:
             assert entry == {}
             continue
         by_kind: dict[str, list[float]] = {}
         for name, rate in profile.at(step).items():
-            if rate > 0:
+            if rate > 0 and name in kinds:
                 by_kind.setdefault(f"flerm/rate/{kinds[name]}", []).append(rate)
         positive = len(set(kinds.values())) // (2 if step == 0 else 1)  # A has no rate at step 0
         assert len(by_kind) == positive
@@ -74,7 +121,7 @@ def test_rates_errors_and_scales_are_logged(folder: Path, mode: str, log_by: str
         if step == measured[-1]:
             known = flerm_callback(trainer).last_measurement.relative_errors
             for key in errors:
-                mine = [error for name, error in known.items() if key == f"flerm/relative_error/{kinds[name]}"]
+                mine = [known[name] for name in kinds if key == f"flerm/relative_error/{kinds[name]}"]
                 assert entry[key] == pytest.approx(geometric(mine), rel=1e-12)
         for key in errors:
             assert 0 < entry.pop(key) < math.inf
@@ -82,13 +129,16 @@ def test_rates_errors_and_scales_are_logged(folder: Path, mode: str, log_by: str
         assert {key: entry.pop(key) for key in expected} == pytest.approx(expected, rel=1e-12)
         assert entry.pop("flerm/rate/total") > 0
         assert entry.pop("flerm/seconds", 1.0) > 0
-        assert set(entry) == ({f"flerm/scale/{kinds[name]}" for name in profile.names} if mode == "match" else set())
+        if mode == "match":
+            assert 0 < entry.pop("flerm/smallest_scale") < entry.pop("flerm/largest_scale")
+        assert set(entry) == ({f"flerm/scale/{kind}" for kind in kinds.values()} if mode == "match" else set())
     if mode == "match":
         scales = flerm_callback(trainer).scales
-        last = {f"flerm/scale/{kinds[name]}": scale for name, scale in scales.items()}
+        last = {f"flerm/scale/{kind}": scales[name] for name, kind in kinds.items()}
+        last |= {"flerm/smallest_scale": min(scales.values()), "flerm/largest_scale": max(scales.values())}
         logged = {key: value for key, value in history[measured[-1] + 1].items() if key in last}
         assert logged == pytest.approx(last, rel=1e-12)
-        assert len(set(logged.values())) == 4
+        assert len(set(scales.values())) == 4
 
 
 def test_sparse_logs_hold_the_latest_measurement(folder: Path) -> None:

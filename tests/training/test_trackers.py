@@ -35,7 +35,7 @@ def by_trackio(project: str) -> Seen:
 READERS = {"tensorboard": by_tensorboard, "trackio": by_trackio}
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback before the trackers"])
+@pytest.mark.parametrize("alone", [False, True], ids=["trainer", "callback"])
 @pytest.mark.parametrize("tracker", READERS)
 def test_a_tracker_has_rates_errors_scales_and_the_nominal_learning_rate(
     tracker: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -46,7 +46,7 @@ def test_a_tracker_has_rates_errors_scales_and_the_nominal_learning_rate(
         tmp_path, gpt2(width=32), None if alone else config, report_to=[tracker], project="rates"
     )
     if alone:
-        trainer.callback_handler.callbacks.insert(0, FLeRMCallback(config))
+        FLeRMCallback(config).add_to(trainer)
     trainer.train()
     logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     wanted = {key for entry in logs.values() for key in entry if key.startswith("flerm/")}
@@ -54,7 +54,7 @@ def test_a_tracker_has_rates_errors_scales_and_the_nominal_learning_rate(
     assert {f"flerm/rate/{kind}", f"flerm/relative_error/{kind}", f"flerm/scale/{kind}", "flerm/seconds"} <= wanted
     seen = READERS[tracker]("rates")
     for key in wanted | {"learning_rate"}:
-        told = {step: entry[key] for step, entry in logs.items() if key in entry}
+        told = {entry["step"]: entry[key] for entry in trainer.state.log_history if key in entry}
         assert seen[f"train/{key}"] == pytest.approx(told, rel=1e-6)
     assert seen[f"train/flerm/rate/{kind}"].keys() == {1, 3}
     assert seen["train/learning_rate"][1] == pytest.approx(trainer.args.learning_rate)
