@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines import engine_of
-from ..model.names import preview, trainable_parameters
+from ..model.name_text import preview
+from ..model.names import trainable_parameters
 from ..optimizer.behavior import check_optimizer
 from ..optimizer.watch import StepUpdate, StepWatch
 from ..profile.common import base_profile, common_profile
