@@ -207,7 +207,7 @@ def check_rates(scale: Scale) -> list[dict[str, Any]]:
 
 def check_training(scale: Scale) -> list[dict[str, Any]]:
     """Weights of a recorded run against those of a plain one, and its rates against those of the first setting."""
-    settings: dict[str, tuple[Callable[[nn.Module], nn.Module], bool]] = {
+    settings: dict[str, tuple[Callable[[nn.Module], Any], bool]] = {
         "AdamW": (lambda model: model, False),
         "fused AdamW": (lambda model: model, True),
         f"torch.compile ({scale.compiler})": (lambda model: torch.compile(model, backend=scale.compiler), True),
@@ -235,7 +235,7 @@ def check_training(scale: Scale) -> list[dict[str, Any]]:
 
 
 def train(
-    scale: Scale, wrap: Callable[[nn.Module], nn.Module], fused: bool, *, record: bool
+    scale: Scale, wrap: Callable[[nn.Module], Any], fused: bool, *, record: bool
 ) -> tuple[list[Tensor], list[float]]:
     """Train for a few steps in a loop, under bf16 autocast. Return weights and the rates of the first step."""
     set_seed(0)
@@ -266,7 +266,9 @@ class Loop:
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, fused=fused)
         vocabulary = model.get_input_embeddings().num_embeddings
         ids = torch.randint(vocabulary, (8 * scale.examples, scale.length), generator=torch.Generator().manual_seed(1))
-        self.loader = DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=scale.examples)
+        self.loader: DataLoader[Any] = DataLoader(
+            [{"input_ids": row, "labels": row} for row in ids], batch_size=scale.examples
+        )
         self.batches = cycle([{key: value.to(DEVICE) for key, value in batch.items()} for batch in self.loader])
 
     def record(self) -> None:
