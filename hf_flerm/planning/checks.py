@@ -12,23 +12,13 @@ from transformers.utils import logging
 
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.metadata import Adapter
-from ..profile.rate_profile import RateProfile
 
 logger = logging.get_logger(__name__)
 _ZERO_AT_START = (True, "gaussian", "eva")  # values of `init_lora_weights` with which lora_B starts at 0
 
 
-def check_plan(
-    profile: RateProfile | str | None, steps: int, train_dataset: Dataset[Any] | None, data_collator: Any
-) -> None:
-    """Raise ValueError unless there are a profile, a step, a single process and examples that can be collated."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
-    if profile is None:
-        raise ValueError(
-            "plan needs the profile of a base run: a RateProfile, a folder, a file or a repository. It cannot estimate "
-            "a learning rate without a base yet."
-        )
+def check_training(train_dataset: Dataset[Any] | None, data_collator: Any) -> None:
+    """Raise ValueError unless there are a single process and examples that can be collated."""
     if PartialState().num_processes > 1:
         raise ValueError(
             f"plan must run in a single process, and there are {PartialState().num_processes}: start it without a "
