@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -260,7 +261,7 @@ def describe(entry: Entry, profile: RateProfile, base_rate: float | None, output
         "versions": {"python": platform.python_version(), **profile.metadata["packages"]},
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "rates": {
-            kind: [float(f"{rate:.3g}") for rate in rates.mean[[0, -1]].nan_to_num().tolist()]
+            kind: [float(f"{rate:.3g}") for rate in np.nan_to_num(rates.mean[[0, -1]]).tolist()]
             for kind, rates in rates_by_kind(profile).items()
         },
     }

@@ -1,6 +1,6 @@
 """The commands of `hf-flerm` that work on profiles.
 
-Modules that need torch are imported inside the commands, to keep `--help` and shell completion fast.
+Modules are imported inside the commands, to keep `--help` and shell completion fast. Only `map` and `push` load torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from ..choices import Depth, Granularity, Picture, Unmatched
 from .checks import check_folder, check_output_folder, check_suffix, errors_as_usage, printable, quiet_libraries
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from hf_flerm import RateProfile
+
+    from ..profile.table import Row
 
 DIFFERENT = 1  # exit code of `diff`; click uses 2 for wrong input
 _PICTURE_FILES, _PAGES = (".png", ".svg", ".pdf"), (".html", ".htm")
@@ -53,7 +54,7 @@ def inspect(profile: Source, as_json: AsJson = False) -> None:
     content = {
         "about": describe(found),
         "commit": found.commit_hash,
-        "steps": found.steps.tolist(),
+        "steps": found.table.steps.tolist(),
         "kinds": kinds,
         "scales": {unit: _finite(scale) for unit, scale in found.about.matched_scales.items()},
     }
@@ -72,8 +73,8 @@ def validate(profile: Source, as_json: AsJson = False) -> None:
     """Check that a file is a complete, valid profile; exit code 2 if it is not."""
     with errors_as_usage():
         found = hf_flerm.RateProfile.from_pretrained(profile)
-    content = {"valid": True, "tensors": len(found.names), "steps": len(found.steps), "commit": found.commit_hash}
-    print_result(content, [f"valid: {len(found.names)} tensors, {len(found.steps)} steps"], as_json)
+    content = {"valid": True, "tensors": len(found.names), "steps": len(found.table.steps), "commit": found.commit_hash}
+    print_result(content, [f"valid: {len(found.names)} tensors, {len(found.table.steps)} steps"], as_json)
 
 
 @commands.command()
@@ -99,12 +100,13 @@ def diff(
 def _compared(one: RateProfile, other: RateProfile, tolerance: float) -> dict[str, Any]:
     from ..show.summary import rates_by_kind
 
-    steps = [one.steps.tolist(), other.steps.tolist()]
-    only_in_first, only_in_second = one.rates.keys() - other.rates.keys(), other.rates.keys() - one.rates.keys()
+    first, second = one.table, other.table
+    steps = [first.steps.tolist(), second.steps.tolist()]
+    only_in_first, only_in_second = first.rates.keys() - second.rates.keys(), second.rates.keys() - first.rates.keys()
     largest, ratios = None, {}
-    if steps[0] == steps[1] != [] and one.rates.keys() & other.rates.keys():
-        pairs = [(one.rates, other.rates)]
-        pairs += [(groups, other.joint_rates.get(granularity, {})) for granularity, groups in one.joint_rates.items()]
+    if steps[0] == steps[1] != [] and first.rates.keys() & second.rates.keys():
+        pairs = [(first.rates, second.rates)]
+        pairs += [(groups, second.joint_rates.get(path, {})) for path, groups in first.joint_rates.items()]
         largest = max(
             _relative(rates[name], others[name]) for rates, others in pairs for name in rates.keys() & others.keys()
         )
@@ -314,9 +316,11 @@ def print_result(content: dict[str, Any], lines: list[str], as_json: bool) -> No
     typer.echo(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) if as_json else "\n".join(lines))
 
 
-def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    size = one.maximum(other)
-    return float(((one - other).abs() / size.where(size > 0, 1.0)).max())
+def _relative(one: Row, other: Row) -> float:
+    import numpy as np
+
+    size = np.maximum(one, other)
+    return float((abs(one - other) / np.where(size > 0, size, 1.0)).max())
 
 
 def _ratio(value: float | None) -> str:

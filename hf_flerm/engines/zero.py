@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from ..model.names import preview
+from ..model.name_text import preview
 from .engine import Engine, MasterWeights, accelerate_state, exchange_by_copy
 from .processes import any_process
 from .zero_groups import group_per_tensor

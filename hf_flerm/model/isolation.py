@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from .names import preview
+from .name_text import preview
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-_PEFT_PREFIX = "base_model.model."
+from .name_text import preview
+
 _WRAPPER_COMPONENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -149,18 +150,6 @@ def _is_adapted(module: nn.Module | None) -> bool:
 def tensor_kinds(model: nn.Module) -> dict[str, str]:
     """Map canonical names to kinds; see `tensor_places`."""
     return {name: place.kind for name, place in tensor_places(model).items()}
-
-
-def without_prefix(name: str) -> str:
-    """Remove PEFT's prefix `base_model.model.` from a canonical name or a kind."""
-    return name.removeprefix(_PEFT_PREFIX)
-
-
-def preview(names: Iterable[str], limit: int = 5) -> str:
-    """Format names for a message: the first `limit` of them, sorted, and the number of the others."""
-    names = sorted(names)
-    more = f", … {len(names) - limit} more" if len(names) > limit else ""
-    return f"[{', '.join(names[:limit])}{more}]"
 
 
 class _Component(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..model.names import preview
+from ..model.name_text import preview
 
 Group = dict[str, Any]
 _SKIPPED_ATTRIBUTES = ("param_groups", "state", "defaults")  # in which no inner optimizer is looked for

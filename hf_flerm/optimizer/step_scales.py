@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from ..model.names import preview
+from ..model.name_text import preview
 from ..model.storage import shared_memory
 from .behavior import behavior, decayed_fractions, is_known, undo_scale
 from .param_groups import Group, stepping_optimizers

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
 PROFILE_NAME = "rate_profile.safetensors"
 SCHEMA_VERSION = 1
@@ -27,6 +27,7 @@ _METADATA_KEY = "hf_flerm"
 _VERSION = "schema_version"
 _JOINT_RATES = "joint_rates"
 RESERVED = {_VERSION, _JOINT_RATES}
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})/")  # in the cache of the Hub
 _LENGTH_BYTES = 8  # of the header's length, with which a safetensors file begins
 # Limits on a file, checked before it is parsed. Reading a file at the limits takes about a second and 200 MB of memory.
 # A large run stays below them: LoRA on 80 layers (1,120 tensors), measured at 1,000 steps, makes 22 MB with a header of
@@ -43,7 +44,7 @@ _LIMITS = {
 _MEASURE_LESS = "Measure less often (measure_every)."
 _MARKS = {"{": "JSON objects", "[": "JSON lists", ",": "JSON values"}
 
-Groups = Mapping[str, Mapping[str, Tensor]]
+Rows = Mapping[str, NDArray[np.float64]]
 
 
 class RateProfileError(ValueError):
@@ -62,10 +63,12 @@ def check_name(name: str) -> None:
         )
 
 
-Content = tuple[Tensor, dict[str, Tensor], dict[str, Any], dict[str, dict[str, Any]]]
+Content = tuple[NDArray[np.int64], dict[str, NDArray[np.float64]], dict[str, Any], dict[str, dict[str, Any]]]
 
 
-def serialize(steps: Tensor, rates: Mapping[str, Tensor], metadata: Mapping[str, Any], joint_rates: Groups) -> bytes:
+def serialize(
+    steps: NDArray[np.int64], rates: Rows, metadata: Mapping[str, Any], joint_rates: Mapping[str, Rows]
+) -> bytes:
     """Return the bytes of a file. Equal content gives equal bytes.
 
     Args:
@@ -116,6 +119,33 @@ def write_whole(folder: Path, content: bytes) -> Path:
             os.unlink(file.name)
             raise
     return folder / PROFILE_NAME
+
+
+def local_file(path: Path, subfolder: str | None = None) -> Path | None:
+    """Return the file of a profile that is stored at `path`, a folder or the file; None if `path` does not exist.
+
+    Args:
+        path: A folder or a file.
+        subfolder: Folder inside the folder.
+
+    Raises:
+        RateProfileError: If the folder has no profile.
+    """
+    if path.is_dir():
+        file = path / (subfolder or "") / PROFILE_NAME
+        if not file.is_file():
+            raise RateProfileError(
+                f"there is no {PROFILE_NAME} in {file.parent}. A recorded run writes it into its output folder and its "
+                "checkpoints. FLeRMTrainer.save_model also writes it; with FLeRMCallback, call callback.save(folder)."
+            )
+        return file
+    return path if path.is_file() else None
+
+
+def commit_in(path: Path) -> str | None:
+    """Return the commit of a file in the cache of the Hub, from its path; None for another file."""
+    found = _SNAPSHOT.search(path.as_posix())
+    return found and found[1]
 
 
 def parse(path: Path) -> Content:
@@ -179,9 +209,9 @@ def parse_bytes(content: bytes, path: Path) -> Content:
     joint = metadata.pop(_JOINT_RATES, {})
     if not isinstance(joint, dict) or not all(isinstance(groups, dict) for groups in joint.values()):
         raise RateProfileError(f"the joint rates of {path} are not JSON objects of lists.")
-    steps = torch.from_numpy(np.frombuffer(entries.pop(STEPS)["data"], "<i8").copy())
-    rates = np.frombuffer(b"".join(entry["data"] for entry in entries.values()), "<f8").copy()
-    rows = torch.from_numpy(rates).view(len(entries), len(steps))
+    steps = np.frombuffer(entries.pop(STEPS)["data"], "<i8")
+    rates = np.frombuffer(b"".join(entry["data"] for entry in entries.values()), "<f8")
+    rows = rates.reshape(len(entries), len(steps))
     return steps, dict(zip(entries, rows, strict=True)), metadata, joint
 
 

@@ -1,4 +1,4 @@
-"""Find the file of a profile on disk or on the Hub, and upload files in one commit. This module handles bytes only.
+"""Download the file of a profile from the Hub, and upload files in one commit. This module handles bytes only.
 
 `huggingface_hub.ModelHubMixin` is not used: it writes a `config.json` and a card, which in a model's repository would
 replace the model's, and it reads a model's `config.json` as the arguments of the profile.
@@ -52,30 +52,22 @@ _WAITS = (1, 2, 4)  # seconds before each retry
 Result = TypeVar("Result")
 
 
-def find(source: str, *, revision: str | None = None, subfolder: str | None = None, **download: Any) -> Path:
-    """Return the path of a profile's file. A file on the Hub is downloaded into the cache.
+def download(source: str, *, revision: str | None = None, subfolder: str | None = None, **options: Any) -> Path:
+    """Download the file of a profile from the Hub into the cache.
 
     Args:
-        source: A folder, a file, or a repository on the Hub: its id, its id with a revision and subfolder
-            (`org/repo@revision/subfolder`), an `hf://` address or one of the website.
+        source: A repository: its id, its id with a revision and subfolder (`org/repo@revision/subfolder`), an `hf://`
+            address or one of the website.
         revision: Branch, tag or commit of the repository.
-        subfolder: Folder inside the folder or repository.
-        **download: Further arguments of `hf_hub_download`.
+        subfolder: Folder inside the repository.
+        **options: Further arguments of `hf_hub_download`.
+
+    Returns:
+        The path of the file.
 
     Raises:
         RateProfileError: If there is no such file.
     """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        path = path / (subfolder or "") / PROFILE_NAME
-        if not path.is_file():
-            raise RateProfileError(
-                f"there is no {PROFILE_NAME} in {path.parent}. A recorded run writes it into its output folder and its "
-                "checkpoints. FLeRMTrainer.save_model also writes it; with FLeRMCallback, call callback.save(folder)."
-            )
-        return path
     with _explained(f"{source!r} is not a folder, a file or a repository with {PROFILE_NAME}"):
         _check_id(source)
         repo_id, address_revision, address_subfolder = _address(source)
@@ -93,7 +85,7 @@ def find(source: str, *, revision: str | None = None, subfolder: str | None = No
                 PROFILE_NAME,
                 subfolder=subfolder or address_subfolder,
                 revision=revision or address_revision,
-                **download,
+                **options,
             )
         )
 

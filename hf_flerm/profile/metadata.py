@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
-import torch
+import numpy as np
 
-from ..model.names import preview, without_prefix
+from ..model.name_text import preview, without_prefix
 from .file import RESERVED, RateProfileError
 
 SETTINGS = "flerm"  # what was measured and how: options of `FLeRMConfig`
@@ -310,7 +310,8 @@ class ProfileMetadata:
         found = (self.matching or {}).get("scales")
         numbers = {unit: _number(log) for unit, log in found.items()} if isinstance(found, Mapping) else {}
         logs = {unit: log for unit, log in numbers.items() if log is not None}
-        return dict(zip(logs, torch.tensor(list(logs.values()), dtype=torch.float64).exp().tolist(), strict=True))
+        with np.errstate(over="ignore"):  # a scale too large for a float is inf
+            return dict(zip(logs, np.exp([*logs.values()]).tolist(), strict=True))
 
     @property
     def matched_quotients(self) -> dict[str, tuple[float, float]]:
@@ -324,10 +325,11 @@ class ProfileMetadata:
         found = {}
         for unit, column in columns.items() if isinstance(columns, Mapping) else ():
             numbers = [_number(value) for value in column] if isinstance(column, list) else []
-            logs = torch.tensor([number for number in numbers if number is not None], dtype=torch.float64)
-            if len(logs):
-                error = float(logs.std() / len(logs) ** 0.5) if len(logs) > 1 else 0.0
-                found[unit] = (float(logs.mean().exp()), error)
+            logs = np.array([number for number in numbers if number is not None])
+            with np.errstate(over="ignore", invalid="ignore"):
+                if len(logs):
+                    error = float(logs.std(ddof=1) / len(logs) ** 0.5) if len(logs) > 1 else 0.0
+                    found[unit] = (float(np.exp(logs.mean())), error)
         return found
 
     def _by_group(self, key: str) -> dict[str, Any]:

@@ -5,27 +5,31 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import CommitInfo, ModelCard
-from torch import Tensor
-from transformers.utils import extract_commit_hash
+import numpy as np
+from numpy.typing import NDArray
 
-from ..model.names import preview
-from . import hub
+from ..model.name_text import preview
 from .file import (
     PROFILE_NAME,
     SCHEMA_VERSION,
-    STEPS,
     RateProfileError,
-    check_name,
+    commit_in,
+    local_file,
     parse,
     serialize,
     write_whole,
 )
 from .metadata import AVERAGED_OVER, MATCHING, UNITS, ProfileMetadata, check_metadata
+from .table import RateTable, Row
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, ModelCard
+    from torch import Tensor
 
 __all__ = ["PROFILE_NAME", "SCHEMA_VERSION", "RateProfile", "RateProfileError", "check_names", "shared_files"]
 
@@ -41,6 +45,7 @@ class RateProfile:
             or the model.
 
     Attributes:
+        table: The same numbers as NumPy arrays, checked. `steps`, `rates` and `joint_rates` are views of it.
         commit_hash: The commit of the repository that the profile was read from; None for other profiles. It is not
             stored in the file, whose bytes do not depend on where it is stored.
 
@@ -50,52 +55,39 @@ class RateProfile:
 
     def __init__(
         self,
-        steps: Tensor | Sequence[int],
-        rates: Mapping[str, Tensor | Sequence[float]],
+        steps: Tensor | NDArray[Any] | Sequence[int],
+        rates: Mapping[str, Tensor | NDArray[Any] | Sequence[float]],
         metadata: Mapping[str, Any] | None = None,
-        joint_rates: Mapping[str, Mapping[str, Tensor | Sequence[float]]] | None = None,
+        joint_rates: Mapping[str, Mapping[str, Tensor | NDArray[Any] | Sequence[float]]] | None = None,
     ) -> None:
-        self.steps = torch.as_tensor(steps).to(torch.int64, copy=True)
-        self.rates = _rows(rates)
-        self.joint_rates = {granularity: _rows(groups) for granularity, groups in (joint_rates or {}).items()}
+        self.table = RateTable(steps, rates, joint_rates or {})
         self.metadata = dict(metadata or {})
         self.commit_hash: str | None = None
-        if not torch.equal(self.steps.double(), torch.as_tensor(steps).double()):
-            raise RateProfileError(f"steps must be whole numbers; got {torch.as_tensor(steps).tolist()!s:.200}.")
-        if self.steps.ndim != 1 or bool((self.steps < 0).any()) or bool((self.steps.diff() <= 0).any()):
-            raise RateProfileError(
-                f"steps must be one row of strictly increasing steps from 0; got {self.steps.tolist()!s:.200}."
-            )
         check_metadata(self.metadata)
-        if not self.rates:
-            raise RateProfileError("a profile needs the rates of at least one parameter; got none.")
-        if STEPS in self.rates:
-            raise RateProfileError(f"{STEPS!r} cannot be the name of a parameter in a profile; rename it.")
-        for group in (self.rates, *self.joint_rates.values()):
-            self._check_rows(group)
-        for name in self.rates:
-            check_name(name)
-        for path in {path for groups in self.joint_rates.values() for path in groups if path}:
-            check_name(path)
 
-    def _check_rows(self, rows: Mapping[str, Tensor]) -> None:
-        for name, values in rows.items():
-            if values.shape != self.steps.shape:
-                raise RateProfileError(
-                    f"the rates of {name!r} have shape {tuple(values.shape)}; there are {len(self.steps)} steps."
-                )
-        table = torch.stack([*rows.values(), self.steps.new_zeros(self.steps.shape).double()])
-        wrong = (~table.isfinite() | (table < 0)).any(1)
-        if bool(wrong.any()):
-            name, values = list(rows.items())[int(wrong.int().argmax())]
-            raise RateProfileError(
-                f"the rates of {name!r} must be finite and not negative; got {values.tolist()!s:.200}."
-            )
+    @cached_property
+    def steps(self) -> Tensor:
+        """Optimizer steps at which the rates were measured, int64 [S]."""
+        return _tensor(self.table.steps)
+
+    @cached_property
+    def rates(self) -> Mapping[str, Tensor]:
+        """`{canonical parameter name: float64 [S]}`."""
+        return _tensors(self.table.rates)
+
+    @cached_property
+    def joint_rates(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """`{granularity: {path: float64 [S]}}`."""
+        return MappingProxyType({name: _tensors(groups) for name, groups in self.table.joint_rates.items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the tensors, which a copy makes again: they share the memory of `table`."""
+        return {"table": self.table, "metadata": self.metadata, "commit_hash": self.commit_hash}
 
     @property
     def names(self) -> list[str]:
         """Canonical parameter names."""
-        return list(self.rates)
+        return list(self.table.rates)
 
     @property
     def about(self) -> ProfileMetadata:
@@ -103,7 +95,7 @@ class RateProfile:
         return ProfileMetadata(self.metadata)
 
     def __repr__(self) -> str:
-        return f"RateProfile({len(self.rates)} parameters, steps {self.steps.tolist()})"
+        return f"RateProfile({len(self.names)} parameters, steps {self.table.steps.tolist()})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RateProfile) and self.to_bytes() == other.to_bytes()
@@ -116,8 +108,8 @@ class RateProfile:
         Raises:
             RateProfileError: If no step was recorded.
         """
-        rates = torch.stack(list(self.rates.values()), 1)
-        return dict(zip(self.rates, self.interpolated(rates, step).tolist(), strict=True))
+        left, right, part = self.table.neighbors(step)
+        return {name: float(row[left] + (row[right] - row[left]) * part) for name, row in self.table.rates.items()}
 
     def interpolated(self, series: Tensor, step: int) -> Tensor:
         """Interpolate values given at the profile's steps: linear between them, constant before and after.
@@ -132,14 +124,7 @@ class RateProfile:
         Raises:
             RateProfileError: If no step was recorded.
         """
-        if not len(self.steps):
-            raise RateProfileError("the profile holds no step: its run ended before the first measurement.")
-        # right: index of the first recorded step >= `step`, else of the last one. left: right - 1 strictly between two
-        # recorded steps, else right.
-        right = int(torch.searchsorted(self.steps, step).clamp(max=len(self.steps) - 1))
-        left = right if self.steps[right] <= step or right == 0 else right - 1
-        span = float(self.steps[right] - self.steps[left])
-        part = (step - float(self.steps[left])) / span if span else 0.0
+        left, right, part = self.table.neighbors(step)
         return series[left] + (series[right] - series[left]) * part
 
     def appended(
@@ -158,18 +143,18 @@ class RateProfile:
         Raises:
             RateProfileError: If names differ or the step is not later.
         """
-        check_names(self.rates, rates, "this profile", "the new rates")
-        joint = joint_rates or {}
-        check_names(self.joint_rates, joint, "this profile's joint rates", "the new ones")
-        for granularity, groups in self.joint_rates.items():
+        table, joint = self.table, joint_rates or {}
+        check_names(table.rates, rates, "this profile", "the new rates")
+        check_names(table.joint_rates, joint, "this profile's joint rates", "the new ones")
+        for granularity, groups in table.joint_rates.items():
             check_names(groups, joint[granularity], f"this profile's joint rates by {granularity}", "the new ones")
         return RateProfile(
-            [*self.steps.tolist(), step],
-            {name: [*values.tolist(), rates[name]] for name, values in self.rates.items()},
+            np.append(table.steps, step),
+            {name: np.append(row, rates[name]) for name, row in table.rates.items()},
             self.metadata,
             {
-                granularity: {path: [*values.tolist(), joint[granularity][path]] for path, values in groups.items()}
-                for granularity, groups in self.joint_rates.items()
+                granularity: {path: np.append(row, joint[granularity][path]) for path, row in groups.items()}
+                for granularity, groups in table.joint_rates.items()
             },
         )
 
@@ -191,10 +176,11 @@ class RateProfile:
         if not profiles:
             raise RateProfileError("there is no profile to average.")
         loaded = [RateProfile.from_pretrained(profile) for profile in profiles]
-        first = loaded[0]
-        for other in loaded[1:]:
+        tables = [profile.table for profile in loaded]
+        first = tables[0]
+        for other in tables[1:]:
             check_names(first.rates, other.rates, "the first profile", "another one")
-            if not torch.equal(first.steps, other.steps):
+            if not np.array_equal(first.steps, other.steps):
                 raise RateProfileError(f"the steps differ: {first.steps.tolist()} and {other.steps.tolist()}.")
         for unit in UNITS:
             found = {p.about.units[unit] for p in loaded if unit in p.about.units}
@@ -202,16 +188,16 @@ class RateProfile:
                 raise RateProfileError(f"the profiles cannot be averaged: {unit} is one of {', '.join(sorted(found))}.")
         shared = _common([{key: value for key, value in p.metadata.items() if key != MATCHING} for p in loaded])
         joint = {
-            granularity: _geometric_mean([p.joint_rates[granularity] for p in loaded])
+            granularity: _geometric_mean([table.joint_rates[granularity] for table in tables])
             for granularity, groups in first.joint_rates.items()
-            if all(p.joint_rates.get(granularity, {}).keys() == groups.keys() for p in loaded)
+            if all(table.joint_rates.get(granularity, {}).keys() == groups.keys() for table in tables)
         }
-        rates = _geometric_mean([p.rates for p in loaded])
+        rates = _geometric_mean([table.rates for table in tables])
         return RateProfile(first.steps, rates, {**shared, AVERAGED_OVER: len(loaded)}, joint)
 
     def to_bytes(self) -> bytes:
         """Return the bytes of `rate_profile.safetensors`. Equal profiles give equal bytes."""
-        return serialize(self.steps, self.rates, self.metadata, self.joint_rates)
+        return serialize(self.table.steps, self.table.rates, self.metadata, self.table.joint_rates)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write `rate_profile.safetensors`. The write is atomic, even if the process dies.
@@ -257,21 +243,25 @@ class RateProfile:
             raise RateProfileError(
                 f"{source!r:.100} is not a profile: it must be a RateProfile, a folder, a file or a repository."
             )
-        path = hub.find(
-            os.fspath(source),
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
+        path = local_file(Path(source), subfolder)
+        if path is None:
+            from . import hub  # here, because the client of the Hub takes longer to load than a file to read
+
+            path = hub.download(
+                os.fspath(source),
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
         content = parse(path)
         try:
             profile = cls(*content)
         except RateProfileError as error:
             raise RateProfileError(f"{path}: {error}") from error
-        profile.commit_hash = extract_commit_hash(str(path), None)
+        profile.commit_hash = commit_in(path)
         return profile
 
     def push_to_hub(
@@ -308,6 +298,8 @@ class RateProfile:
             RateProfileError: If the Hub refuses the commit or cannot be reached. The repository then has either all
                 of the files or none.
         """
+        from . import hub
+
         return hub.upload(
             repo_id,
             lambda address, card: shared_files(self, address, card),
@@ -359,14 +351,15 @@ def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: s
     )
 
 
-def _rows(rates: Mapping[str, Tensor | Sequence[float]]) -> dict[str, Tensor]:
-    rows = {}
-    for name, values in rates.items():
-        try:
-            rows[name] = torch.as_tensor(values, dtype=torch.float64).clone()
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise RateProfileError(f"the rates of {name!r} are not a row of numbers: {error}") from error
-    return rows
+def _tensors(rows: Mapping[str, Row]) -> Mapping[str, Tensor]:
+    return MappingProxyType({name: _tensor(row) for name, row in rows.items()})
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Return a tensor that shares the memory of an array."""
+    import torch  # here, because the command line reads profiles without torch
+
+    return torch.from_numpy(array)
 
 
 def _common(objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -384,5 +377,6 @@ def _common(objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return common
 
 
-def _geometric_mean(profiles: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([rates[name] for rates in profiles]).log().mean(0).exp() for name in profiles[0]}
+def _geometric_mean(profiles: Sequence[Mapping[str, Row]]) -> dict[str, Row]:
+    with np.errstate(divide="ignore"):  # the logarithm of 0
+        return {name: np.exp(np.mean([np.log(rates[name]) for rates in profiles], axis=0)) for name in profiles[0]}

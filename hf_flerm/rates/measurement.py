@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..model.names import preview
+from ..model.name_text import preview
 from .estimators import from_examples, from_weight_gradients, rates_from
 from .totals import Combination, Draws, Totals, combination_key
 

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from ..model.names import without_prefix
+from ..model.name_text import without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
 from .summary import rates_by_kind
 
@@ -71,12 +71,12 @@ class HeatMap:
 
     rows: list[str]
     steps: list[int]
-    rates: Tensor
+    rates: NDArray[np.float64]
 
     @property
-    def positive(self) -> Tensor:
+    def positive(self) -> NDArray[np.float64]:
         """The rates, with nan in place of 0: a logarithmic color scale has no color for it."""
-        return self.rates.where(self.rates > 0, torch.nan)
+        return np.where(self.rates > 0, self.rates, np.nan)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class MultiplierSeries:
 
 def rate_curves(profile: RateProfile) -> list[Curve]:
     """Return the rates over training by kind of tensor."""
-    x = (profile.steps + 1).tolist()
+    x = (profile.table.steps + 1).tolist()
     curves = []
     for kind, rates in rates_by_kind(profile).items():
         low, high = rates.band
@@ -125,16 +125,17 @@ def layer_heat_map(profile: RateProfile) -> HeatMap:
     Raises:
         RateProfileError: If the profile has no joint rates by block.
     """
-    joint = profile.joint_rates.get("block")
+    joint = profile.table.joint_rates.get("block")
     if not joint:
         raise RateProfileError("the profile holds no joint rates by block. Record it again with this version.")
-    return HeatMap([without_prefix(path) for path in joint], profile.steps.tolist(), torch.stack([*joint.values()]))
+    rows = [without_prefix(path) for path in joint]
+    return HeatMap(rows, profile.table.steps.tolist(), np.stack([*joint.values()]))
 
 
 def tensor_heat_map(profile: RateProfile) -> HeatMap:
     """Return the rate of each tensor at each measured step."""
     names = [without_prefix(name) for name in profile.names]
-    return HeatMap(names, profile.steps.tolist(), torch.stack([*profile.rates.values()]))
+    return HeatMap(names, profile.table.steps.tolist(), np.stack([*profile.table.rates.values()]))
 
 
 def multiplier_series(profile: RateProfile) -> list[MultiplierSeries]:

@@ -11,10 +11,9 @@ from statistics import mean, stdev
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..model.names import without_prefix
+from ..model.name_text import without_prefix
 from ..profile.rate_profile import RateProfile, RateProfileError
 from .figures import (
     GRAY,
@@ -36,6 +35,7 @@ from .summary import title_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 _MARKS, _DASHES = ("o", "s", "^", "D"), ("-", "--", ":", "-.")  # by variant of `styles`
 _SPREAD = 0.6  # fraction of the space between two layers over which the error bars of all kinds are spread
@@ -86,7 +86,7 @@ def plot_layers(profile: RateProfile, axes: Axes | None = None) -> Figure:
     figure, axes = _axes(axes, (8, 1.5 + 0.3 * len(found.rows)))
     positive = found.rates[found.rates > 0]
     scale = _pyplot().matplotlib.colors.LogNorm(*((positive.min(), positive.max()) if len(positive) else (None, None)))
-    image = axes.imshow(found.positive.numpy(), aspect="auto", cmap="viridis", norm=scale)
+    image = axes.imshow(found.positive, aspect="auto", cmap="viridis", norm=scale)
     labeled = tick_positions(len(found.steps), _MOST_STEPS)
     axes.set_xticks(labeled, [str(found.steps[index]) for index in labeled])
     axes.set_yticks(range(len(found.rows)), found.rows)
@@ -158,16 +158,18 @@ def plot_interactions(names: Sequence[str], inner_products: Tensor, axes: Axes |
         ImportError: If matplotlib is not installed.
         ValueError: If the matrix does not have one row and one column per name.
     """
-    if inner_products.shape != (len(names), len(names)):
+    products = np.asarray(inner_products)
+    if products.shape != (len(names), len(names)):
         raise ValueError(
-            f"there are {len(names)} names and a matrix of shape {tuple(inner_products.shape)}. Pass the result of "
+            f"there are {len(names)} names and a matrix of shape {products.shape}. Pass the result of "
             "Measurement.interactions()."
         )
     side = 0.25 * min(len(names), _MOST_NAMES)
     figure, axes = _axes(axes, (3 + side, 1.5 + side))
-    sizes = inner_products.diagonal().clamp(min=0).sqrt()
-    correlations = inner_products / (sizes[:, None] * sizes)  # [L, L]
-    image = axes.imshow(correlations.where(correlations.isfinite(), torch.nan).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    sizes = np.sqrt(products.diagonal().clip(min=0))
+    norms = sizes[:, None] * sizes  # [L, L]
+    correlations = np.divide(products, norms, out=np.full_like(norms, np.nan), where=norms > 0)
+    image = axes.imshow(correlations, cmap="RdBu_r", vmin=-1, vmax=1)
     labeled = tick_positions(len(names), _MOST_NAMES)
     labels = [without_prefix(names[index]) for index in labeled]
     axes.set_xticks(labeled, labels, rotation=90, fontsize="x-small")

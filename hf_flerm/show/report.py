@@ -8,6 +8,7 @@ from html import escape
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup
 
@@ -129,8 +130,8 @@ def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
         RATES_LEGEND,
         _rates(rate_curves(profile), step_ticks(profile.steps.tolist())),
     )
-    has_steps = len(profile.steps) > 0
-    if has_steps and profile.joint_rates.get("block"):
+    has_steps = len(profile.table.steps) > 0
+    if has_steps and profile.table.joint_rates.get("block"):
         yield "Layers", LAYERS_LEGEND, _heat_map(layer_heat_map(profile))
     if has_steps:
         about = "The rate of each tensor. Zoom in to see the names of all of them."
@@ -181,8 +182,8 @@ def _rates(curves: Iterable[Curve], ticks: Mapping[int, str]) -> Figure:
 def _heat_map(found: HeatMap) -> Figure:
     """Draw rates on a logarithmic scale of colors; 0 is left white."""
     graph, figure = _figure(height=min(180 + _ROW * len(found.rows), _TALLEST))
-    logs = found.positive.log10()  # plotly has no logarithmic color scale
-    known = logs[logs.isfinite()]
+    logs = np.log10(found.positive)  # plotly has no logarithmic color scale
+    known = logs[np.isfinite(logs)]
     ticks = range(math.floor(known.min()), math.ceil(known.max()) + 1) if len(known) else range(0)
     figure.add_trace(
         graph.Heatmap(

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ..model.names import without_prefix
+from ..model.name_text import without_prefix
 from ..profile.rate_profile import RateProfile
-from ..transfer.scale_report import decision_from
+from ..profile.table import Row
+from ..transfer.match_summary import decision_from
 
 _ADAPTER_FIELDS = ("r", "lora_alpha", "init_lora_weights", "use_rslora", "use_dora")
 _SIZES = ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size")
@@ -29,13 +29,13 @@ class KindRates:
     """
 
     names: tuple[str, ...]
-    mean: Tensor
-    log_error: Tensor
+    mean: Row
+    log_error: Row
 
     @property
-    def band(self) -> tuple[Tensor, Tensor]:
+    def band(self) -> tuple[Row, Row]:
         """One standard error below and above the mean, float64 [S] each; the mean itself if the error is unknown."""
-        factor = self.log_error.nan_to_num(0.0).exp()
+        factor = np.exp(np.nan_to_num(self.log_error, nan=0.0))
         return self.mean / factor, self.mean * factor
 
 
@@ -44,19 +44,19 @@ def rates_by_kind(profile: RateProfile) -> dict[str, KindRates]:
 
     A kind is the name of a tensor without PEFT's prefix and with `*` for the indices of blocks.
     """
-    known = profile.about.kinds
+    known, rates = profile.about.kinds, profile.table.rates
     groups: dict[str, list[str]] = {}
-    for name in profile.names:
+    for name in rates:
         groups.setdefault(without_prefix(known.get(name, name)), []).append(name)
     summary = {}
     for kind, names in groups.items():
-        logs = torch.stack([profile.rates[name] for name in names]).log()
-        logs[~logs.isfinite()] = torch.nan
-        count = logs.isfinite().sum(0)
-        mean = logs.nanmean(0)
-        variance = (logs - mean).square().nansum(0) / (count - 1)
-        error = (variance / count).sqrt().where(count > 1, torch.tensor(torch.nan, dtype=torch.float64))
-        summary[kind] = KindRates(tuple(names), mean.exp(), error)
+        table = np.stack([rates[name] for name in names])  # [tensors of the kind, S]
+        logs = np.log(np.where(table > 0, table, np.nan))
+        count = np.isfinite(logs).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):  # nan where a kind has too few rates above 0
+            mean = np.nansum(logs, 0) / count
+            error = np.sqrt(np.nansum(np.square(logs - mean), 0) / (count - 1) / count)
+        summary[kind] = KindRates(tuple(names), np.exp(mean), np.where(count > 1, error, np.nan))
     return summary
 
 
@@ -124,7 +124,7 @@ def describe(profile: RateProfile) -> dict[str, str]:
     arguments, settings = about.training_arguments, about.settings
     batch = arguments.get("per_device_train_batch_size")
     accumulated = arguments.get("gradient_accumulation_steps", 1)
-    steps = profile.steps.tolist()
+    steps = profile.table.steps.tolist()
     texts = {
         "model": _joined(about.model_name, *_fields(about.model_config, _SIZES)),
         "base model": next((adapter.base_model for adapter in about.adapters if adapter.base_model), None),

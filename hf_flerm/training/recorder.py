@@ -19,7 +19,8 @@ from ..engines import engine_of
 from ..engines.attempt import Attempt
 from ..engines.processes import any_process
 from ..model.isolation import undisturbed
-from ..model.names import preview, tensor_kinds, without_prefix
+from ..model.name_text import preview, without_prefix
+from ..model.names import tensor_kinds
 from ..optimizer.watch import StepUpdate
 from ..profile.metadata import SETTINGS
 from ..profile.rate_profile import RateProfile

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..config import FLeRMConfig, check_config
 from ..engines import engine_of
-from ..model.names import preview, trainable_parameters
+from ..model.name_text import preview
+from ..model.names import trainable_parameters
 from ..optimizer.behavior import check_optimizer
 from ..optimizer.watch import StepUpdate, StepWatch
 from ..profile.common import base_profile, common_profile
@@ -25,7 +26,7 @@ from ..profile.rate_profile import PROFILE_NAME, RateProfile, RateProfileError
 from ..rates.measurement import Measurement
 from ..rates.model_call import Batch
 from ..transfer.evidence import Evidence
-from ..transfer.scale_report import MatchSummary, decision_from
+from ..transfer.match_summary import MatchSummary, decision_from
 from .failures import Failures
 from .probe_data import ProbeData
 from .provenance import warn_of_differences, with_units_of

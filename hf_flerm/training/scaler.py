@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from ..config import FLeRMConfig
-from ..model.names import preview
+from ..model.name_text import preview
 from ..optimizer.step_scales import StepScales
 from ..profile.file import serialize
 from ..profile.metadata import MATCHING
@@ -199,5 +199,6 @@ class Scaler:
 
 def _identity(base: RateProfile) -> dict[str, str]:
     """SHA-256 of the rates of a profile and, if it was read from a repository, the commit."""
-    digest = hashlib.sha256(serialize(base.steps, base.rates, {}, base.joint_rates)).hexdigest()
+    table = base.table
+    digest = hashlib.sha256(serialize(table.steps, table.rates, {}, table.joint_rates)).hexdigest()
     return {"base": digest} | ({"base_commit": base.commit_hash} if base.commit_hash else {})

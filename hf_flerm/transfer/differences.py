@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..model.names import preview
+from ..model.name_text import preview
 from ..optimizer.behavior import without_precision
 from ..profile.metadata import ProfileMetadata
 

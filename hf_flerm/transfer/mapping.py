@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..choices import Depth, Granularity, Unmatched, check_choice, values
 from ..engines import engine_of
-from ..model.names import Place, preview, tensor_places, trainable_parameters, without_prefix
+from ..model.name_text import preview, without_prefix
+from ..model.names import Place, tensor_places, trainable_parameters
 from ..profile.rate_profile import RateProfile, RateProfileError
 from .blocks import Indices, Overlaps, block_indices, names_of_kind, overlapping, stack_blocks, with_indices
 

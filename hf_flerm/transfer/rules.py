@@ -17,7 +17,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..engines import engine_of
-from ..model.names import resolve_names, tensor_kinds, trainable_parameters, without_prefix
+from ..model.name_text import without_prefix
+from ..model.names import resolve_names, tensor_kinds, trainable_parameters
 from ..profile.metadata import Adapter
 from ..profile.rate_profile import RateProfile, RateProfileError
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_flerm import measure_rates
-from hf_flerm.model.names import canonical_names, preview, resolve_names, tensor_kinds, trainable_parameters
+from hf_flerm.model.name_text import preview
+from hf_flerm.model.names import canonical_names, resolve_names, tensor_kinds, trainable_parameters
 
 
 def gpt2() -> GPT2LMHeadModel:

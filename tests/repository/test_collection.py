@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_flerm import FLeRMConfig, RateProfile, Research
-from hf_flerm.model.names import without_prefix
+from hf_flerm.model.name_text import without_prefix
 from hf_flerm.transfer.mapping import map_profile
 from tests.shared import ROOT
 

@@ -94,7 +94,7 @@ def test_no_circle_of_modules() -> None:
 
 LOADED_WITHOUT = [  # in one process, from the lowest up
     ("hf_flerm.choices", ("torch",)),
-    ("hf_flerm.cli", ("torch",)),
+    ("hf_flerm.cli", ("numpy", "torch", "huggingface_hub.hf_api")),
     ("hf_flerm.rates.probe", ("hf_flerm.profile", "hf_flerm.transfer", "hf_flerm.training")),
     ("hf_flerm.profile.rate_profile", ("hf_flerm.transfer", "hf_flerm.training", "hf_flerm.show", "matplotlib")),
     ("hf_flerm.transfer.mapping", ("hf_flerm.training",)),
@@ -110,3 +110,28 @@ for module, unwanted in {LOADED_WITHOUT!r}:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == ""
+
+
+def test_reading_profiles_loads_no_torch() -> None:
+    """`hf-flerm inspect` takes half a second; torch and transformers alone take several."""
+    code = f"""
+import sys, tempfile
+from hf_flerm.cli import app
+with tempfile.TemporaryDirectory() as folder:
+    for words in {READING!r}:
+        app([word.format(file={str(PROFILE)!r}, folder=folder) for word in words], standalone_mode=False)
+        print("done", *{{"torch", "transformers", "peft", "huggingface_hub.hf_api"}} & sys.modules.keys())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [line for line in result.stdout.splitlines() if line.startswith("done")] == ["done"] * len(READING)
+
+
+PROFILE = PACKAGE.parent / "profiles/llama-lora-r16-default-adamw"
+READING = [
+    ["inspect", "{file}"],
+    ["validate", "{file}"],
+    ["diff", "{file}", "{file}"],
+    ["average", "{file}", "{file}", "-o", "{folder}"],
+    ["plot", "{file}", "-o", "{folder}/rates.png"],
+    ["report", "{file}", "-o", "{folder}/report.html"],
+]

@@ -88,8 +88,8 @@ def test_both_libraries_draw_the_same_layers() -> None:
     (trace,), layout = drawn_by_plotly(found)[1]
     table = layer_heat_map(found)
     assert rows == table.rows == layout["yaxis"]["ticktext"] == ["h.10", "h.2"]
-    assert torch.equal(image.isnan(), table.rates == 0)
-    assert torch.equal(image.nan_to_num(0.0), table.rates)
+    assert torch.equal(image.isnan(), torch.tensor(table.rates == 0))
+    assert torch.equal(image.nan_to_num(0.0), torch.tensor(table.rates))
     assert trace["customdata"] == table.rates.tolist()
     assert trace["z"] == [[None if rate == 0 else math.log10(rate) for rate in row] for row in table.rates.tolist()]
 
@@ -157,6 +157,6 @@ def test_labels_that_fit(count: int, most: int, labels: list[int]) -> None:
 def test_heat_maps_have_a_row_for_each_layer_and_each_tensor() -> None:
     found = matched()
     assert tensor_heat_map(found).rows == ["h.10.w", "h.2.w", "e"]
-    assert torch.equal(tensor_heat_map(found).rates, torch.stack(list(found.rates.values())))
+    assert tensor_heat_map(found).rates.tolist() == [row.tolist() for row in found.rates.values()]
     with pytest.raises(RateProfileError, match="no joint rates by block"):
         layer_heat_map(profile())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hf_flerm import FLeRMConfig
-from hf_flerm.transfer.scale_report import LargeScales, MatchSummary, decision_from
+from hf_flerm.transfer.match_summary import MatchSummary, decision_from
+from hf_flerm.transfer.scale_report import LargeScales
 from tests.shared.trainer_runs import known_base, match_known
 from tests.shared.training import flerm_callback, gpt2, make_trainer
 
