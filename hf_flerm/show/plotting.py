@@ -60,7 +60,7 @@ def plot_profile(profile: RateProfile, axes: Axes | None = None) -> Figure:
         axes.plot(curve.x, curve.rates, label=curve.kind, **style)
         axes.fill_between(curve.x, curve.low, curve.high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel=STEP, ylabel=RATE)
-    ticks = step_ticks(profile.steps.tolist())
+    ticks = step_ticks(profile.table.steps.tolist())
     axes.set_xticks([*ticks], [*ticks.values()])
     axes.set_xticks([], minor=True)
     _title(axes, title_of(profile), RATES_LEGEND)

@@ -128,7 +128,7 @@ def _pictures(profile: RateProfile) -> Iterator[tuple[str, str, Figure]]:
     yield (
         "Rates over training",
         RATES_LEGEND,
-        _rates(rate_curves(profile), step_ticks(profile.steps.tolist())),
+        _rates(rate_curves(profile), step_ticks(profile.table.steps.tolist())),
     )
     has_steps = len(profile.table.steps) > 0
     if has_steps and profile.table.joint_rates.get("block"):

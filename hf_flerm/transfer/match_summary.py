@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# a scale above this, or below 1 / this, is reported
 _ROUND_OFF = 1e-9  # relative difference of scales that count as equal
 
 

@@ -1,4 +1,4 @@
-"""What a matched run tells about its scales: a warning of large ones, and a summary at the end."""
+"""What a matched run tells about its scales while it runs: a warning of large ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LARGE = 10.0
+LARGE = 10.0  # a scale above this, or below 1 / this, is reported
 
 
 class LargeScales:
