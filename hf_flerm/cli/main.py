@@ -1,7 +1,8 @@
-"""The `hf-flerm` command: its commands on profiles (`profiles.py`) and `plan`."""
+"""The `hf-flerm` command: its commands on profiles (`profiles.py`), `plan` and `sweep`."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 import hf_flerm
 
 from ..choices import Granularity
-from .profiles import AsJson, commands, errors_as_usage, print_result, with_adapter
+from .profiles import AsJson, Output, commands, errors_as_usage, print_result, with_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +40,7 @@ def _commands(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Function-space learning rates: inspect and share profiles, and plan learning rates from them.
+    """Function-space learning rates: find a learning rate, plan others from its profile, inspect and share profiles.
 
     Exit codes: 0 success; 1 `diff` found a difference; 2 wrong input.
     """
@@ -122,6 +123,71 @@ def plan(
                 callbacks=[_progress(bar)],
             )
     print_result(found.to_dict(), [str(found)], as_json)
+
+
+@app.command()
+def sweep(
+    model: Annotated[
+        str, typer.Argument(help="The model: a folder or repository. A folder without weights is initialized.")
+    ],
+    data: Annotated[str, typer.Argument(help="A text file, a data set saved to disk, or a data set on the Hub.")],
+    output: Output = Path("sweep"),
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", help="Evaluation data, like DATA. Default: none; the training loss is minimized."),
+    ] = None,
+    around: Annotated[
+        float | None, typer.Option(help="Learning rate to begin with. Default: of TrainingArguments.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the model is the same.")] = 1,
+    refine: Annotated[int, typer.Option(min=0, help="How often to halve the spacing of the learning rates.")] = 0,
+    adapter: Annotated[
+        str | None, typer.Option(help="Folder or repository with an adapter_config.json, to train an adapter.")
+    ] = None,
+    optim: Annotated[str | None, typer.Option(help="Optimizer, as in TrainingArguments.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Training examples in a batch.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per example, if the data is text.")] = 512,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training. Default: three epochs.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Warm-up steps of each training.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Learning-rate schedule, as in TrainingArguments.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of initialization, and the first seed of training.")] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best learning rate for a model by training copies of it.
+
+    Finished trainings and the profile of the best one are kept in the output folder; the same command goes on from
+    there. The first line of the output is the learning rate to use.
+    """
+    from transformers import TrainingArguments, set_seed
+
+    set_seed(seed)  # weights may be initialized here
+    given = {
+        "optim": optim,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": max_steps,
+        "warmup_steps": warmup_steps,
+        "lr_scheduler_type": scheduler,
+    }
+    with errors_as_usage(), tempfile.TemporaryDirectory() as scratch:
+        options = {name: value for name, value in given.items() if value is not None}
+        silent = not sys.stderr.isatty()
+        args = TrainingArguments(output_dir=scratch, seed=seed, report_to="none", disable_tqdm=silent, **options)
+        trained = _model(model)
+        if adapter is not None:
+            trained = with_adapter(trained, adapter)
+        examples, collator = _examples(data, model, length)
+        found = hf_flerm.sweep(
+            trained,
+            args,
+            examples,
+            None if evaluation is None else _examples(evaluation, model, length)[0],
+            folder=output,
+            around=around,
+            seeds=range(seed, seed + seeds),
+            refine=refine,
+            data_collator=collator,
+        )
+    print_result(found.to_dict(), [str(found), f"The profile at {found.best:g} is in {output}."], as_json)
 
 
 def _progress(bar: Any) -> TrainerCallback:
