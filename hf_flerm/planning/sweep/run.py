@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ class SweepRun:
     end: End
     loss: float
     steps: int
-    training_losses: tuple[float, ...]
+    training_losses: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ class Recipe:
                 flerm.close()
                 watch.bar.close()
             loss = math.inf if watch.end != "complete" else _loss(copied, watch.losses)
-            copied.accelerator.free_memory()
         run = SweepRun(
             learning_rate=learning_rate,
             seed=seed,

@@ -13,10 +13,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, overload
 
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from ...config import FLeRMConfig
 from ...model.isolation import kept_random_state
@@ -30,6 +32,7 @@ from .folder import SweepFolder, settings_of
 from .run import Recipe, SweepRun
 from .search import Grid, lowest_point, minimum
 
+logger = logging.get_logger(__name__)
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 
 
@@ -213,6 +216,11 @@ def sweep(
     seeds = [own.seed] if seeds is None else list(seeds)
     check_sweep(around, seeds, refine, given["train_dataset"], given["data_collator"])
     with _trainer(model, **given) as trainer:
+        if trainer.state.global_step:
+            logger.warning(
+                f"the trainer has made {trainer.state.global_step} steps already: the copies start from the weights "
+                "and the optimizer that it has now. Make a new trainer to sweep a training from its beginning."
+            )
         callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, FLeRMCallback)), None)
         config = replace(config or (callback.config if callback else FLeRMConfig()), mode="record", profile=None)
         if callback is not None and probe_dataset is None:
@@ -235,6 +243,7 @@ def _result(recipe: Recipe, folder: SweepFolder, grid: Grid, seeds: Sequence[int
             complete = [run for run in runs.values() if run.seed == seed and run.end == "complete"]
             best = None if must_end else min(complete, key=lambda run: run.loss, default=None)
             found, profile = recipe.train(rate, seed, best)
+            clear_device_cache(garbage_collection=True)  # parts of the copy refer to each other
             known = replace(found, steps=found.steps + (known.steps if known else 0))  # it was trained twice
             folder.write(known, profile)
         runs[point, seed] = known
