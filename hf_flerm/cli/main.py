@@ -169,7 +169,7 @@ def sweep(
         "lr_scheduler_type": scheduler,
     }
     with errors_as_usage(), tempfile.TemporaryDirectory() as scratch:
-        options = {name: value for name, value in given.items() if value is not None}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         silent = not sys.stderr.isatty()
         args = TrainingArguments(output_dir=scratch, seed=seed, report_to="none", disable_tqdm=silent, **options)
         trained = _model(model)
