@@ -185,6 +185,7 @@ def test_the_optimum_is_that_of_the_full_grid(tmp_path: Path, middle: float) -> 
         if math.isfinite(losses[0]):
             assert losses == (pytest.approx(closed_form(rate), rel=1e-3),)
     assert found.steps < len(found.runs) * STEPS
+    assert ("diverged" in {run.end for run in found.runs}) == (middle == 20.0)
     unfinished = {run.learning_rate for run in found.runs if run.end != "complete"}
     assert unfinished
     assert all(closed_form(rate) > closed_form(best) for rate in unfinished)
@@ -373,3 +374,11 @@ def test_a_sweep_needs_what_a_training_needs(tmp_path: Path) -> None:
     texts = Dataset.from_dict({"text": ["a", "b"]})
     with pytest.raises(ValueError, match=r"holds texts .* call sweep\(trainer, \.\.\.\)"):
         sweep(Quadratic(), arguments(tmp_path), texts)
+
+
+def test_a_trainer_that_has_trained_is_warned_of(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
+    trainer = Trainer(model=Quadratic(), args=arguments(tmp_path, max_steps=2), train_dataset=DATA)
+    trainer.train()
+    with pytest.raises(ValueError, match="every training diverged"):
+        sweep(trainer, config=QUICK, around=1e30)
+    assert "the trainer has made 2 steps already" in warnings_of()[0]
