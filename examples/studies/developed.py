@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import workload
 from axes import Axis, Rule, Side, deeper, grid, wider
+from models import pretrained_on
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -19,7 +18,6 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Trainer,
     set_seed,
 )
 
@@ -65,10 +63,6 @@ def gpt2bpe(seed: int, width: int, depth: int) -> nn.Module:
 
 def pretrained_qwen() -> Path:
     """Return the folder of a Qwen3 that was pretrained on English; the first call trains it."""
-    folder = workload.CACHE / f"qwen3-english-{workload.VOCABULARY}-{workload.LENGTH}"
-    if (folder / "model.safetensors").exists():
-        return folder
-    set_seed(0)
     config = Qwen3Config(
         hidden_size=96,
         intermediate_size=256,
@@ -82,22 +76,7 @@ def pretrained_qwen() -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        options = workload.arguments(
-            scratch,
-            learning_rate=3e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=30,
-            max_steps=400,
-            per_device_train_batch_size=16,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(Qwen3ForCausalLM(config), options, train_dataset=workload.blocks([workload.english()]))
-        trainer.train()
-        trainer.save_model(scratch + "/model")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(scratch + "/model", folder)
-    return folder
+    return pretrained_on("qwen3-english", lambda: Qwen3ForCausalLM(config), workload.blocks([workload.english()]))
 
 
 def qwen(seed: int, rank: int, **options: Any) -> nn.Module:

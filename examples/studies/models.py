@@ -6,7 +6,10 @@ them; `init_scale` multiplies the weights of the linear layers.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 import workload
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, set_seed
 from transformers.modeling_outputs import CausalLMOutput
 
 HEAD_SIZE = 16
@@ -189,6 +192,36 @@ def full(seed: int) -> nn.Module:
     """Return the pretrained model under the adapters, with all parameters trainable."""
     set_seed(seed)
     return GPT2LMHeadModel.from_pretrained(workload.pretrained())
+
+
+def pretrained_on(name: str, make: Callable[[], PreTrainedModel], data: Dataset, collator: Any = None) -> Path:
+    """Return the folder of a model that was pretrained on these blocks; the first call trains it.
+
+    Args:
+        name: Of the model and its text.
+        make: Makes the model.
+        data: Training blocks.
+        collator: Collate function; None: the trainer's.
+    """
+    folder = workload.CACHE / f"{name}-{workload.VOCABULARY}-{workload.LENGTH}"
+    if not (folder / "model.safetensors").exists():
+        set_seed(0)
+        with tempfile.TemporaryDirectory() as scratch:
+            options = workload.arguments(
+                scratch,
+                learning_rate=3e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=30,
+                max_steps=400,
+                per_device_train_batch_size=16,
+                disable_tqdm=True,
+            )
+            trainer = Trainer(make(), options, train_dataset=data, data_collator=collator)
+            trainer.train()
+            trainer.save_model(scratch + "/model")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(scratch + "/model", folder)
+    return folder
 
 
 def context_data() -> tuple[Dataset, Dataset]:

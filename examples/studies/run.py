@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import axes
 import developed
+import held_out
 import torch
 import unseen
 from axes import Axis, grid_index, grid_rate
@@ -44,7 +45,7 @@ from workload import arguments, in_parallel, pretrained, processes, quiet, train
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
 
-AXES: Mapping[str, Axis] = {**axes.AXES, **developed.DEVELOPED, **unseen.UNSEEN}
+AXES: Mapping[str, Axis] = {**axes.AXES, **developed.DEVELOPED, **unseen.UNSEEN, **held_out.HELD_OUT}
 
 
 @dataclass(frozen=True)
@@ -340,6 +341,8 @@ def main() -> None:
     pretrained(progress=True)
     if not set(options.axes or AXES).isdisjoint(unseen.UNSEEN):
         unseen.pretrain()
+    if not set(options.axes or AXES).isdisjoint(held_out.HELD_OUT):
+        held_out.pretrain()
     if not set(options.axes or AXES).isdisjoint(developed.DEVELOPED):
         developed.pretrained_qwen()
     with processes(options.workers) as pool:

@@ -8,9 +8,7 @@ set afterwards.
 from __future__ import annotations
 
 import sys
-import tempfile
 import unicodedata
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import workload
 from axes import Axis, Rule, Side, everywhere, grid
 from datasets import Dataset
 from developed import HEAD_SIZE, LAYER, in_layers
+from models import pretrained_on
 from optimizers import MUON_WITH_ADAMW
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -32,11 +31,9 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Trainer,
     set_seed,
 )
 
@@ -142,31 +139,16 @@ def neox(seed: int, width: int, depth: int) -> nn.Module:
     return GPTNeoXForCausalLM(config)
 
 
-def _pretrained(name: str, make: Callable[[], PreTrainedModel], collator: Any = None) -> Path:
-    """Return the folder of a model that was pretrained on docstrings; the first call trains it."""
-    folder = workload.CACHE / f"{name}-docs-{workload.VOCABULARY}-{workload.LENGTH}"
-    if not (folder / "model.safetensors").exists():
-        set_seed(0)
-        with tempfile.TemporaryDirectory() as scratch:
-            options = workload.arguments(
-                scratch,
-                learning_rate=3e-3,
-                lr_scheduler_type="cosine",
-                warmup_steps=30,
-                max_steps=400,
-                per_device_train_batch_size=16,
-                disable_tqdm=True,
-            )
-            trainer = Trainer(make(), options, train_dataset=docs_data()[0], data_collator=collator)
-            trainer.train()
-            trainer.save_model(scratch + "/model")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            Path(scratch, "model").rename(folder)
-    return folder
+def mask_tokens() -> DataCollatorForLanguageModeling:
+    """A collator that masks tokens for an encoder's pretraining."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=workload.tokenizer())
+    masked = tokenizer.convert_ids_to_tokens(MASK)
+    tokenizer.add_special_tokens({"mask_token": masked, "pad_token": masked})
+    return DataCollatorForLanguageModeling(tokenizer)
 
 
 def pretrained_llama() -> Path:
-    return _pretrained("llama", lambda: LlamaForCausalLM(llama_config(96, 3, tied=False)))
+    return pretrained_on("llama-docs", lambda: LlamaForCausalLM(llama_config(96, 3, tied=False)), docs_data()[0])
 
 
 def pretrained_bert() -> Path:
@@ -181,10 +163,7 @@ def pretrained_bert() -> Path:
         attention_probs_dropout_prob=0.0,
         pad_token_id=MASK,
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=workload.tokenizer())
-    masked = tokenizer.convert_ids_to_tokens(MASK)
-    tokenizer.add_special_tokens({"mask_token": masked, "pad_token": masked})
-    return _pretrained("bert", lambda: BertForMaskedLM(config), DataCollatorForLanguageModeling(tokenizer))
+    return pretrained_on("bert-docs", lambda: BertForMaskedLM(config), docs_data()[0], mask_tokens())
 
 
 def pretrain() -> None:
@@ -213,7 +192,7 @@ def adapted_bert(seed: int, rank: int, **options: Any) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def _muon_rule(name: str, parameter: nn.Parameter) -> float:
+def muon_rule(name: str, parameter: nn.Parameter) -> float:
     if parameter.ndim != 2 or not LAYER.search(name):
         return 1.0
     rows, columns = parameter.shape
@@ -323,7 +302,7 @@ def _axes() -> list[Axis]:
             Side(whole_llama, {}, grid(5.62e-4, 5.62e-3)),
             Side(whole_llama, {}, grid(5.62e-4, 1.78e-2), MUON_WITH_ADAMW),
             "Moonlight: scaled by 0.2 sqrt(max(rows, columns)), Muon takes AdamW's lr",
-            Rule("0.2 sqrt(max(rows, columns)) on the matrices that Muon takes", _muon_rule),
+            Rule("0.2 sqrt(max(rows, columns)) on the matrices that Muon takes", muon_rule),
             data=unicode_data,
             steps=100,
             warmup=10,

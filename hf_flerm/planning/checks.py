@@ -13,25 +13,28 @@ from transformers.utils import logging
 
 from ..model.isolation import kept_random_state, own_generators
 from ..profile.metadata import Adapter
-from ..profile.rate_profile import RateProfile
 
 logger = logging.get_logger(__name__)
 _MOST_REFINED = 4  # times: learning rates then differ by 7 %
 _ZERO_AT_START = (True, "gaussian", "eva")  # values of `init_lora_weights` with which lora_B starts at 0
 
 
-def check_plan(
-    profile: RateProfile | str | None, steps: int, train_dataset: Dataset[Any] | None, data_collator: Any
-) -> None:
-    """Raise ValueError unless there are a profile, a step, a single process and examples that can be collated."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be a whole number of at least 1.")
-    if profile is None:
+def check_training(train_dataset: Dataset[Any] | None, data_collator: Any, caller: str = "plan") -> None:
+    """Raise ValueError unless there are a single process and examples that can be collated.
+
+    Args:
+        train_dataset: The training set.
+        data_collator: The collate function of the training.
+        caller: The function that asks, for the message.
+    """
+    if PartialState().num_processes > 1:
         raise ValueError(
-            "plan needs the profile of a base run: a RateProfile, a folder, a file or a repository. It cannot estimate "
-            "a learning rate without a base yet."
+            f"{caller} must run in a single process, and there are {PartialState().num_processes}: start it without a "
+            "launcher."
         )
-    _check_training("plan", train_dataset, data_collator)
+    if train_dataset is None:
+        raise ValueError(f"{caller} needs the training set, and train_dataset is None.")
+    _check_examples(caller, train_dataset, data_collator)
 
 
 def check_sweep(
@@ -47,7 +50,7 @@ def check_sweep(
             f"refine is {refine!r}; it must be a whole number from 0 to {_MOST_REFINED}: how often the spacing is "
             "halved."
         )
-    _check_training("sweep", train_dataset, data_collator)
+    check_training(train_dataset, data_collator, "sweep")
 
 
 def warn_if_trained(model: nn.Module, steps_done: int = 0) -> None:
@@ -68,18 +71,6 @@ def warn_if_trained(model: nn.Module, steps_done: int = 0) -> None:
             f"the model has been trained already ({reason}): plan compares the first steps from these weights with the "
             "first steps of the base run. Give the model as it was before its training."
         )
-
-
-def _check_training(caller: str, train_dataset: Dataset[Any] | None, data_collator: Any) -> None:
-    """Raise ValueError unless there are a single process and examples that can be collated, for `caller`."""
-    if PartialState().num_processes > 1:
-        raise ValueError(
-            f"{caller} must run in a single process, and there are {PartialState().num_processes}: start it without a "
-            "launcher."
-        )
-    if train_dataset is None:
-        raise ValueError(f"{caller} needs the training set, and train_dataset is None.")
-    _check_examples(caller, train_dataset, data_collator)
 
 
 def _check_examples(caller: str, train_dataset: Any, data_collator: Any) -> None:

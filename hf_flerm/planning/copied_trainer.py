@@ -28,6 +28,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from ..config import FLeRMConfig
 from ..optimizer.param_groups import raw_optimizer
 from ..training.callback import FLeRMCallback
 from ..training.probe_data import OnCopies
@@ -66,7 +67,7 @@ def quiet_arguments(args: TrainingArguments, folder: str, learning_rate: float) 
     return own
 
 
-def copied_trainer(trainer: Trainer, args: TrainingArguments, flerm: FLeRMCallback) -> Trainer:
+def copied_trainer(trainer: Trainer, args: TrainingArguments, observer: TrainerCallback) -> Trainer:
     """Return a copy of a trainer that trains a copy of its model.
 
     Class, data, loss and optimizer are those of the trainer. Its callbacks are copied if they act on training steps;
@@ -76,13 +77,15 @@ def copied_trainer(trainer: Trainer, args: TrainingArguments, flerm: FLeRMCallba
         trainer: The trainer. It is not changed.
         args: The arguments of the copy; see `quiet_arguments`. An optimizer that the trainer was given gets their
             learning rate.
-        flerm: Measures in the copy, in place of the trainer's own `FLeRMCallback`.
+        observer: Observes the copy, in place of the trainer's own `FLeRMCallback`.
     """
     original: Any = trainer
     twin: Any = object.__new__(type(trainer))
     memo: Memo = {id(getattr(original, name)): getattr(original, name) for name in _SHARED}
     model = copied_model(original.model, memo)
     memo |= {id(original): twin, id(original.model_wrapped): model}
+    # `FLeRMMixin` closes the callback that it has; one that nothing calls does nothing.
+    flerm = observer if isinstance(observer, FLeRMCallback) else FLeRMCallback(FLeRMConfig())
     memo |= {id(one): flerm for one in original.callback_handler.callbacks if isinstance(one, FLeRMCallback)}
     vars(twin).update({name: _of_the_copy(value, memo) for name, value in vars(original).items()})
     twin.args, twin.model_init = args, None
@@ -92,7 +95,7 @@ def copied_trainer(trainer: Trainer, args: TrainingArguments, flerm: FLeRMCallba
     _copy_optimizer(original, twin, memo)
     if not isinstance(original.train_dataset, HubDataset):  # its rows are the same objects whenever they are read
         twin.data_collator = OnCopies(original.data_collator)
-    callbacks = [DefaultFlowCallback(), flerm, *_copied_callbacks(original, memo)]
+    callbacks = [DefaultFlowCallback(), observer, *_copied_callbacks(original, memo)]
     twin.callback_handler = CallbackHandler(
         callbacks, model, original.processing_class, twin.optimizer, twin.lr_scheduler
     )

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..choices import Decision
 from ..config import FLeRMConfig
-from ..model.isolation import kept_random_state, own_generators
 from ..profile.rate_profile import RateProfile, RateProfileError
 from ..training.callback import FLeRMCallback
-from ..training.probe_data import OnCopies
 from ..transfer.evidence import Evidence
 from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
-from ..transfer.strategy import Strategy, choose_strategy, is_balanced, log_prior, shrunk
-from .checks import check_plan, warn_if_trained
-from .copied_trainer import copied_model, copied_trainer, quiet_arguments, set_learning_rate
+from ..transfer.strategy import Strategy, choose_strategy, is_balanced, shrunk
+from .checks import warn_if_trained
+from .search import Plan, looks_of
+from .trial import OptimizerFactory, Trial
 
-OptimizerFactory = Callable[[nn.Module], Optimizer]
+_STEPS_AT_THE_BASE = 32  # of the copy, with a profile
+_STEPS_OF_A_LOOK = 64  # of each copy, without one
 _DENSE_UNTIL = 8  # steps that are all measured
 # Standard deviation of the logarithm of a measured factor around the one that sweeps find, apart from the sampling
 # error, over the axes of examples/studies. It decides whether a factor is told from 1.
@@ -126,10 +116,11 @@ def advise(measured: Multiplier, change: Change, policy: str) -> Multiplier:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The result of `plan`: the learning rate for a target. `str()` gives the decision, its reason and all numbers.
+class PlanFromBase(Plan):
+    """The result of `plan` with the profile of a base. `str()` gives the decision, its reason and all numbers.
 
     Attributes:
+        looks: Short trainings around the base's learning rate.
         base_learning_rate: The learning rate of the base; of several, the largest.
         overall: Measured factor on it if all tensors have the same learning rate; `advised` is what to make of it.
         multipliers: `{kind: factor}` on it if each kind of tensor has its own learning rate.
@@ -137,7 +128,7 @@ class Plan:
         strategy: What `mode="match"` does without options.
         is_balanced: Whether the kinds of tensors are in balance; see `strategy.is_balanced`.
         mapped: Which rates of the base correspond to which tensors of the target.
-        steps: Training steps of the copy.
+        steps: Training steps of the copy whose rates were measured.
         evidence: The measurements behind `overall`.
     """
 
@@ -153,8 +144,13 @@ class Plan:
 
     @property
     def advised(self) -> Multiplier:
-        """The factor on the base's learning rate that is advised for all tensors; see `advise`."""
-        return advise(self.overall, self.change, self.strategy.policy)
+        """The factor on the base's learning rate that is advised for all tensors.
+
+        It is what signal and curvature say; if they are not to be trusted (`doubts`), what the rates say (`advise`).
+        """
+        if self.doubts:
+            return advise(self.overall, self.change, self.strategy.policy)
+        return Multiplier(self.wanted / self.base_learning_rate, self.error)
 
     @property
     def decision(self) -> Decision:
@@ -170,13 +166,19 @@ class Plan:
             or (self.strategy.policy == "gate" and not self.is_balanced)
         ):
             return "match"
-        return "one" if abs(math.log(self.advised.value)) > math.log(_WORTH) else "keep"
+        return "keep" if self._may_be_kept else "one"
+
+    @property
+    def _may_be_kept(self) -> bool:
+        """Whether the base's learning rate is in the 68 % range, or differs from the answer by less than `_WORTH`."""
+        low, high = self.advised.bounds
+        close = abs(math.log(self.advised.value)) <= math.log(_WORTH)
+        return close or (not self.doubts and low <= 1 <= high)
 
     @property
     def learning_rate(self) -> float:
         """One learning rate for all tensors; the base's, if it need not change."""
-        keeps = abs(math.log(self.advised.value)) <= math.log(_WORTH)
-        return self.base_learning_rate * (1.0 if keeps else self.advised.value)
+        return self.base_learning_rate * (1.0 if self._may_be_kept else self.advised.value)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -192,6 +194,8 @@ class Plan:
             if self.strategy.policy == "gate":
                 because = "The kinds of tensors are out of balance with one another"
             return f"{because}; without matching, {self.learning_rate:.3g} for all tensors is best."
+        if not self.doubts:
+            return super().reason
         measured = f"the measured factor on the base's learning rate is {self.overall.value:.3g}"
         if self.change.is_none and self.decision == "keep":
             return f"Neither size, adapter nor optimizer changed ({measured})."
@@ -248,6 +252,7 @@ class Plan:
             "unmatched": list(self.mapped.unmatched),
             "unused": list(self.mapped.unused),
             "steps": self.steps,
+            **self._looks_to_dict(),
         }
 
     def __str__(self) -> str:
@@ -259,7 +264,8 @@ class Plan:
         lines += ["", "Factors if each kind of tensor has its own learning rate:"]
         lines += [f"  {kind}: {multiplier}" for kind, multiplier in sorted(self.multipliers.items())]
         lines += ["", "Tensors of the base and of the target:", str(self.mapped)]
-        lines += ["", f"Measured in {self.steps} training steps of a copy of the model."]
+        lines += ["", f"Rates were measured in {self.steps} training steps of a copy of the model."]
+        lines += self._about_looks()
         return "\n".join(lines)
 
     def _decision(self) -> str:
@@ -292,25 +298,13 @@ class Plan:
 
 @overload
 def plan(
-    model: Trainer,
+    model: nn.Module | Trainer,
+    args: TrainingArguments | None = None,
+    train_dataset: Dataset[Any] | None = None,
+    profile: None = None,
     *,
-    profile: RateProfile | str | None = None,
-    steps: int = 32,
-    granularity: str | None = None,
-    probe_dataset: Dataset[Any] | None = None,
-    config: FLeRMConfig | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Plan: ...
-
-
-@overload
-def plan(
-    model: nn.Module,
-    args: TrainingArguments,
-    train_dataset: Dataset[Any],
-    profile: RateProfile | str | None = None,
-    *,
-    steps: int = 32,
+    steps: int | None = None,
+    looks: int = 6,
     granularity: str | None = None,
     optimizer: OptimizerFactory | None = None,
     data_collator: Any = None,
@@ -320,13 +314,50 @@ def plan(
 ) -> Plan: ...
 
 
+@overload
+def plan(
+    model: nn.Module | Trainer,
+    args: TrainingArguments | None = None,
+    train_dataset: Dataset[Any] | None = None,
+    *,
+    profile: RateProfile | str,
+    steps: int | None = None,
+    looks: int = 6,
+    granularity: str | None = None,
+    optimizer: OptimizerFactory | None = None,
+    data_collator: Any = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PlanFromBase: ...
+
+
+@overload
+def plan(
+    model: nn.Module | Trainer,
+    args: TrainingArguments | None,
+    train_dataset: Dataset[Any] | None,
+    profile: RateProfile | str,
+    *,
+    steps: int | None = None,
+    looks: int = 6,
+    granularity: str | None = None,
+    optimizer: OptimizerFactory | None = None,
+    data_collator: Any = None,
+    probe_dataset: Dataset[Any] | None = None,
+    config: FLeRMConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> PlanFromBase: ...
+
+
 def plan(
     model: nn.Module | Trainer,
     args: TrainingArguments | None = None,
     train_dataset: Dataset[Any] | None = None,
     profile: RateProfile | str | None = None,
     *,
-    steps: int = 32,
+    steps: int | None = None,
+    looks: int = 6,
     granularity: str | None = None,
     optimizer: OptimizerFactory | None = None,
     data_collator: Any = None,
@@ -336,51 +367,77 @@ def plan(
 ) -> Plan:
     """Estimate the learning rate that a model needs, before it is trained.
 
-    A copy of the model trains for a few steps at the base's learning rate, times one scale for all tensors, which is
-    updated from the measurements. The factors for each kind of tensor are estimated from the same measurements. The
-    model, its trainer, all random number generators and the disk are unchanged. A warning says in which settings the
-    training differs from the base's.
+    Without a profile, copies of the model train for a few dozen steps at learning rates that approach the one at which
+    the curvature of the loss along the updates is what it is at the best one; see `hf_flerm.planning.curvature`.
+
+    With the profile of a base, one more copy trains for a few steps at the base's learning rate, times one scale for
+    all tensors, which is updated from the measured rates. The search starts at what the rates say. The factors for each
+    kind of tensor are estimated from the same measurements. A warning says in which settings the training differs from
+    the base's.
+
+    The model, its trainer, all random number generators and the disk are unchanged.
 
     Args:
         model: The target, as it will be trained; or the trainer that will train it, of any class that is derived from
             `Trainer` (TRL's, too). A trainer brings everything that a training needs: `args`, `train_dataset`,
             `optimizer` and `data_collator` cannot be given with it.
-        args: The training arguments of the target. Their learning rate is used only if the profile has none.
+        args: The training arguments of the target. Without a profile, the search starts at their learning rate; with
+            one, it is used only if the profile has none.
         train_dataset: The training set of the target.
-        profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
-        steps: Training steps of the copy; fewer if its training is shorter.
-        granularity: What gets its own factor; see `map_profile`. None: "tensor" if base and target have tensors of the
-            same names, else "module".
+        profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub. None: no base.
+        steps: Training steps of a copy; fewer if its training is shorter. None: 32 to measure rates, 64 for signal and
+            curvature.
+        looks: The largest number of learning rates at which signal and curvature are looked at. 0, with a profile: the
+            learning rate is what the rates say, which is less certain.
+        granularity: With a profile: what gets its own factor; see `map_profile`. None: "tensor" if base and target have
+            tensors of the same names, else "module".
         optimizer: Function that creates the optimizer of a model, if `args.optim` does not name it. The optimizer gets
-            the base's learning rate.
+            the learning rate of the copy.
         data_collator: Collate function of the training.
-        probe_dataset: Examples to probe with. None: those of the trainer's `FLeRMCallback`, else of the training set.
-        config: Options of the measurement. None: those of the trainer's `FLeRMCallback`, else the defaults, with
-            output, positions and metric of the profile.
-        callbacks: Further callbacks for the training of the copy.
+        probe_dataset: With a profile: examples to probe with. None: those of the trainer's `FLeRMCallback`, else of the
+            training set.
+        config: With a profile: options of the measurement. None: those of the trainer's `FLeRMCallback`, else the
+            defaults, with output, positions and metric of the profile.
+        callbacks: Further callbacks for the training of the copies.
 
     Raises:
         RateProfileError: If the profile does not fit the model, or holds no joint rates.
-        TypeError: If a trainer is given and something that it brings, too; or a model without args.
-        ValueError: If there is no profile, `steps` is below 1, the training set holds texts that nothing tokenizes,
-            nothing could be measured in these steps, or several processes run.
+        TypeError: If a trainer is given and something that it brings, too; or a model without args; or an option that
+            needs a profile without one.
+        ValueError: If `steps` or `looks` is below 1, the training set holds texts that nothing tokenizes, nothing could
+            be measured in these steps, or several processes run.
     """
-    trainer = model if isinstance(model, Trainer) else None
-    if trainer is not None:
-        given = {"args": args, "train_dataset": train_dataset, "optimizer": optimizer, "data_collator": data_collator}
-        if doubled := [name for name, value in given.items() if value is not None]:
-            raise TypeError(f"plan(trainer) takes {', '.join(doubled)} from the trainer: do not give them, too.")
-        args, train_dataset, data_collator = trainer.args, trainer.train_dataset, trainer.data_collator
-    target: Any = model if trainer is None else trainer.model
-    if not isinstance(target, nn.Module) or args is None:
-        raise TypeError("plan needs a trainer, or a model (torch.nn.Module) and its TrainingArguments.")
-    check_plan(profile, steps, train_dataset, data_collator)
-    base = RateProfile.from_pretrained(profile)  # type: ignore[arg-type]  # not None, says `check_plan`
+    for name, number, least in (("steps", steps, 1), ("looks", looks, 0 if profile is not None else 1)):
+        if number is not None and number < least:
+            raise ValueError(f"{name} is {number}; it must be a whole number of at least {least}.")
+    trial = Trial.of(model, args, train_dataset, optimizer=optimizer, data_collator=data_collator)
+    trial = trial.with_callbacks(callbacks)
+    if profile is not None:
+        base = RateProfile.from_pretrained(profile)
+        measured = _plan_from(base, trial, steps or _STEPS_AT_THE_BASE, granularity, probe_dataset, config)
+        start = measured.base_learning_rate * measured.advised.value
+        return replace(measured, looks=looks_of(trial, start, steps or _STEPS_OF_A_LOOK, looks))
+    of_a_base = {"granularity": granularity, "probe_dataset": probe_dataset, "config": config}
+    if given := [name for name, value in of_a_base.items() if value is not None]:
+        raise TypeError(f"plan takes {', '.join(given)} only with the profile of a base: give one, or leave them out.")
+    return Plan(looks_of(trial, trial.args.learning_rate, steps or _STEPS_OF_A_LOOK, looks))
+
+
+def _plan_from(
+    base: RateProfile,
+    trial: Trial,
+    steps: int,
+    granularity: str | None,
+    probe_dataset: Dataset[Any] | None,
+    config: FLeRMConfig | None,
+) -> PlanFromBase:
+    """Plan from the rates in the profile of a base, without looks; see `plan`."""
+    target = trial.model
     mapped = _mapped(base, target, granularity)
     everything = map_profile(base, target, granularity="global")
-    warn_if_trained(target, trainer.state.global_step if trainer is not None else 0)
-    base_rate = float(base.about.learning_rate or args.learning_rate)
-    own = _own_callback(trainer)
+    warn_if_trained(target, trial.trainer.state.global_step if trial.trainer is not None else 0)
+    base_rate = float(base.about.learning_rate or trial.args.learning_rate)
+    own = trial.own_callback
     settings = replace(
         config or replace(own.config if own else FLeRMConfig(), **base.about.config_units),
         mode="match",
@@ -390,20 +447,10 @@ def plan(
     )
     flerm = FLeRMCallback(settings, own.probe_dataset if own and probe_dataset is None else probe_dataset)
     collector = _Collector(flerm, mapped, steps)
-    drawing = own_generators(trainer, train_dataset, data_collator, flerm.probe_dataset)
-    with kept_random_state(args.device), drawing, tempfile.TemporaryDirectory() as scratch:
-        quiet = quiet_arguments(args, scratch, base_rate)
-        if trainer is not None:
-            copied = copied_trainer(trainer, quiet, flerm)
-        else:
-            copied = _new_trainer(copied_model(target), quiet, train_dataset, data_collator, optimizer, flerm)
-        for callback in (collector, *callbacks):
-            copied.add_callback(callback)
-        set_seed(args.seed)
-        try:
-            copied.train()
-        finally:
-            flerm.close()
+    try:
+        copied = trial.run(base_rate, flerm, collector)
+    finally:
+        flerm.close()
     overall, by_kind = estimate(flerm.evidence, everything, collector.by_kind, mapped)
     if overall is None:
         raise ValueError(
@@ -412,13 +459,14 @@ def plan(
         )
     algorithms = flerm.rate_profile.about.algorithms
     strategy = choose_strategy(base, target, algorithms)
-    return Plan(
+    return PlanFromBase(
+        looks=(),
         base_learning_rate=base_rate,
         overall=overall,
         multipliers=by_kind,
         change=change_between(base, target, algorithms),
         strategy=strategy,
-        is_balanced=is_balanced(collector.by_kind, mapped, log_prior(mapped, strategy.prior)),
+        is_balanced=is_balanced(collector.by_kind, mapped, strategy),
         mapped=mapped,
         steps=copied.state.global_step,
         evidence=flerm.evidence,
@@ -440,35 +488,6 @@ class _Collector(TrainerCallback):
                 self.by_kind = self.by_kind.appended(steps[-1], self.mapped, self.source.last_measurement, weights[-1])
         if state.global_step >= self.steps:
             control.should_training_stop = True
-
-
-def _new_trainer(
-    model: nn.Module,
-    args: TrainingArguments,
-    train_dataset: Dataset[Any] | None,
-    data_collator: Any,
-    optimizer: OptimizerFactory | None,
-    flerm: FLeRMCallback,
-) -> Trainer:
-    made = optimizer(model) if optimizer else None
-    if made is not None:
-        set_learning_rate(made, args.learning_rate)
-    collate: Any = data_collator and OnCopies(data_collator)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        data_collator=collate,
-        optimizers=(made, None),
-        callbacks=[flerm],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _own_callback(trainer: Trainer | None) -> FLeRMCallback | None:
-    callbacks = trainer.callback_handler.callbacks if trainer is not None else ()
-    return next((callback for callback in callbacks if isinstance(callback, FLeRMCallback)), None)
 
 
 def _mapped(base: RateProfile, model: nn.Module, granularity: str | None) -> ProfileMap:

@@ -264,6 +264,29 @@ def prior_scales(
     }
 
 
+def asked_scales(change: Change, model: nn.Module, prior: Mapping[str, float]) -> dict[str, float]:
+    """Return what rates ask for beyond the prior where nothing is wrong: `{canonical name: factor}`, 1 if not named.
+
+    LoRA's A and B have more than one balance with the same product. A rule gives both one factor p; rates ask for
+    another balance, which trains no better. With r, s and w the ratios of rank, scaling and width, and B as large as
+    its steps have made it, one step moves the outputs by
+
+        rate of B  ~ r s lr_B             rate of A  ~ r s w lr_A |B|  ~  r s w lr_A lr_B
+
+    so at lr_A = lr_B = p, B asks for 1 / (r s) and A for 1 / (r s w p): B for w p times as much as A.
+    """
+    if not _both_lora(change):
+        return {}
+    names = (name for name in trainable_parameters(model) if "lora_B" in name.split("."))
+    return {name: change.width * prior.get(name, 1.0) for name in names}
+
+
+def is_ruled(change: Change) -> bool:
+    """Whether a rule that matched runs start from says what to do between these optimizers."""
+    between = Change(base_optimizer=change.base_optimizer, target_optimizer=change.target_optimizer)
+    return any(rule.of_tensor is not None and rule.applies(between) for rule in RULES)
+
+
 def _target_tensors(
     base: RateProfile, model: nn.Module, algorithms: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, TargetTensor]:

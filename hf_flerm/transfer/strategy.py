@@ -7,7 +7,8 @@ moves without need costs something. `examples/studies/run.py` can run every poli
 
     policy   scales
     hold     the prior
-    level    the prior, and one factor for all tensors from the joint rate of the whole model, if it is clearly not 1
+    level    the prior, and one factor for all tensors from the joint rate of the whole model, if it is clearly not 1;
+             for a change of adapter, and of an optimizer that no rule is known for
     follow   what each kind of tensor needs by its own rates
     gate     the prior while the kinds of tensors are in balance, else as `follow`
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..profile.rate_profile import RateProfile
 from .evidence import Evidence, columns_of, random_effects_mean
 from .mapping import ProfileMap
-from .rules import Change, change_between, prior_scales
+from .rules import Change, asked_scales, change_between, is_ruled, prior_scales
 
 # Standard deviation of log(base's joint rate / target's joint rate) between runs that both have their best learning
 # rate, over the axes of examples/studies.
@@ -48,12 +49,15 @@ class Strategy:
         granularity: What gets its own scale; see `map_profile`.
         prior: `{canonical name: factor on the learning rate}` to start from.
         reason: Why, in words.
+        asked: `{canonical name: factor beyond its prior}` that rates ask for where nothing is wrong; 1 if not named. See
+            `rules.asked_scales`.
     """
 
     policy: str
     granularity: str
     prior: Mapping[str, float]
     reason: str
+    asked: Mapping[str, float] = field(default_factory=dict)
 
 
 def choose_strategy(
@@ -84,7 +88,7 @@ def choose_strategy(
         chosen, reason = policy, f"policy={policy!r} was asked for"
     coarse = "global" if chosen == "level" else "tensor"
     prior = prior_scales(base, model, algorithms) if rules == "published" else {}
-    return Strategy(chosen, granularity or coarse, prior, reason)
+    return Strategy(chosen, granularity or coarse, prior, reason, asked_scales(change, model, prior))
 
 
 def _policy(change: Change, base: RateProfile, rules: str) -> tuple[str, str]:
@@ -92,8 +96,10 @@ def _policy(change: Change, base: RateProfile, rules: str) -> tuple[str, str]:
     if not (base.about.shapes and base.joint_rates.get("global")):
         return "follow", "the profile has no shapes or no joint rates, without which nothing else can be decided"
     if change.of_optimizer:
-        optimizers = f"{change.base_optimizer} to {change.target_optimizer}"
-        return "level", f"the optimizer changed ({optimizers}), so the base says nothing of the balance between tensors"
+        optimizers = f"the optimizer changed ({change.base_optimizer} to {change.target_optimizer})"
+        if rules == "published" and not change.of_adapter and is_ruled(change):
+            return "hold", f"{optimizers}, where a rule predicts better than rates"
+        return "level", f"{optimizers}, so the base says nothing of the balance between tensors"
     if change.of_adapter:
         adapters = f"{change.base_adapter or 'no adapter'} to {change.target_adapter or 'no adapter'}"
         return "level", f"the adapter changed ({adapters}), so the base says nothing of the balance between tensors"
@@ -134,7 +140,7 @@ def with_scales(
     if strategy.policy == "gate":
         # Once out of balance, a run follows the rates to its end.
         has_moved = bool(evidence.steps[1:]) and not torch.equal(evidence.log_scales, prior)
-        follows = has_moved or not is_balanced(evidence, mapped, prior)
+        follows = has_moved or not is_balanced(evidence, mapped, strategy)
     if follows:
         return evidence.estimated(mapped, prior=prior, pool=pool, beta=beta, max_scale=max_scale, max_change=max_change)
     level = log_level(evidence)[0] if strategy.policy == "level" else 0.0
@@ -192,7 +198,7 @@ def shrunk(estimate: float, variance: float) -> float:
     return estimate * max(0.0, 1 - (variance / estimate**2) ** 2) if estimate else 0.0
 
 
-def is_balanced(evidence: Evidence, mapped: ProfileMap, prior: Tensor) -> bool:
+def is_balanced(evidence: Evidence, mapped: ProfileMap, strategy: Strategy) -> bool:
     """Whether the kinds of tensors are in balance: none needs a factor of `_BALANCED` beyond what all have in common.
 
     Kinds without a matrix do not count (biases and norms): their rates are small and noisy. A kind that could not be
@@ -202,7 +208,7 @@ def is_balanced(evidence: Evidence, mapped: ProfileMap, prior: Tensor) -> bool:
     Args:
         evidence: The measurements.
         mapped: What is matched.
-        prior: Logarithm of the prior of each unit, float64 [U].
+        strategy: Its prior, and what rates ask for beyond it where nothing is wrong, are not counted as need.
     """
     units = list(mapped.measured_units.values())
     matrices = {name for name, shape in mapped.shapes.items() if len(shape) > 1} or set(mapped.shapes)
@@ -212,6 +218,7 @@ def is_balanced(evidence: Evidence, mapped: ProfileMap, prior: Tensor) -> bool:
         if any(not matrices.isdisjoint(units[column].shares) for column in index)
     ]
     means, variances = evidence.averaged(counted, torch.ones(len(evidence.steps), dtype=torch.float64))
-    needed = (means - torch.stack([prior[index].mean() for index in counted])).nan_to_num(0.0)
+    expected = log_prior(mapped, strategy.prior) + log_prior(mapped, strategy.asked)
+    needed = (means - torch.stack([expected[index].mean() for index in counted])).nan_to_num(0.0)
     distances = (needed - needed.mean()).abs() - variances.sqrt().nan_to_num(posinf=0.0)
     return bool((distances <= math.log(_BALANCED)).all())

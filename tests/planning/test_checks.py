@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, default_data_collator
 
 from hf_flerm import RateProfile, plan
-from hf_flerm.planning.checks import check_plan, warn_if_trained
+from hf_flerm.planning.checks import check_training, warn_if_trained
 from tests.shared.plans import arguments, lora
 from tests.shared.training import LENGTH, Rows, gpt2
 
@@ -43,15 +43,16 @@ def test_texts_are_refused_before_anything_is_copied(tmp_path: Path, columns: st
 
 def test_what_can_be_collated_is_not_refused() -> None:
     tokens = Rows().tokens.tolist()
-    check_plan(PROFILE, 1, Dataset.from_dict({"text": TEXTS}), lambda rows: {})  # may tokenize
-    check_plan(PROFILE, 1, Dataset.from_dict({"text": TEXTS, "input_ids": tokens}), None)
-    check_plan(PROFILE, 1, Dataset.from_dict({"file": TEXTS, "pixel_values": tokens}), None)
-    check_plan(PROFILE, 1, Rows(), default_data_collator)
+    check_training(Dataset.from_dict({"text": TEXTS}), lambda rows: {})  # may tokenize
+    check_training(Dataset.from_dict({"text": TEXTS, "input_ids": tokens}), None)
+    check_training(Dataset.from_dict({"file": TEXTS, "pixel_values": tokens}), None)
+    check_training(Rows(), default_data_collator)
 
 
-def test_a_plan_needs_a_profile(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs the profile of a base run.*without a base yet"):
-        plan(Whole(), arguments(tmp_path), Rows())
+@pytest.mark.parametrize("option", ["granularity", "probe_dataset", "config"])
+def test_options_of_a_base_need_its_profile(tmp_path: Path, option: str) -> None:
+    with pytest.raises(TypeError, match=rf"takes {option} only with the profile of a base"):
+        plan(Whole(), arguments(tmp_path), Rows(), **{option: "kind"})
 
 
 def test_a_model_that_has_been_trained_is_warned_of(warnings_of: Callable[[], list[str]]) -> None:

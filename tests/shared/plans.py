@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 from transformers import TrainingArguments
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, RateProfile, Research, plan
-from hf_flerm.planning.plan import Plan
+from hf_flerm.planning.plan import PlanFromBase
 from tests.shared.training import Rows, gpt2
 
 LEARNING_RATE = 1e-2
@@ -39,7 +39,7 @@ def recorded(folder: Path, model: nn.Module, metric: str = "euclidean", **extra:
     return trainer.rate_profile
 
 
-def planned(folder: Path, model: nn.Module, base: RateProfile, **options: Any) -> Plan:
-    return plan(
-        model, arguments(folder), Rows(), base, steps=6, config=FLeRMConfig(research=Research(probes=4)), **options
-    )
+def planned(folder: Path, model: nn.Module, base: RateProfile, **options: Any) -> PlanFromBase:
+    """By the rates alone."""
+    config = FLeRMConfig(research=Research(probes=4))
+    return plan(model, arguments(folder), Rows(), base, steps=6, looks=0, config=config, **options)

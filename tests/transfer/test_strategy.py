@@ -19,7 +19,7 @@ from hf_flerm.optimizer.param_groups import described_groups
 from hf_flerm.transfer.evidence import Evidence
 from hf_flerm.transfer.mapping import ProfileMap
 from hf_flerm.transfer.rules import prior_scales
-from hf_flerm.transfer.strategy import Strategy, choose_strategy, is_balanced, log_level, log_prior, with_scales
+from hf_flerm.transfer.strategy import Strategy, choose_strategy, is_balanced, log_level, with_scales
 from tests.shared.plans import arguments, lora, recorded
 from tests.shared.training import Rows, gpt2
 
@@ -36,6 +36,8 @@ TARGETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], type[
     "rank": (lora, lambda: lora(rank=8), AdamW, "gate", "tensor"),
     "optimizer": (gpt2, gpt2, Adam, "level", "global"),
     "optimizer and width": (gpt2, lambda: gpt2(width=64), SGD, "level", "global"),
+    "optimizer with a rule": (gpt2, gpt2, Lion, "hold", "tensor"),
+    "adapter and optimizer with a rule": (lora, gpt2, Lion, "level", "global"),
     "adapter to all weights": (lora, gpt2, AdamW, "level", "global"),
     "all weights to adapter": (gpt2, lora, AdamW, "level", "global"),
     "DoRA": (lora, lambda: lora(use_dora=True), AdamW, "level", "global"),
@@ -267,7 +269,25 @@ def test_levels_survive_the_record() -> None:
 def test_balance_is_judged_by_matrices_apart_from_what_they_share(rates: dict[str, float], balanced: bool) -> None:
     found = mapped()
     evidence = Evidence.empty(found).appended(0, found, measured(rates))
-    assert is_balanced(evidence, found, log_prior(found, {})) is balanced
+    assert is_balanced(evidence, found, Strategy("gate", "tensor", {}, "")) is balanced
+
+
+@pytest.mark.parametrize(("rules", "prior"), [("published", 1 / 8), ("none", 1.0)])
+def test_what_a_larger_scaling_asks_of_b_is_no_imbalance(
+    rules: str, prior: float, bases: Mapping[Any, RateProfile]
+) -> None:
+    """At 64 times the scaling B moves the outputs 64 times as far, and A 64 lr times, as B has grown with lr."""
+    base, model = bases[lora], lora(lora_alpha=16 * 64)
+    found = map_profile(base, model)
+    strategy = choose_strategy(base, model, algorithms(model, AdamW(model.parameters())), rules=rules)
+    assert strategy.policy == "gate"
+    rates = {name: base.rates[name][-1].item() for name in base.rates}
+    kinds = {name: 64.0 if "lora_B" in name else 64.0 * prior for name in rates}
+    step = int(base.steps[-1])
+    grown = measured({name: rate * kinds[name] for name, rate in rates.items()})
+    alike = measured({name: rate * 64.0 * prior for name, rate in rates.items()})
+    assert is_balanced(Evidence.empty(found).appended(step, found, grown), found, strategy)
+    assert is_balanced(Evidence.empty(found).appended(step, found, alike), found, strategy) is (rules == "none")
 
 
 def test_a_gate_holds_the_prior_until_the_balance_is_lost_and_follows_from_then_on() -> None:
@@ -281,7 +301,7 @@ def test_a_gate_holds_the_prior_until_the_balance_is_lost_and_follows_from_then_
         evidence = with_scales(evidence.appended(step, found, measured(rates)), found, strategy)
         seen.append(evidence.log_scales.exp().tolist())
     assert seen[0] == pytest.approx([0.5] * 3)
-    assert is_balanced(evidence, found, log_prior(found, prior))  # all steps together
+    assert is_balanced(evidence, found, strategy)  # all steps together
     assert seen[4][1] > 2.0
     assert all(scales[1] > 0.5 + 1e-3 for scales in seen[4:])
 

@@ -1,0 +1,215 @@
+"""Signal and curvature along the update: whether a learning rate is too high or too low, from the training itself.
+
+Along the update U of one step (learning rate included), the loss on fresh examples is, to second order in s,
+
+    L(W + s U) - L(W)  =  -s m + s^2 h / 2        m = -g(W) . U,   h = (g(W + U) - g(W)) . U
+
+with g the gradient on these examples: m is the signal of the step, h its curvature. Both are sums over tensors, so one
+pair of gradients gives them for every tensor, too. The best s is m / h: at h / m = 1 a step of the same direction could
+not be longer. Training wants a little more than the greedy step (the learning rate decays later): over the runs of
+`examples/studies`, h / m at the best learning rate is `AT_BEST`, whatever the model, adapter and optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..model.isolation import kept_random_state
+from ..model.names import tensor_kinds, trainable_parameters
+
+# h / m of the joint update at the best learning rate: median over the base and target runs of examples/studies.
+AT_BEST = 1.2
+# Before this step the sensitivity of a network changes too fast for the ratio to say something about later steps.
+_FIRST_STEP = 16
+_EVERY = 4  # steps between two measurements
+_BATCHES = 4  # fresh batches in a measurement
+# After so many measurements, a learning rate that is so far off (in log) needs no further ones.
+_FEW, _CLEAR = 5, math.log(6.0)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a short training at one learning rate showed.
+
+    Attributes:
+        learning_rate: The peak learning rate of this training.
+        steps: Training steps.
+        signal: m of every measured step and fresh batch, float64 [T, B, K] for K kinds of tensors.
+        curvature: h, float64 [T, B, K].
+        kinds: Names of the kinds, K.
+        losses: Losses on fresh batches, before the first step and before every measured one.
+    """
+
+    learning_rate: float
+    steps: int
+    signal: Tensor
+    curvature: Tensor
+    kinds: tuple[str, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether a loss is not finite, or the last four exceed the first one by more than a tenth of it."""
+        if not all(map(math.isfinite, self.losses)):
+            return True
+        return mean(self.losses[-4:]) > self.losses[0] + abs(self.losses[0]) / 10
+
+    @property
+    def ratio(self) -> float:
+        """H / m of the joint update over all measurements; inf if the loss does not fall along the update."""
+        signal, curvature = self.signal.sum().item(), self.curvature.sum().item()
+        return curvature / signal if signal > 0 else math.inf
+
+    @property
+    def excess(self) -> float:
+        """log(h / m / AT_BEST): above 0, the learning rate is too high; inf if the loss did not fall."""
+        if self.has_diverged or self.ratio == math.inf:
+            return math.inf
+        return math.log(self.ratio / AT_BEST) if self.ratio > 0 else -math.inf
+
+    @property
+    def is_too_high(self) -> bool:
+        """Whether nothing can be read from this look but that its learning rate is too high."""
+        return self.excess == math.inf
+
+    @property
+    def error(self) -> float:
+        """Standard error of log(h / m), by the scatter between batches; inf if it is not determined."""
+        signal, curvature = (values.sum(2).flatten() for values in (self.signal, self.curvature))
+        if len(signal) < 2 or signal.sum() <= 0 or curvature.sum() <= 0:
+            return math.inf
+        scatter = curvature / curvature.mean() - signal / signal.mean()
+        return (scatter.square().sum() / (len(signal) * (len(signal) - 1))).sqrt().item()
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """`{kind: factor}`: how much longer or shorter than all others its steps should be.
+
+        The slope of the loss along one kind's part of the update falls from m_k at W to m_k - h_k at W + U. It is 0 at
+        s = m_k / h_k, for all tensors together at m / h. Kinds that have no such s are left out.
+        """
+        signal, curvature = self.signal.sum((0, 1)), self.curvature.sum((0, 1))
+        usable = zip(self.kinds, signal.tolist(), curvature.tolist(), strict=True)
+        return {kind: m / h * self.ratio for kind, m, h in usable if m > 0 and h > 0 and math.isfinite(self.ratio)}
+
+
+class CurvatureProbe(TrainerCallback):
+    """Measures signal and curvature of a trainer's steps, and stops its training.
+
+    Attributes:
+        trainer: The trainer, of a copy of the model. It is set after the trainer was made.
+
+    Args:
+        steps: Steps after which training stops.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.trainer: Any = None
+        self._steps = steps
+        self._first = min(_FIRST_STEP, steps // 4)
+        self._before: list[Tensor] | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._epoch = 0
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._losses: list[float] = []
+
+    def look(self, learning_rate: float, steps: int) -> Look:
+        """Return what was seen in a training of so many steps."""
+        kinds = tuple(dict.fromkeys(self._kinds))
+        empty = torch.empty(0, _BATCHES, len(kinds), dtype=torch.float64)
+        signal, curvature = (torch.stack([row[i] for row in self._rows]) if self._rows else empty for i in (0, 1))
+        return Look(learning_rate, steps, signal, curvature, kinds, tuple(self._losses))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the trained tensors."""
+        model = self.trainer.model
+        parameters, kinds = trainable_parameters(model), tensor_kinds(model)
+        self._parameters = list(parameters.values())
+        self._kinds = [kinds[name] for name in parameters]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the weights before a step that is measured."""
+        step = state.global_step
+        if step == 0 or (step >= self._first and (step - self._first) % _EVERY == 0):
+            self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the step."""
+        if self._before is None:
+            return
+        with kept_random_state(args.device):
+            losses, signal, curvature = self._measured(self._before)
+        self._before = None
+        self._losses.append(losses.mean().item())
+        if state.global_step > 0 or self._first == 0:
+            self._rows.append((signal, curvature))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the training after `steps`, or when its learning rate is clearly far off or its loss not finite."""
+        clear = len(self._rows) >= _FEW and abs(self.look(0.0, 0).excess) > _CLEAR
+        if state.global_step >= self._steps or clear or not all(map(math.isfinite, self._losses)):
+            control.should_training_stop = True
+
+    def _measured(self, before: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses before the last step, float64 [B], and its signal and curvature, [B, K] each."""
+        updates = [now.detach() - then for now, then in zip(self._parameters, before, strict=True)]
+        after = [parameter.detach().clone() for parameter in self._parameters]
+        batches = [self._next() for _ in range(_BATCHES)]
+        model = self.trainer.model
+        was_training = model.training
+        model.eval()  # dropout would differ between the two weights
+        try:
+            _, ends = self._slopes(batches, updates)
+            self._set(before)
+            losses, starts = self._slopes(batches, updates)
+        finally:
+            self._set(after)
+            model.train(was_training)
+        return losses, -starts, ends - starts
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def _slopes(self, batches: Sequence[Any], updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the losses of the batches at the present weights, float64 [B], and g . U by kind, [B, K]."""
+        kinds = list(dict.fromkeys(self._kinds))
+        columns = [kinds.index(kind) for kind in self._kinds]
+        losses = torch.zeros(len(batches), dtype=torch.float64)
+        slopes = torch.zeros(len(batches), len(kinds), dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            with torch.enable_grad(), self.trainer.compute_loss_context_manager():
+                loss = self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(dict(batch)))
+            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            losses[index] = loss.item()
+            for column, gradient, update in zip(columns, gradients, updates, strict=True):
+                if gradient is not None:
+                    slopes[index, column] += torch.sum(gradient.float() * update.float()).item()
+        return losses, slopes
+
+    def _next(self) -> Any:
+        """Return a batch of the training set, in another order than that of training."""
+        batch = next(self._batches, None)
+        while batch is None:
+            loader = self.trainer.get_train_dataloader()
+            self._epoch += 1
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(self._epoch)
+            self._batches = iter(loader)
+            batch = next(self._batches, None)
+        return batch
