@@ -4,6 +4,8 @@ from .config import FLeRMConfig as FLeRMConfig
 from .config import Research as Research
 from .planning.plan import Plan as Plan
 from .planning.plan import plan as plan
+from .planning.sweep.sweep import Sweep as Sweep
+from .planning.sweep.sweep import sweep as sweep
 from .profile.rate_profile import RateProfile as RateProfile
 from .profile.rate_profile import RateProfileError as RateProfileError
 from .rates.alignment import log_alignments as log_alignments

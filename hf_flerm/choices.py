@@ -22,7 +22,7 @@ Policy = Literal["hold", "level", "follow", "gate"]
 Rules = Literal["published", "none"]
 LogBy = Literal["kind", "tensor", "none"]
 Decision = Literal["keep", "one", "match"]
-Picture = Literal["rates", "layers", "multipliers"]
+Picture = Literal["rates", "layers", "multipliers", "sweep"]
 
 
 def values(choice: object) -> tuple[str, ...]:

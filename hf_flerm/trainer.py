@@ -14,6 +14,7 @@ from .config import FLeRMConfig
 from .engines import engine_of
 from .optimizer.param_groups import raw_optimizer
 from .planning.plan import Plan, plan
+from .planning.sweep.sweep import Sweep, sweep
 from .profile.rate_profile import PROFILE_NAME, RateProfile, shared_files
 from .training.callback import FLeRMCallback
 
@@ -63,6 +64,17 @@ class FLeRMMixin(_Base):
             ValueError: If there is no profile, nothing could be measured, or several processes run.
         """
         return plan(self, profile=profile, **options)
+
+    def sweep(self, **options: Any) -> Sweep:
+        """Find the best learning rate of this training by training copies of the model; nothing here changes.
+
+        Args:
+            **options: `folder`, `around`, `seeds`, `refine` and further keyword arguments of `hf_flerm.sweep`.
+
+        Raises:
+            ValueError: If an option is not allowed, every run diverged, or several processes run.
+        """
+        return sweep(self, **options)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train like `Trainer`; FLeRM's hooks are removed from the optimizer at the end, also after an exception."""

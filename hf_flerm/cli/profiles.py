@@ -212,7 +212,10 @@ def plot(
         Path, typer.Option("--output", "-o", help="File to write: .png, .svg or .pdf. Its folder is created.")
     ] = PICTURE,
     what: Annotated[
-        Picture, typer.Option(help="Rates by kind of tensor, by layer, or the multipliers of a matched run.")
+        Picture,
+        typer.Option(
+            help="Rates by kind of tensor, by layer, the multipliers of a matched run, or the losses of a sweep."
+        ),
     ] = "rates",
     as_json: AsJson = False,
 ) -> None:

@@ -1,8 +1,9 @@
-"""What `plan` refuses before anything is copied, and what it warns of."""
+"""What `plan` and `sweep` refuse before anything is copied, and what `plan` warns of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -14,19 +15,42 @@ from ..model.isolation import kept_random_state, own_generators
 from ..profile.metadata import Adapter
 
 logger = logging.get_logger(__name__)
+_MOST_REFINED = 4  # times: learning rates then differ by 7 %
 _ZERO_AT_START = (True, "gaussian", "eva")  # values of `init_lora_weights` with which lora_B starts at 0
 
 
-def check_training(train_dataset: Dataset[Any] | None, data_collator: Any) -> None:
-    """Raise ValueError unless there are a single process and examples that can be collated."""
+def check_training(train_dataset: Dataset[Any] | None, data_collator: Any, caller: str = "plan") -> None:
+    """Raise ValueError unless there are a single process and examples that can be collated.
+
+    Args:
+        train_dataset: The training set.
+        data_collator: The collate function of the training.
+        caller: The function that asks, for the message.
+    """
     if PartialState().num_processes > 1:
         raise ValueError(
-            f"plan must run in a single process, and there are {PartialState().num_processes}: start it without a "
+            f"{caller} must run in a single process, and there are {PartialState().num_processes}: start it without a "
             "launcher."
         )
     if train_dataset is None:
-        raise ValueError("plan needs the training set, and train_dataset is None.")
-    _check_examples(train_dataset, data_collator)
+        raise ValueError(f"{caller} needs the training set, and train_dataset is None.")
+    _check_examples(caller, train_dataset, data_collator)
+
+
+def check_sweep(
+    around: float | None, seeds: Sequence[int], refine: int, train_dataset: Dataset[Any] | None, data_collator: Any
+) -> None:
+    """Raise ValueError unless learning rate, seeds and refinement can be used and there is something to train on."""
+    if around is not None and not 0 < around < math.inf:
+        raise ValueError(f"around is {around}; it must be a learning rate above 0.")
+    if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise ValueError(f"seeds is {list(seeds)}; it must be one or more different whole numbers, such as [0, 1, 2].")
+    if type(refine) is not int or not 0 <= refine <= _MOST_REFINED:
+        raise ValueError(
+            f"refine is {refine!r}; it must be a whole number from 0 to {_MOST_REFINED}: how often the spacing is "
+            "halved."
+        )
+    check_training(train_dataset, data_collator, "sweep")
 
 
 def warn_if_trained(model: nn.Module, steps_done: int = 0) -> None:
@@ -49,7 +73,7 @@ def warn_if_trained(model: nn.Module, steps_done: int = 0) -> None:
         )
 
 
-def _check_examples(train_dataset: Any, data_collator: Any) -> None:
+def _check_examples(caller: str, train_dataset: Any, data_collator: Any) -> None:
     """Raise ValueError if the examples are texts, and the collate function is one that does not tokenize."""
     kind = data_collator if hasattr(data_collator, "__qualname__") else type(data_collator)
     may_tokenize = data_collator is not None and not kind.__module__.startswith("transformers.data.")
@@ -66,7 +90,7 @@ def _check_examples(train_dataset: Any, data_collator: Any) -> None:
             f"the training set holds texts ({', '.join(map(str, texts))}) and no input_ids. Tokenize it first "
             f'(train_dataset.map(lambda row: tokenizer(row["{texts[0]}"], truncation=True))), give a data_collator '
             "that tokenizes, or build the trainer that tokenizes, such as TRL's SFTTrainer, and call "
-            "plan(trainer, profile=...)."
+            f"{caller}(trainer, ...)."
         )
 
 

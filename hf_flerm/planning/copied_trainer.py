@@ -118,6 +118,18 @@ def copied_model(model: nn.Module, memo: Memo | None = None) -> nn.Module:
     return replica
 
 
+def nominal_learning_rate(optimizer: Optimizer) -> float | None:
+    """Return the default learning rate of an optimizer if a param group has it, else the largest; None if it has none.
+
+    It is that before any schedule.
+    """
+    own = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if None in own or not max(own):  # Adafactor may choose its own
+        return None
+    default = optimizer.defaults.get("lr")
+    return float(max(own) if default is None or default not in own else default)
+
+
 def set_learning_rate(optimizer: Optimizer, learning_rate: float, scheduler: Any = None) -> None:
     """Give an optimizer this learning rate; param groups with learning rates of their own keep their ratios to it.
 
@@ -126,13 +138,10 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float, scheduler: Any
         learning_rate: The new learning rate.
         scheduler: A scheduler that has noted the optimizer's learning rates.
     """
-    own = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    if None in own or not max(own):  # Adafactor may choose its own
+    own = nominal_learning_rate(optimizer)
+    if own is None or own == learning_rate:
         return
-    nominal = optimizer.defaults.get("lr")
-    factor = learning_rate / float(max(own) if nominal is None or nominal not in own else nominal)
-    if factor == 1:
-        return
+    factor = learning_rate / own
     for group in optimizer.param_groups:
         group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
     if scheduler is not None and hasattr(scheduler, "base_lrs"):
@@ -168,7 +177,7 @@ def _copied_callbacks(trainer: Any, memo: Memo) -> Iterator[TrainerCallback]:
         try:
             yield copy.deepcopy(callback, memo)
         except Exception as error:
-            logger.warning(f"{kind.__name__} cannot be copied ({error!r}): plan trains the copy without this callback.")
+            logger.warning(f"{kind.__name__} cannot be copied ({error!r}): the copy is trained without this callback.")
 
 
 def _of_the_copy(value: Any, memo: Memo) -> Any:

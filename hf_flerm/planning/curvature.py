@@ -96,9 +96,11 @@ class Look:
         The slope of the loss along one kind's part of the update falls from m_k at W to m_k - h_k at W + U. It is 0 at
         s = m_k / h_k, for all tensors together at m / h. Kinds that have no such s are left out.
         """
+        if not 0 < self.ratio < math.inf:
+            return {}
         signal, curvature = self.signal.sum((0, 1)), self.curvature.sum((0, 1))
         usable = zip(self.kinds, signal.tolist(), curvature.tolist(), strict=True)
-        return {kind: m / h * self.ratio for kind, m, h in usable if m > 0 and h > 0 and math.isfinite(self.ratio)}
+        return {kind: m / h * self.ratio for kind, m, h in usable if m > 0 and h > 0}
 
 
 class CurvatureProbe(TrainerCallback):

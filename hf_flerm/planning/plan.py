@@ -20,7 +20,7 @@ from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
 from ..transfer.strategy import Strategy, choose_strategy, is_balanced, shrunk
 from .checks import warn_if_trained
-from .search import Plan, looks_of
+from .fixed_point import Plan, looks_of
 from .trial import OptimizerFactory, Trial
 
 _STEPS_AT_THE_BASE = 32  # of the copy, with a profile

@@ -101,24 +101,24 @@ def serialize(
     return content
 
 
-def write_whole(folder: Path, content: bytes) -> Path:
-    """Write the profile's file into a folder, which is created if it does not exist, and return its path.
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file; its folder is created if it does not exist. Return its path.
 
     The write is atomic, even if the process dies: the file is written under another name in the same folder and renamed
     when it is on disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"_{PROFILE_NAME}.", delete=False) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"_{path.name}.", delete=False) as file:
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # temporary files are private to their user
-            os.replace(file.name, folder / PROFILE_NAME)
+            os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
-    return folder / PROFILE_NAME
+    return path
 
 
 def local_file(path: Path, subfolder: str | None = None) -> Path | None:

@@ -22,6 +22,9 @@ GROUPS = "param_groups"  # what stepped which tensors; see `hf_flerm.optimizer.p
 MATCHING = "matching"  # of a matched run: its base and `Evidence.to_record()`
 AVERAGED_OVER = "averaged_over"
 LARGEST_CHANGE = "largest_change"  # [optimizer step, change of the outputs in this step]
+SWEEP = "sweep"  # [[learning rate, mean loss or null], ...]
+SWEEP_RUNS = "sweep_runs"  # [{"learning_rate": ..., "seed": ..., "end": ..., "loss": ..., "steps": ...}, ...]
+SWEEP_OPTIMUM = "sweep_optimum"  # the learning rate between those of the sweep at which the loss is lowest
 # Settings that define what a rate measures. Profiles that differ in one of them cannot be compared.
 UNITS = ("output", "positions", "metric")
 CALLABLE = "callable"  # recorded as `output` if it was a function
@@ -292,11 +295,32 @@ class ProfileMetadata:
 
         The loss is nan if a run diverged. Users can add a sweep to the metadata: `sweep`, a list of [rate, loss] pairs.
         """
-        pairs = self.raw.get("sweep")
+        pairs = self.raw.get(SWEEP)
         if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             return {}
         numbers = [(_number(rate), math.nan if loss is None else _number(loss)) for rate, loss in pairs]
         return {rate: loss for rate, loss in numbers if rate is not None and loss is not None}
+
+    @property
+    def sweep_losses(self) -> dict[float, tuple[float, ...]]:
+        """`{learning rate: losses, one per seed}` of the sweep, inf for a run that diverged; for `plot_losses`.
+
+        Runs that were stopped early are left out. A sweep without runs of several seeds has the losses of `sweep`.
+        """
+        rows = self.raw.get(SWEEP_RUNS)
+        found: dict[float, tuple[float, ...]] = {}
+        for row in rows if isinstance(rows, list) else ():
+            if isinstance(row, Mapping):
+                rate = _positive(row.get("learning_rate"))
+                loss = math.inf if row.get("end") == "diverged" else _number(row.get("loss"))
+                if rate is not None and loss is not None:
+                    found[rate] = (*found.get(rate, ()), loss)
+        return found or {rate: (math.inf if math.isnan(loss) else loss,) for rate, loss in self.sweep.items()}
+
+    @property
+    def sweep_optimum(self) -> float | None:
+        """The learning rate at which the loss of the sweep is lowest, read between those that were tried."""
+        return _positive(self.raw.get(SWEEP_OPTIMUM))
 
     @property
     def matching(self) -> Mapping[str, Any] | None:

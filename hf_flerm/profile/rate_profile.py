@@ -208,7 +208,7 @@ class RateProfile:
         Returns:
             The path of the file.
         """
-        return write_whole(Path(directory), self.to_bytes())
+        return write_whole(Path(directory) / PROFILE_NAME, self.to_bytes())
 
     @classmethod
     def from_pretrained(

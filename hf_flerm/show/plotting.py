@@ -218,7 +218,32 @@ def plot_losses(
     return figure
 
 
-PICTURES = {"rates": plot_profile, "layers": plot_layers, "multipliers": plot_multipliers}
+def plot_sweep(profile: RateProfile, axes: Axes | None = None) -> Figure:
+    """Draw the sweep in which the learning rate of a profile's run was chosen.
+
+    Args:
+        profile: A profile with a sweep in its metadata, as `hf_flerm.sweep` saves it.
+        axes: Where to draw. None: on a new figure.
+
+    Returns:
+        The figure: `plot_losses` of the sweep, with a dotted line at the optimum between the learning rates.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        RateProfileError: If the profile has no sweep.
+    """
+    losses, optimum = profile.about.sweep_losses, profile.about.sweep_optimum
+    if not any(math.isfinite(mean(of)) for of in losses.values()):
+        raise RateProfileError("the profile holds no sweep. Use the profile that hf_flerm.sweep has saved.")
+    figure, axes = _axes(axes, (7, 4.5))
+    plot_losses({"loss": losses}, axes)
+    if optimum is not None:
+        axes.axvline(optimum, color=GRAY, linestyle=":", linewidth=1, label=f"optimum: {optimum:.3g}")
+        _legend(axes)
+    return figure
+
+
+PICTURES = {"rates": plot_profile, "layers": plot_layers, "multipliers": plot_multipliers, "sweep": plot_sweep}
 
 
 def _stable_edge(means: Mapping[float, float], stable: float) -> float | None:

@@ -140,6 +140,7 @@ def describe(profile: RateProfile) -> dict[str, str]:
             *_fields(arguments, ("warmup_steps", "max_steps")),
         ),
         "sweep": ", ".join(f"{rate:g}: loss {loss:g}" for rate, loss in about.sweep.items()),
+        "sweep's optimum": about.sweep_optimum and f"{about.sweep_optimum:.3g}",
         "optimizer": _joined(about.optimizer.get("class"), *_fields(arguments, ("weight_decay",))),
         "batch": f"{batch} x {accumulated} per device" if batch else None,
         "seed": arguments.get("seed"),

@@ -38,7 +38,7 @@ def test_the_command_line_plans(
     capsys.readouterr()
     app(words, standalone_mode=False)
     text, bar = capsys.readouterr()
-    assert ("3/3" in bar) == terminal
+    assert ("steps on copies" in bar) == terminal
     app([*words, "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     advice = plan(

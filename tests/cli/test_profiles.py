@@ -18,7 +18,7 @@ from hf_flerm.cli import app
 from tests.shared.profiles import REPO
 from tests.shared.training import gpt2, lora, recorded
 
-COMMANDS = ("plan", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull")
+COMMANDS = ("plan", "sweep", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,10 @@ def test_every_command_has_help(shell, command: str) -> None:
         ("plan", "{0}/deep", "{0}/nowhere", "{0}/one"),
         ("plan", "{0}/deep", "{0}/one", "{0}/one", "--optim", "none"),
         ("plan", "{0}/deep", "{0}/one", "{0}/one", "--adapter", "{0}/nowhere"),
+        ("sweep", "{0}/nowhere", "{0}/one", "-o", "{0}/bad"),
+        ("sweep", "{0}/deep", "{0}/nowhere", "-o", "{0}/bad"),
+        ("sweep", "{0}/deep", "{0}/one", "--adapter", "{0}/nowhere", "-o", "{0}/bad"),
+        ("plot", "{0}/one", "--what", "sweep", "-o", "{0}/bad.png"),
         ("plot", "{0}/one", "--what", "multipliers", "-o", "{0}/bad.png"),
         ("plot", "{0}/one", "-o", "{0}/bad.doc"),
         ("plot", "{0}/one", "-o", "{0}/bad"),

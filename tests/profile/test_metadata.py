@@ -42,6 +42,13 @@ EVERYTHING = {
     "packages": {"torch": "2"},
     "shapes": {"h.0.w": [4, 8], "h.1.w": []},
     "sweep": [[0.1, 2.5], [1, None]],
+    "sweep_optimum": 0.2,
+    "sweep_runs": [
+        {"learning_rate": 0.01, "seed": 0, "end": "stopped", "loss": None, "steps": 3},
+        {"learning_rate": 0.1, "seed": 0, "end": "complete", "loss": 2.0, "steps": 9},
+        {"learning_rate": 0.1, "seed": 1, "end": "complete", "loss": 3, "steps": 9},
+        {"learning_rate": 1, "seed": 0, "end": "diverged", "loss": None, "steps": 1},
+    ],
     "training_arguments": {"learning_rate": 0.1, "per_device_train_batch_size": 8},
 }
 
@@ -85,6 +92,9 @@ def test_every_entry_is_read_with_its_type() -> None:
     assert about.largest_change == (4, 1.5)
     assert about.shapes == {"h.0.w": (4, 8), "h.1.w": ()}
     assert {rate: str(loss) for rate, loss in about.sweep.items()} == {0.1: "2.5", 1.0: "nan"}
+    assert (about.sweep_losses, about.sweep_optimum) == ({0.1: (2.0, 3.0), 1.0: (math.inf,)}, 0.2)
+    only_means = ProfileMetadata({"sweep": EVERYTHING["sweep"]})
+    assert (only_means.sweep_losses, only_means.sweep_optimum) == ({0.1: (2.5,), 1.0: (math.inf,)}, None)
     assert about.matched_scales == pytest.approx({"h.0.w": 2.0, "h.1.w": 1.0})
     level, error = about.matched_quotients["h.0.w"]
     assert level == pytest.approx(4.0)
@@ -142,6 +152,7 @@ def test_wrong_types_anywhere_never_raise() -> None:
         assert all(isinstance(kind, str) for kind in about.kinds.values())
         assert all(type(size) is int and size > 0 for shape in about.shapes.values() for size in shape)
         assert all(isinstance(number, float) for pair in about.sweep.items() for number in pair)
+        assert all(type(loss) is float for losses in about.sweep_losses.values() for loss in losses)
         assert all(0 <= scale <= math.inf for scale in about.matched_scales.values())
         assert about.learning_rate is None or 0 < about.learning_rate < math.inf
         count += 1

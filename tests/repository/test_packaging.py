@@ -106,7 +106,7 @@ def test_a_missing_library_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull"]
+    "name", ["plan", "sweep", "inspect", "validate", "diff", "average", "map", "plot", "report", "push", "pull"]
 )
 def test_the_installed_command_helps_and_names_what_it_lacks(command, name: str) -> None:
     helped, wrong = command(name, "--help"), command(name)

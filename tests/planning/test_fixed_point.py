@@ -18,8 +18,8 @@ from transformers import Trainer
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, plan
 from hf_flerm.planning.curvature import AT_BEST, CurvatureProbe, Look
+from hf_flerm.planning.fixed_point import search, wanted_rate
 from hf_flerm.planning.plan import Plan
-from hf_flerm.planning.search import search, wanted_rate
 from tests.shared.plans import arguments, lora
 from tests.shared.training import Rows, gpt2
 
@@ -107,6 +107,16 @@ def test_a_kind_wants_what_makes_its_slope_zero() -> None:
     look = Look(0.1, 1, m, h, ("a", "b"), (1.0,))
     assert look.ratio == pytest.approx(3 / 5)
     assert look.by_kind == {"a": pytest.approx(0.5 * 3 / 5), "b": pytest.approx(4 * 3 / 5)}
+
+
+def test_negative_curvature_says_nothing_of_kinds_and_only_that_the_rate_is_too_low() -> None:
+    m, h = torch.tensor([[[1.0, 4.0]]]), torch.tensor([[[2.0, -3.0]]])
+    look = Look(1.0, 1, m, h, ("a", "b"), (1.0,))
+    assert look.by_kind == {}
+    assert look.excess == -math.inf
+    assert wanted_rate([look]) == pytest.approx(16.0)
+    assert wanted_rate([look, bare(16.0, AT_BEST * 4)]) == pytest.approx(4.0)
+    Plan((look,)).to_dict()
 
 
 def bare(learning_rate: float, ratio: float, losses: tuple[float, ...] = (1.0, 0.5)) -> Look:

@@ -58,7 +58,8 @@ def wanted_rate(looks: Sequence[Look]) -> float:
         nearest = min((one for one in (below, above) if one is not None), key=lambda one: abs(one.excess))
         move = max(-nearest.excess / _SLOPE, -math.log(_LARGEST_MOVE))
         return nearest.learning_rate * math.exp(min(move, math.log(_LARGEST_MOVE)))
-    share = 0.5 if math.isinf(above.excess) else -below.excess / (above.excess - below.excess)
+    is_known = math.isfinite(below.excess) and math.isfinite(above.excess)
+    share = -below.excess / (above.excess - below.excess) if is_known else 0.5
     return below.learning_rate * math.exp(share * math.log(above.learning_rate / below.learning_rate))
 
 
