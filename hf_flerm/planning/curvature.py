@@ -45,7 +45,7 @@ class Look:
         signal: m of every measured step and fresh batch, float64 [T, B, K] for K kinds of tensors.
         curvature: h, float64 [T, B, K].
         kinds: Names of the kinds, K.
-        losses: Losses on fresh batches, before the first step and before every measured one.
+        losses: Losses on the same batches before the first step and before every measured one.
     """
 
     learning_rate: float
@@ -119,6 +119,7 @@ class CurvatureProbe(TrainerCallback):
         self._first = min(_FIRST_STEP, steps // 4)
         self._before: list[Tensor] | None = None
         self._batches: Iterator[Any] = iter(())
+        self._reference: list[Any] = []  # batches on which the loss is followed
         self._epoch = 0
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._losses: list[float] = []
@@ -154,9 +155,10 @@ class CurvatureProbe(TrainerCallback):
         if self._before is None:
             return
         with kept_random_state(args.device):
-            losses, signal, curvature = self._measured(self._before)
+            self._reference = self._reference or [self._next() for _ in range(_BATCHES)]
+            loss, signal, curvature = self._measured(self._before)
         self._before = None
-        self._losses.append(losses.mean().item())
+        self._losses.append(loss)
         if state.global_step > 0 or self._first == 0:
             self._rows.append((signal, curvature))
 
@@ -166,8 +168,8 @@ class CurvatureProbe(TrainerCallback):
         if state.global_step >= self._steps or clear or not all(map(math.isfinite, self._losses)):
             control.should_training_stop = True
 
-    def _measured(self, before: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the losses before the last step, float64 [B], and its signal and curvature, [B, K] each."""
+    def _measured(self, before: Sequence[Tensor]) -> tuple[float, Tensor, Tensor]:
+        """Return the loss before the last step, and the step's signal and curvature, float64 [B, K] each."""
         updates = [now.detach() - then for now, then in zip(self._parameters, before, strict=True)]
         after = [parameter.detach().clone() for parameter in self._parameters]
         batches = [self._next() for _ in range(_BATCHES)]
@@ -175,34 +177,38 @@ class CurvatureProbe(TrainerCallback):
         was_training = model.training
         model.eval()  # dropout would differ between the two weights
         try:
-            _, ends = self._slopes(batches, updates)
+            ends = self._slopes(batches, updates)
             self._set(before)
-            losses, starts = self._slopes(batches, updates)
+            starts = self._slopes(batches, updates)
+            with torch.no_grad():
+                loss = mean(self._loss(batch).item() for batch in self._reference)
         finally:
             self._set(after)
             model.train(was_training)
-        return losses, -starts, ends - starts
+        return loss, -starts, ends - starts
 
     @torch.no_grad()
     def _set(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
 
-    def _slopes(self, batches: Sequence[Any], updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the losses of the batches at the present weights, float64 [B], and g . U by kind, [B, K]."""
+    def _loss(self, batch: Any) -> Tensor:
+        with self.trainer.compute_loss_context_manager():
+            loss = self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(dict(batch)))
+        return loss  # type: ignore[no-any-return]
+
+    def _slopes(self, batches: Sequence[Any], updates: Sequence[Tensor]) -> Tensor:
+        """Return g . U by batch and kind at the present weights, float64 [B, K]."""
         kinds = list(dict.fromkeys(self._kinds))
         columns = [kinds.index(kind) for kind in self._kinds]
-        losses = torch.zeros(len(batches), dtype=torch.float64)
         slopes = torch.zeros(len(batches), len(kinds), dtype=torch.float64)
         for index, batch in enumerate(batches):
-            with torch.enable_grad(), self.trainer.compute_loss_context_manager():
-                loss = self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(dict(batch)))
-            gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
-            losses[index] = loss.item()
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(self._loss(batch), self._parameters, allow_unused=True)
             for column, gradient, update in zip(columns, gradients, updates, strict=True):
                 if gradient is not None:
                     slopes[index, column] += torch.sum(gradient.float() * update.float()).item()
-        return losses, slopes
+        return slopes
 
     def _next(self) -> Any:
         """Return a batch of the training set, in another order than that of training."""
