@@ -30,7 +30,6 @@ lint: $(VENV)/installed  ## Check style, format and types
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m mypy --config-file examples/mypy.ini
 
 format: $(VENV)/installed  ## Format the code and apply the linter's safe fixes
 	$(BIN)/python -m ruff check --fix-only

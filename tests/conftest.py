@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -15,6 +16,16 @@ import transformers
 from huggingface_hub import constants
 
 from tests.shared.hub_server import WRITE, Hub, running_hub
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported, which stays until the end, out of the collections of garbage.
+
+    Every training ends with a full collection. Among the objects of all the libraries it takes longer than a tiny
+    training. What the tests make themselves is collected as ever.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

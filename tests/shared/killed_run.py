@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -31,6 +32,7 @@ def train(folder: Path, base: Path | None, resume: str | None = None, operations
         operations: After so many operations on files below the folder the process kills itself; None: never.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported: see tests/conftest.py
     logging.set_verbosity_error()
     config = FLeRMConfig() if base is None else FLeRMConfig(mode="match", profile=str(base))
     model = MODELS["full" if base is None else "lora"](DROPOUT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -62,6 +63,7 @@ def _run(
     sender: Connection, body: Callable[..., Any], rank: int, count: int, nodes: int, store: str, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported: see tests/conftest.py
     of_node = count // nodes
     names = {"RANK": rank, "LOCAL_RANK": rank % of_node, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": of_node}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
