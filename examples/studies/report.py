@@ -28,7 +28,7 @@ CHANGES: Mapping[str, tuple[str, str]] = {
     r"-(default|dora|pissa|classifier-rank)": ("LoRA rank, default, DoRA, PiSSA", "in balance: muA's rule, here 1"),
     r"-(rslora|alpha|batch)": ("LoRA alpha, or rank with another scaling (rsLoRA)", "in balance: muA's rule"),
     r"-full": ("LoRA to full fine-tuning", "a tenth, times one factor for all tensors from step 16 on"),
-    r"^adamw-|-muon": ("optimizer", "the rule where there is one, times one factor for all tensors from step 16 on"),
+    r"^adamw-|-muon": ("optimizer", "the rule where there is one; else one factor for all tensors from step 16 on"),
     r"": ("other", ""),
 }
 Sweep = dict[float, list[float]]

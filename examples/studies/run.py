@@ -350,6 +350,12 @@ def forget(axis: Axis, method: str, output: Path) -> None:
             file.unlink()
 
 
+def rendered(files: list[Path]) -> str:
+    """Return the report of the studies in those of these files that exist."""
+    studies = [Study.from_json(file.read_text()) for file in files if file.exists()]
+    return "\n".join([combined(studies), *map(table, studies)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axes", nargs="*", metavar="AXIS", help=", ".join(AXES))
@@ -360,6 +366,9 @@ def main() -> None:
     parser.add_argument(
         "--predict", type=Path, help="write what the methods and plan say to this folder, and sweep no target"
     )
+    parser.add_argument(
+        "--render", type=Path, help="folder of studies, AXIS.json: only write their report"
+    )
     parser.add_argument("--steps", type=int, help="of every run, in place of the axis's own")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
@@ -367,6 +376,9 @@ def main() -> None:
     unknown = [name for name in options.axes if name not in AXES]
     if unknown:
         parser.error(f"no axis is called {', '.join(unknown)}; there are {', '.join(AXES)}")
+    if options.render:
+        (options.render / "studies.md").write_text(rendered([options.render / f"{name}.json" for name in AXES]))
+        return
     quiet()
     pretrained(progress=True)
     if not set(options.axes or AXES).isdisjoint(unseen.UNSEEN):
@@ -395,11 +407,9 @@ def main() -> None:
             (folder / "study.json").write_text(study.to_json())
             (folder / "study.md").write_text(table(study))
             picture(study, folder / "study.png")
-    kept = [options.output / name / "study.json" for name in AXES]
-    studies = [Study.from_json(file.read_text()) for file in kept if file.exists()]
-    report = "\n".join([combined(studies), *map(table, studies)])
+    report = rendered([options.output / name / "study.json" for name in AXES])
     (options.output / "studies.md").write_text(report)
-    print(f"\n{combined(studies)}\nWritten to {options.output}: studies.md")
+    print(f"\n{report[: report.index('<!-- end -->')]}\nWritten to {options.output}: studies.md")
 
 
 if __name__ == "__main__":

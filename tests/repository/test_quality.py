@@ -39,3 +39,20 @@ def test_readme_holds_nothing_older_than_the_committed_results() -> None:
     quoted = re.findall(r"<!-- examples/\S+ -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert {text.strip() for text in quoted} <= results
     assert quoted
+
+
+def test_reports_are_what_the_committed_studies_say() -> None:
+    """Every number in a report of studies comes from the JSON files beside it."""
+    results = ROOT / "examples" / "results"
+    reports = {results / "studies": results / "studies.md"}
+    reports |= {file.parent: file for file in results.glob("*/studies.md")}
+    code = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT / "examples" / "studies")!r}]
+import run
+for folder, report in {[(str(folder), str(file)) for folder, file in reports.items()]!r}:
+    print(run.rendered([Path(folder, f"{{name}}.json") for name in run.AXES]) == Path(report).read_text())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True"] * len(reports)
