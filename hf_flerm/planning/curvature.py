@@ -46,6 +46,7 @@ class Look:
         curvature: h, float64 [T, B, K].
         kinds: Names of the kinds, K.
         losses: Losses on the same batches before the first step and before every measured one.
+        warmup: Mean share of the warm-up that the measured steps had behind them; 1 without a warm-up.
     """
 
     learning_rate: float
@@ -54,6 +55,7 @@ class Look:
     curvature: Tensor
     kinds: tuple[str, ...]
     losses: tuple[float, ...]
+    warmup: float = 1.0
 
     @property
     def has_diverged(self) -> bool:
@@ -70,10 +72,13 @@ class Look:
 
     @property
     def excess(self) -> float:
-        """log(h / m / AT_BEST): above 0, the learning rate is too high; inf if the loss did not fall."""
+        """log(h / m / AT_BEST), as it would be after the warm-up: above 0, the learning rate is too high.
+
+        h / m of a step is proportional to its length. It is inf if the loss did not fall.
+        """
         if self.has_diverged or self.ratio == math.inf:
             return math.inf
-        return math.log(self.ratio / AT_BEST) if self.ratio > 0 else -math.inf
+        return math.log(self.ratio / AT_BEST / self.warmup) if self.ratio > 0 else -math.inf
 
     @property
     def is_too_high(self) -> bool:
@@ -122,6 +127,7 @@ class CurvatureProbe(TrainerCallback):
         self._reference: list[Any] = []  # batches on which the loss is followed
         self._epoch = 0
         self._rows: list[tuple[Tensor, Tensor]] = []
+        self._warmups: list[float] = []
         self._losses: list[float] = []
 
     def look(self, learning_rate: float, steps: int) -> Look:
@@ -129,7 +135,8 @@ class CurvatureProbe(TrainerCallback):
         kinds = tuple(dict.fromkeys(self._kinds))
         empty = torch.empty(0, _BATCHES, len(kinds), dtype=torch.float64)
         signal, curvature = (torch.stack([row[i] for row in self._rows]) if self._rows else empty for i in (0, 1))
-        return Look(learning_rate, steps, signal, curvature, kinds, tuple(self._losses))
+        warmup = mean(self._warmups) if self._warmups else 1.0
+        return Look(learning_rate, steps, signal, curvature, kinds, tuple(self._losses), warmup)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,6 +168,7 @@ class CurvatureProbe(TrainerCallback):
         self._losses.append(loss)
         if state.global_step > 0 or self._first == 0:
             self._rows.append((signal, curvature))
+            self._warmups.append(min(1.0, (state.global_step + 1) / max(1, args.get_warmup_steps(state.max_steps))))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the training after `steps`, or when its learning rate is clearly far off or its loss not finite."""

@@ -91,8 +91,9 @@ class Plan:
     @property
     def error(self) -> float:
         """Standard error of the logarithm of the wanted learning rate, the method's included."""
-        distance = math.log(self.last.learning_rate / self.wanted) / 2
-        return math.hypot(_METHOD_ERROR, min(self.last.error, _UNKNOWN) / _SLOPE, distance)
+        # Half of what was extrapolated: to another learning rate, and to the end of the warm-up.
+        distances = math.log(self.last.learning_rate / self.wanted) / 2, math.log(self.last.warmup) / 2
+        return math.hypot(_METHOD_ERROR, min(self.last.error, _UNKNOWN) / _SLOPE, *distances)
 
     @property
     def range(self) -> tuple[float, float]:

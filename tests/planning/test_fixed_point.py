@@ -119,6 +119,26 @@ def test_negative_curvature_says_nothing_of_kinds_and_only_that_the_rate_is_too_
     Plan((look,)).to_dict()
 
 
+def test_steps_within_a_warmup_count_as_what_they_would_be_after_it(tmp_path: Path) -> None:
+    """On a quadratic, h / m is proportional to the learning rate of the step."""
+    probes = []
+    for warmup in (0, 40):
+        probes.append(probe := CurvatureProbe(8))
+        args = bowl_options(
+            tmp_path, learning_rate=1e-4, max_steps=100, warmup_steps=warmup, lr_scheduler_type="constant_with_warmup"
+        )
+        model = Bowl()
+        optimizer = SGD(model.parameters(), lr=1e-4)
+        trainer = Trainer(model, args, train_dataset=Points(0.0), optimizers=(optimizer, None), callbacks=[probe])
+        probe.trainer = trainer
+        trainer.train()
+    plain, warmed = (probe.look(1e-4, 8) for probe in probes)
+    assert plain.warmup == 1.0
+    assert warmed.ratio < plain.ratio / 5
+    assert warmed.excess == pytest.approx(plain.excess, abs=0.3)
+    assert Plan((warmed,)).error > Plan((plain,)).error
+
+
 def bare(learning_rate: float, ratio: float, losses: tuple[float, ...] = (1.0, 0.5)) -> Look:
     one = torch.ones(2, 2, 1, dtype=torch.float64)
     return Look(learning_rate, 8, one, one * ratio, ("all",), losses)
