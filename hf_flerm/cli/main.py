@@ -152,9 +152,7 @@ def sweep(
         str | None,
         typer.Option("--eval", help="Evaluation data, like DATA. Default: none; the training loss is minimized."),
     ] = None,
-    around: Annotated[
-        float | None, typer.Option(help="Learning rate to begin with. Default: of TrainingArguments.")
-    ] = None,
+    around: Annotated[float | None, typer.Option(help="Learning rate in the middle. Default: what plan finds.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; the model is the same.")] = 1,
     refine: Annotated[int, typer.Option(min=0, help="How often to halve the spacing of the learning rates.")] = 0,
     adapter: Annotated[

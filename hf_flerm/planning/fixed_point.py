@@ -15,6 +15,7 @@ from ..choices import Decision
 from .curvature import AT_BEST, CurvatureProbe, Look
 from .trial import Trial
 
+STEPS_OF_A_LOOK = 64  # training steps of each copy
 # d log(h / m) / d log(learning rate) around the best learning rate of the runs in examples/studies: 1 where h and m are
 # those of one quadratic, more because a higher learning rate also flattens the signal.
 _SLOPE = 1.2

@@ -20,11 +20,10 @@ from ..transfer.mapping import ProfileMap, map_profile
 from ..transfer.rules import RULES, Change, Rule, change_between
 from ..transfer.strategy import Strategy, choose_strategy, is_balanced, shrunk
 from .checks import warn_if_trained
-from .fixed_point import Plan, looks_of
+from .fixed_point import STEPS_OF_A_LOOK, Plan, looks_of
 from .trial import OptimizerFactory, Trial
 
 _STEPS_AT_THE_BASE = 32  # of the copy, with a profile
-_STEPS_OF_A_LOOK = 64  # of each copy, without one
 _DENSE_UNTIL = 8  # steps that are all measured
 # Standard deviation of the logarithm of a measured factor around the one that sweeps find, apart from the sampling
 # error, over the axes of examples/studies. It decides whether a factor is told from 1.
@@ -416,11 +415,11 @@ def plan(
         base = RateProfile.from_pretrained(profile)
         measured = _plan_from(base, trial, steps or _STEPS_AT_THE_BASE, granularity, probe_dataset, config)
         start = measured.base_learning_rate * measured.advised.value
-        return replace(measured, looks=looks_of(trial, start, steps or _STEPS_OF_A_LOOK, looks))
+        return replace(measured, looks=looks_of(trial, start, steps or STEPS_OF_A_LOOK, looks))
     of_a_base = {"granularity": granularity, "probe_dataset": probe_dataset, "config": config}
     if given := [name for name, value in of_a_base.items() if value is not None]:
         raise TypeError(f"plan takes {', '.join(given)} only with the profile of a base: give one, or leave them out.")
-    return Plan(looks_of(trial, trial.args.learning_rate, steps or _STEPS_OF_A_LOOK, looks))
+    return Plan(looks_of(trial, trial.args.learning_rate, steps or STEPS_OF_A_LOOK, looks))
 
 
 def _plan_from(

@@ -83,7 +83,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 
 def swept(folder: Path, **options: Any) -> Sweep:
-    return sweep(Quadratic(), arguments(folder), DATA, DATA, config=QUICK, **options)
+    return sweep(Quadratic(), arguments(folder), DATA, DATA, config=QUICK, **{"around": 0.3, **options})
 
 
 def told(losses: Sequence[float] | Callable[[int, int], float]) -> tuple[Any, list[tuple[int, int, bool]]]:
@@ -193,7 +193,9 @@ def test_the_optimum_is_that_of_the_full_grid(tmp_path: Path, middle: float) -> 
 
 
 def test_without_an_evaluation_set_the_last_quarter_counts(tmp_path: Path) -> None:
-    found = sweep(Quadratic(), arguments(tmp_path, learning_rate=0.2), DATA, config=QUICK, folder=tmp_path / "kept")
+    found = sweep(
+        Quadratic(), arguments(tmp_path, learning_rate=0.2), DATA, config=QUICK, around=0.2, folder=tmp_path / "kept"
+    )
     assert found.minimized == "training loss"
     run = next(run for run in found.runs if run.learning_rate == 0.2)
     steps = np.arange(STEPS)
@@ -334,8 +336,10 @@ def test_a_given_optimizer_is_copied_and_says_where_to_begin(tmp_path: Path) -> 
         optimizers=(optimizer, None),
     )
     found = sweep(trainer, config=QUICK)
-    assert 0.5 in found.losses
-    assert found.learning_rate == pytest.approx(best_of_a_full_grid(0.5)[1], rel=1e-3)
+    planned = json.loads((tmp_path / "sweep" / "plan.json").read_text())
+    assert planned["plan"]["looks"][0]["learning_rate"] == 0.5
+    assert float(f"{planned['middle']:.6g}") in found.losses
+    assert found.learning_rate == pytest.approx(best_of_a_full_grid(planned["middle"])[1], rel=1e-3)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert torch.equal(model.linear.weight.data, torch.tensor([START]))
     parts = sweep(
@@ -343,6 +347,8 @@ def test_a_given_optimizer_is_copied_and_says_where_to_begin(tmp_path: Path) -> 
         optimizer=lambda model: SGD(model.parameters(), lr=0.5),
     )  # fmt: skip
     assert parts.losses == found.losses
+    (tmp_path / "sweep" / "plan.json").write_text(json.dumps({"middle": 0.25}))
+    assert 0.25 in sweep(trainer, config=QUICK).losses  # what was planned is not planned again
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -25,7 +25,7 @@ from ...profile.file import write_whole
 from ...profile.rate_profile import RateProfile
 from .run import Recipe, SweepRun
 
-_SETTINGS, _RUN = "settings.json", "run.json"
+_SETTINGS, _PLAN, _RUN = "settings.json", "plan.json", "run.json"
 _DIFFERS_BY_RUN = {"learning_rate", "seed", "output_dir", "run_name"}
 _NO_EFFECT = ("logging_", "save_", "hub_", "dataloader_num", "dataloader_pin", "dataloader_pre", "dataloader_pers")
 
@@ -58,6 +58,15 @@ class SweepFolder:
                 f"{self.path} holds a sweep with other settings: {differences}. Give another folder, or go on with the "
                 "settings of that sweep. (A model that is initialized at random needs set_seed before it is made.)"
             )
+
+    def read_middle(self) -> float | None:
+        """Return the learning rate in the middle of the grid, if one was planned."""
+        file = self.path / _PLAN
+        return float(_read(file)["middle"]) if file.exists() else None
+
+    def write_middle(self, learning_rate: float, plan: Mapping[str, Any]) -> None:
+        """Write the learning rate in the middle of the grid, and the plan that it comes from."""
+        write_whole(self.path / _PLAN, _json({"middle": learning_rate, "plan": plan}))
 
     def read(self, learning_rate: float, seed: int) -> SweepRun | None:
         """Return the finished run at a learning rate with a seed; None if there is none."""

@@ -6,7 +6,7 @@ import math
 import os
 import pkgutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, overload
 
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
@@ -28,12 +27,14 @@ from ...profile.rate_profile import RateProfile
 from ...training.callback import FLeRMCallback
 from ..checks import check_sweep
 from ..copied_trainer import copied_model, nominal_learning_rate, quiet_arguments
+from ..fixed_point import STEPS_OF_A_LOOK, Plan, looks_of
+from ..trial import OptimizerFactory, Trial
 from .folder import SweepFolder, settings_of
 from .run import Recipe, SweepRun
 from .search import Grid, lowest_point, minimum
 
 logger = logging.get_logger(__name__)
-OptimizerFactory = Callable[[nn.Module], Optimizer]
+_LOOKS = 4  # at most, to find the middle of the grid
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def sweep(
             only while no example is seen twice.
         folder: Where to keep the runs. It holds runs of one sweep; learning rates, seeds and refinement may change
             from call to call. None: the folder `sweep` in `args.output_dir`.
-        around: The learning rate in the middle. None: that of the optimizer that the trainer was given, else of `args`.
+        around: The learning rate in the middle. None: what `plan` finds, starting at that of the optimizer that the
+            trainer was given, else of `args`; where it starts, if the answer is doubtful.
         seeds: Seeds of the order of the data and of dropout; the model is the same. With several, the first one finds
             the best learning rate, and the others run there and at its neighbors. None: `args.seed`.
         refine: How often the spacing of the grid is halved around the best learning rate. Each time costs about two
@@ -227,8 +229,8 @@ def sweep(
             probe_dataset = callback.probe_dataset
         recipe = Recipe(trainer, config, probe_dataset)
         kept = SweepFolder(Path(str(own.output_dir), "sweep") if folder is None else Path(folder))
-        grid = Grid(_learning_rate(trainer) if around is None else around, refine)
         kept.claim(settings_of(recipe))
+        grid = Grid(_middle(trainer, kept) if around is None else around, refine)
         return _result(recipe, kept, grid, seeds)
 
 
@@ -323,6 +325,18 @@ def _trainer(
             optimizers=(optimizer(copied) if optimizer else None, None),
         )
         yield trainer
+
+
+def _middle(trainer: Trainer, folder: SweepFolder) -> float:
+    """The learning rate that `plan` finds, if it is not doubtful; kept in the folder."""
+    known = folder.read_middle()
+    if known is not None:
+        return known
+    start = _learning_rate(trainer)
+    found = Plan(looks_of(Trial.of(trainer, None, None), start, STEPS_OF_A_LOOK, _LOOKS))
+    middle = start if found.doubts else found.learning_rate
+    folder.write_middle(middle, found.to_dict())
+    return middle
 
 
 def _learning_rate(trainer: Any) -> float:
