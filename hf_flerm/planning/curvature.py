@@ -31,8 +31,9 @@ AT_BEST = 1.2
 _FIRST_STEP = 16
 _EVERY = 4  # steps between two measurements
 _BATCHES = 4  # fresh batches in a measurement
-# After so many measurements, a learning rate that is so far off (in log) needs no further ones.
-_FEW, _CLEAR = 5, math.log(6.0)
+# log(h / m / AT_BEST) at which a learning rate is clearly too low or too high, however much is measured.
+CLEARLY_LOW, CLEARLY_HIGH = -math.log(30.0), math.log(6.0)
+_FEW = 5  # measurements after which that ends a look
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class CurvatureProbe(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the training after `steps`, or when its learning rate is clearly far off or its loss not finite."""
-        clear = len(self._rows) >= _FEW and abs(self.look(0.0, 0).excess) > _CLEAR
+        clear = len(self._rows) >= _FEW and not CLEARLY_LOW < self.look(0.0, 0).excess < CLEARLY_HIGH
         if state.global_step >= self._steps or clear or not all(map(math.isfinite, self._losses)):
             control.should_training_stop = True
 

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..choices import Decision
-from .curvature import AT_BEST, CurvatureProbe, Look
+from .curvature import AT_BEST, CLEARLY_HIGH, CLEARLY_LOW, CurvatureProbe, Look
 from .trial import Trial
 
 STEPS_OF_A_LOOK = 64  # training steps of each copy
 # d log(h / m) / d log(learning rate) around the best learning rate of the runs in examples/studies: 1 where h and m are
 # those of one quadratic, more because a higher learning rate also flattens the signal.
 _SLOPE = 1.2
-_LARGEST_MOVE = 16.0  # of the learning rate, between two looks
+# Largest moves of the learning rate between two looks; upwards, the careful one. From scratch, h / m is about AT_BEST in a wide range
+# above the best learning rate, too, as training flattens the loss until its steps fit: the search comes from below.
+_LARGEST_MOVE, _CAREFUL_MOVE = 16.0, 4.0
+_FAR_BELOW = -math.log(50.0)  # log(h / m / AT_BEST) below which a move upwards need not be careful
+# A learning rate is too high if a lower one has left the loss lower by more than this share of its decrease.
+_WORSE = 0.1
 _AGREES = 1.25  # a learning rate that differs by less from the one looked at needs no look of its own
 # Standard deviation of the logarithm of an answer around the optimum of a sweep; see `examples/studies`.
 _METHOD_ERROR = 0.3
@@ -38,9 +43,11 @@ def search(look: Callable[[float], Look], start: float, looks: int) -> list[Look
     """
     found = [look(start)] if looks else []
     while found and len(found) < looks:
-        rate = wanted_rate(found)
-        if abs(math.log(rate / found[-1].learning_rate)) < math.log(_AGREES) and not found[-1].is_too_high:
-            break
+        rate, last = wanted_rate(found), found[-1].learning_rate
+        if abs(math.log(rate / last)) < math.log(_AGREES):
+            if any(one.learning_rate < last for one in found):
+                break
+            rate = last / _CAREFUL_MOVE  # h / m may agree above the best learning rate, too: the loss will tell
         found.append(look(rate))
     return found
 
@@ -48,20 +55,31 @@ def search(look: Callable[[float], Look], start: float, looks: int) -> list[Look
 def wanted_rate(looks: Sequence[Look]) -> float:
     """Return the learning rate at which h / m would be `AT_BEST`, by interpolation or extrapolation in logarithms.
 
-    Each look says by its excess, log(h / m / AT_BEST), how far it is: below 0, the learning rate is too low.
+    Each look says by its excess, log(h / m / AT_BEST), how far it is: below 0, the learning rate is too low. Losses say
+    more: a learning rate is too high if a lower one has left a clearly lower loss after as many steps.
     """
-    low = [one for one in looks if one.excess <= 0]
-    high = [one for one in looks if one.excess > 0]
-    below = max(low, key=lambda one: one.learning_rate, default=None)
-    above = min(high, key=lambda one: one.learning_rate, default=None)
-    if below is None or above is None or below.learning_rate >= above.learning_rate:
+    excesses = [math.inf if _is_beaten(one, looks) else one.excess for one in looks]
+    points = sorted(zip((math.log(one.learning_rate) for one in looks), excesses, strict=True))
+    below = max((point for point in points if point[1] <= 0), default=None)
+    above = min((point for point in points if point[1] > 0), default=None)
+    if below is None or above is None or below[0] >= above[0]:
         # Of looks that say only "too high" or "too low", the outermost; of two that contradict each other, the nearer.
-        nearest = min((one for one in (below, above) if one is not None), key=lambda one: abs(one.excess))
-        move = max(-nearest.excess / _SLOPE, -math.log(_LARGEST_MOVE))
-        return nearest.learning_rate * math.exp(min(move, math.log(_LARGEST_MOVE)))
-    is_known = math.isfinite(below.excess) and math.isfinite(above.excess)
-    share = -below.excess / (above.excess - below.excess) if is_known else 0.5
-    return below.learning_rate * math.exp(share * math.log(above.learning_rate / below.learning_rate))
+        rate, excess = min((point for point in (below, above) if point is not None), key=lambda point: abs(point[1]))
+        up = _LARGEST_MOVE if excess < _FAR_BELOW else _CAREFUL_MOVE
+        return math.exp(rate + min(max(-excess / _SLOPE, -math.log(_LARGEST_MOVE)), math.log(up)))
+    low, high = max(below[1], CLEARLY_LOW), min(above[1], CLEARLY_HIGH)
+    return math.exp(below[0] - low / (high - low) * (above[0] - below[0]))
+
+
+def _is_beaten(look: Look, looks: Sequence[Look]) -> bool:
+    """Whether a lower learning rate has left a clearly lower loss, as far as both have trained."""
+    for other in looks:
+        common = min(len(look.losses), len(other.losses))
+        if other.learning_rate < look.learning_rate and common > 1:
+            decrease = other.losses[0] - other.losses[common - 1]
+            if look.losses[common - 1] - other.losses[common - 1] > _WORSE * decrease > 0:
+                return True
+    return False
 
 
 @dataclass(frozen=True)
