@@ -45,7 +45,7 @@ def search(look: Callable[[float], Look], start: float, looks: int) -> list[Look
     while found and len(found) < looks:
         rate, last = wanted_rate(found), found[-1].learning_rate
         if abs(math.log(rate / last)) < math.log(_AGREES):
-            if any(one.learning_rate < last for one in found):
+            if any(one.learning_rate < last / 2 for one in found):
                 break
             rate = last / _CAREFUL_MOVE  # h / m may agree above the best learning rate, too: the loss will tell
         found.append(look(rate))
