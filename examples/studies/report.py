@@ -230,7 +230,7 @@ def summary(studies: Sequence[Study], unseen: Sequence[Study]) -> str:
         studies: Those that the strategy was chosen on: a row for each change.
         unseen: The others: one row for all.
     """
-    rows = {change: members for (change, _), members in _grouped(studies).items()}
+    rows: dict[str, Sequence[Study]] = {change: members for (change, _), members in _grouped(studies).items()}
     rows = {**rows, "**all of these**": studies, "**other models and changes, frozen before**": unseen}
     lines = ["| what changes from small to big (pairs) | `Trainer` | `FLeRMTrainer` |", "|---|---|---|"]
     for name, members in rows.items():

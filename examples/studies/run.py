@@ -372,12 +372,8 @@ def main() -> None:
     parser.add_argument(
         "--predict", type=Path, help="write what the methods and plan say to this folder, and sweep no target"
     )
-    parser.add_argument(
-        "--render", type=Path, help="folder of studies, AXIS.json: only write their report"
-    )
-    parser.add_argument(
-        "--summarize", type=Path, help="folder of results: only write the README's table, summary.md"
-    )
+    parser.add_argument("--render", type=Path, help="folder of studies, AXIS.json: only write their report")
+    parser.add_argument("--summarize", type=Path, help="folder of results: only write the README's table, summary.md")
     parser.add_argument("--steps", type=int, help="of every run, in place of the axis's own")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
