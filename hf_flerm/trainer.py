@@ -56,12 +56,12 @@ class FLeRMMixin(_Base):
         """Estimate the learning rate that this training needs, before it begins; nothing here changes.
 
         Args:
-            profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub.
-            **options: `steps`, `granularity` and further keyword arguments of `hf_flerm.plan`.
+            profile: Profile of the base: a `RateProfile`, a folder, a file, or a repository on the Hub. None: no base.
+            **options: `steps`, `looks` and further keyword arguments of `hf_flerm.plan`.
 
         Raises:
             RateProfileError: If the profile does not fit the model, or holds no joint rates.
-            ValueError: If there is no profile, nothing could be measured, or several processes run.
+            ValueError: If nothing could be measured, or several processes run.
         """
         return plan(self, profile=profile, **options)
 

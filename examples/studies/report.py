@@ -223,14 +223,35 @@ def combined(studies: Sequence[Study]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _by_change(studies: Sequence[Study]) -> list[str]:
+def summary(studies: Sequence[Study], unseen: Sequence[Study]) -> str:
+    """Mean regrets of plain and matched training by change, for the README.
+
+    Args:
+        studies: Those that the strategy was chosen on: a row for each change.
+        unseen: The others: one row for all.
+    """
+    rows: dict[str, Sequence[Study]] = {change: members for (change, _), members in _grouped(studies).items()}
+    rows = {**rows, "**all of these**": studies, "**other models and changes, frozen before**": unseen}
+    lines = ["| what changes from small to big (pairs) | `Trainer` | `FLeRMTrainer` |", "|---|---|---|"]
+    for name, members in rows.items():
+        cells = [f"{mean(study.regret(method) for study in members):.3f}" for method in ("plain", "default")]
+        lines.append(f"| {name} ({len(members)}) | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _grouped(studies: Sequence[Study]) -> dict[tuple[str, str], list[Study]]:
+    """Studies by what changes, as in `CHANGES`."""
     groups: dict[tuple[str, str], list[Study]] = {}
     for study in studies:
         change = next(change for pattern, change in CHANGES.items() if re.search(pattern, study.axis))
         groups.setdefault(change, []).append(study)
+    return groups
+
+
+def _by_change(studies: Sequence[Study]) -> list[str]:
     heads = " | ".join(LEADING)
     lines = [f"| what changes | what a matched run does | axes | {heads} |", "|---|---|---|" + "---|" * len(LEADING)]
-    for (name, action), members in groups.items():
+    for (name, action), members in _grouped(studies).items():
         cells = [_mean(members, method) for method in LEADING]
         lines.append(f"| {name} | {action} | {len(members)} | {' | '.join(cells)} |")
     return [*lines, "", "Means over the axes on which a method converges; their number is in parentheses."]

@@ -40,7 +40,7 @@ import torch
 import unseen
 from axes import Axis, Side, grid_index, grid_rate
 from baselines import equal_rates
-from report import Study, combined, picture, table
+from report import Study, combined, picture, summary, table
 from workload import arguments, in_parallel, pretrained, processes, quiet, trained
 
 from hf_flerm import FLeRMConfig, RateProfile, Research, plan
@@ -356,6 +356,12 @@ def rendered(files: list[Path]) -> str:
     return "\n".join([combined(studies), *map(table, studies)])
 
 
+def summarized(results: Path) -> str:
+    """Return the README's table of the studies in the folders `studies` and `unseen` of `results`."""
+    files = ([results / folder / f"{name}.json" for name in AXES] for folder in ("studies", "unseen"))
+    return summary(*([Study.from_json(file.read_text()) for file in some if file.exists()] for some in files))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axes", nargs="*", metavar="AXIS", help=", ".join(AXES))
@@ -367,6 +373,7 @@ def main() -> None:
         "--predict", type=Path, help="write what the methods and plan say to this folder, and sweep no target"
     )
     parser.add_argument("--render", type=Path, help="folder of studies, AXIS.json: only write their report")
+    parser.add_argument("--summarize", type=Path, help="folder of results: only write the README's table, summary.md")
     parser.add_argument("--steps", type=int, help="of every run, in place of the axis's own")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("runs/studies"))
@@ -376,6 +383,9 @@ def main() -> None:
         parser.error(f"no axis is called {', '.join(unknown)}; there are {', '.join(AXES)}")
     if options.render:
         (options.render / "studies.md").write_text(rendered([options.render / f"{name}.json" for name in AXES]))
+        return
+    if options.summarize:
+        (options.summarize / "summary.md").write_text(summarized(options.summarize))
         return
     quiet()
     pretrained(progress=True)

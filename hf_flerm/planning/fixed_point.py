@@ -188,7 +188,8 @@ class Plan:
 
     def __str__(self) -> str:
         low, high = self.range
-        lines = [f"Use {self.learning_rate:.3g} for all tensors.", self.reason]
+        use = "Use" if not self.doubts else "Do not rely on"
+        lines = [f"{use} {self.learning_rate:.3g} for all tensors.", self.reason]
         lines += [f"68 % range of the learning rate: {low:.3g} to {high:.3g}.", *self._about_looks()]
         return "\n".join(lines)
 

@@ -190,6 +190,7 @@ def test_what_makes_an_answer_doubtful_is_said() -> None:
     assert noisy.last.error == pytest.approx(math.sqrt(2 * 1.5**2 / 2))
     assert "about 5 times as many examples" in noisy.doubts[0]  # (1.5 / 0.7)^2, rounded up
     assert f"Signal and curvature are not to be trusted: {noisy.doubts[0]}." in str(noisy)
+    assert str(noisy).startswith(f"Do not rely on {noisy.learning_rate:.3g} for all tensors.")
 
 
 def test_a_bowl_of_one_curvature_is_told_the_step_that_reaches_its_floor(tmp_path: Path) -> None:

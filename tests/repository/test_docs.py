@@ -139,16 +139,6 @@ def tiny_task() -> dict[str, Any]:
     return runpy.run_path(str(SITE / "tiny.py"))
 
 
-def readme_names(task: Mapping[str, Any]) -> dict[str, Any]:
-    """What README's blocks measure: `updates` of `model` on `batches`."""
-    model = task["small"]
-    updates = {
-        name: torch.randn_like(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    batches = [{"input_ids": torch.tensor(task["data"][:4]["input_ids"])}]
-    return {"model": model, "updates": updates, "batches": batches}
-
-
 @pytest.fixture
 def _own_accelerator() -> Iterator[None]:
     """Accelerate keeps its state for the whole process."""
@@ -175,7 +165,7 @@ def test_code_blocks_run(
     repo.branches["v1"] = repo.branches["main"]
     task = tiny_task()
     document.namespace.update(task, torch=torch, FLeRMConfig=FLeRMConfig, FLeRMTrainer=FLeRMTrainer)
-    document.namespace.update(readme_names(task))
+    document.namespace["model"] = task["small"]
     for example in document.examples():
         example.evaluate()
 

@@ -42,7 +42,7 @@ def test_readme_holds_nothing_older_than_the_committed_results() -> None:
 
 
 def test_reports_are_what_the_committed_studies_say() -> None:
-    """Every number in a report of studies comes from the JSON files beside it."""
+    """Every number in a report of studies, and in the README's summary, comes from the JSON files beside it."""
     results = ROOT / "examples" / "results"
     reports = {results / "studies": results / "studies.md"}
     reports |= {file.parent: file for file in results.glob("*/studies.md")}
@@ -51,8 +51,9 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT / "examples" / "studies")!r}]
 import run
+print(run.summarized(Path({str(results)!r})) == Path({str(results / "summary.md")!r}).read_text())
 for folder, report in {[(str(folder), str(file)) for folder, file in reports.items()]!r}:
     print(run.rendered([Path(folder, f"{{name}}.json") for name in run.AXES]) == Path(report).read_text())
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["True"] * len(reports)
+    assert found.stdout.split() == ["True"] * (1 + len(reports))
