@@ -20,7 +20,8 @@ STEPS_OF_A_LOOK = 64  # training steps of each copy
 # those of one quadratic, more because a higher learning rate also flattens the signal.
 _SLOPE = 1.2
 # Largest moves of the learning rate between two looks; upwards, the careful one. From scratch, h / m is about AT_BEST
-# in a wide range above the best learning rate, too, as training flattens the loss until its steps fit: the search comes from below.
+# in a wide range above the best learning rate, too, as training flattens the loss until its steps fit: the search comes
+# from below.
 _LARGEST_MOVE, _CAREFUL_MOVE = 16.0, 4.0
 _FAR_BELOW = -math.log(50.0)  # log(h / m / AT_BEST) below which a move upwards need not be careful
 # A learning rate is too high if a lower one has left the loss lower by more than this share of its decrease.
