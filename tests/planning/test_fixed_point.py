@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
-from transformers.optimization import Adafactor
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, plan
 from hf_flerm.planning.curvature import AT_BEST, CurvatureProbe, Look
@@ -293,12 +293,11 @@ class Exhausted(IterableDataset[Any]):
 
 def test_a_look_that_says_nothing_is_an_error_that_says_why(tmp_path: Path) -> None:
     def refused(message: str, model: nn.Module, rate: float = 1e-2, data: Any = None, **options: Any) -> None:
-        own = {"accelerator_config": {"dispatch_batches": False}, "lr_scheduler_type": schedule}
+        own = {"accelerator_config": {"dispatch_batches": False}}
         args = bowl_options(tmp_path, learning_rate=rate, max_steps=12, **own)
         with pytest.raises(ValueError, match=message):
             plan(model, args, Points(1.0) if data is None else data, steps=12, **options)
 
-    schedule = "constant"
     broken = Bowl()
     with torch.no_grad():
         broken.flat.fill_(math.nan)
@@ -308,6 +307,12 @@ def test_a_look_that_says_nothing_is_an_error_that_says_why(tmp_path: Path) -> N
     refused("yields nothing when it is read a second time", Bowl(), data=Exhausted())
     refused("the learning rate is inf", Bowl(), math.inf)
     refused("train_dataset is empty", Bowl(), data=Points(1.0, count=0))
-    schedule = "adafactor"
-    relative = {"optimizer": lambda model: Adafactor(model.parameters())}
-    refused("Adafactor chooses its learning rate itself", Bowl(), **relative)
+
+
+def test_an_optimizer_that_chooses_its_learning_rate_is_refused(tmp_path: Path) -> None:
+    model = Bowl()
+    optimizer = Adafactor(model.parameters())  # relative steps
+    made = optimizer, AdafactorSchedule(optimizer)
+    trainer = Trainer(model, bowl_options(tmp_path), train_dataset=Points(1.0), optimizers=made)
+    with pytest.raises(ValueError, match="Adafactor chooses its learning rate itself"):
+        plan(trainer)
