@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 from accelerate import PartialState
@@ -20,7 +20,7 @@ _ZERO_AT_START = (True, "gaussian", "eva")  # values of `init_lora_weights` with
 
 
 def check_training(train_dataset: Dataset[Any] | None, data_collator: Any, caller: str = "plan") -> None:
-    """Raise ValueError unless there are a single process and examples that can be collated.
+    """Raise ValueError unless there are a single process, examples, and a way to collate them.
 
     Args:
         train_dataset: The training set.
@@ -34,6 +34,8 @@ def check_training(train_dataset: Dataset[Any] | None, data_collator: Any, calle
         )
     if train_dataset is None:
         raise ValueError(f"{caller} needs the training set, and train_dataset is None.")
+    if isinstance(train_dataset, Sized) and not len(train_dataset):
+        raise ValueError(f"{caller} needs examples to train on, and train_dataset is empty.")
     _check_examples(caller, train_dataset, data_collator)
 
 

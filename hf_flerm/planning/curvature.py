@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..model.isolation import kept_random_state
 from ..model.names import tensor_kinds, trainable_parameters
+from ..optimizer.param_groups import raw_optimizer
 
 # h / m of the joint update at the best learning rate: median over the base and target runs of examples/studies.
 AT_BEST = 1.2
@@ -116,13 +117,13 @@ class CurvatureProbe(TrainerCallback):
         trainer: The trainer, of a copy of the model. It is set after the trainer was made.
 
     Args:
-        steps: Steps after which training stops.
+        steps: Steps after which training stops, if it is not shorter.
     """
 
     def __init__(self, steps: int) -> None:
         self.trainer: Any = None
-        self._steps = steps
-        self._first = min(_FIRST_STEP, steps // 4)
+        self._steps = steps  # fewer, once it is known that the training is shorter
+        self._first = 0
         self._before: list[Tensor] | None = None
         self._batches: Iterator[Any] = iter(())
         self._reference: list[Any] = []  # batches on which the loss is followed
@@ -142,7 +143,19 @@ class CurvatureProbe(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the trained tensors."""
+        """Find the trained tensors.
+
+        Raises:
+            ValueError: If the optimizer chooses its learning rate itself.
+        """
+        optimizer = raw_optimizer(self.trainer.optimizer)
+        if optimizer.defaults.get("lr", 0.0) is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} chooses its learning rate itself (lr is "
+                "None), so there is none to find. Give it a learning rate (Adafactor: relative_step=False and lr=1e-3)."
+            )
+        self._steps = min(self._steps, state.max_steps)
+        self._first = min(_FIRST_STEP, self._steps // 4)
         model = self.trainer.model
         parameters, kinds = trainable_parameters(model), tensor_kinds(model)
         self._parameters = list(parameters.values())
@@ -167,15 +180,27 @@ class CurvatureProbe(TrainerCallback):
             loss, signal, curvature = self._measured(self._before)
         self._before = None
         self._losses.append(loss)
-        if state.global_step > 0 or self._first == 0:
+        share = self._warmup_share(args, state)
+        if share > 0 and (state.global_step > 0 or self._first == 0):
             self._rows.append((signal, curvature))
-            self._warmups.append(min(1.0, (state.global_step + 1) / max(1, args.get_warmup_steps(state.max_steps))))
+            self._warmups.append(share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the training after `steps`, or when its learning rate is clearly far off or its loss not finite."""
         clear = len(self._rows) >= _FEW and not CLEARLY_LOW < self.look(0.0, 0).excess < CLEARLY_HIGH
         if state.global_step >= self._steps or clear or not all(map(math.isfinite, self._losses)):
             control.should_training_stop = True
+
+    def _warmup_share(self, args: TrainingArguments, state: TrainerState) -> float:
+        """The share of the peak learning rate that the last step had because of a warm-up; 1 after it.
+
+        It is read from the optimizer, because some schedules ("constant") have no warm-up whatever `warmup_steps` is.
+        """
+        group = self.trainer.optimizer.param_groups[0]
+        peak = group.get("initial_lr")
+        if not peak or state.global_step >= args.get_warmup_steps(state.max_steps):
+            return 1.0
+        return min(1.0, float(group["lr"] / peak))
 
     def _measured(self, before: Sequence[Tensor]) -> tuple[float, Tensor, Tensor]:
         """Return the loss before the last step, and the step's signal and curvature, float64 [B, K] each."""
@@ -222,11 +247,16 @@ class CurvatureProbe(TrainerCallback):
     def _next(self) -> Any:
         """Return a batch of the training set, in another order than that of training."""
         batch = next(self._batches, None)
-        while batch is None:
+        if batch is None:
             loader = self.trainer.get_train_dataloader()
             self._epoch += 1
             if hasattr(loader, "set_epoch"):
                 loader.set_epoch(self._epoch)
             self._batches = iter(loader)
             batch = next(self._batches, None)
+            if batch is None:
+                raise ValueError(
+                    "the training set yields nothing when it is read a second time. Give a data set that can be read "
+                    "again, such as datasets.IterableDataset.from_generator."
+                )
         return batch

@@ -215,17 +215,39 @@ def looks_of(trial: Trial, start: float, steps: int, looks: int) -> tuple[Look, 
         looks: Largest number of copies; 0: none.
 
     Raises:
-        ValueError: If the learning rate to start from is 0.
+        ValueError: If the learning rate to start from is not above 0 and finite, or nothing can be measured there.
     """
-    if not start > 0:
-        raise ValueError(f"the learning rate is {start}; the search starts there, so it must be above 0.")
+    if not 0 < start < math.inf:
+        raise ValueError(f"the learning rate is {start}; the search starts there, so it must be above 0 and finite.")
 
     def look(learning_rate: float) -> Look:
         probe = CurvatureProbe(steps)
         copied = trial.run(learning_rate, probe)
-        return probe.look(learning_rate, copied.state.global_step)
+        found = probe.look(learning_rate, copied.state.global_step)
+        _check(found)
+        return found
 
     return tuple(search(look, start, looks))
+
+
+def _check(look: Look) -> None:
+    """Raise ValueError if a look says nothing about its learning rate."""
+    if look.losses and not math.isfinite(look.losses[0]):
+        raise ValueError(
+            f"the loss is {look.losses[0]} before the first step, so no learning rate can help: look at the weights, "
+            "the data and the precision."
+        )
+    if not len(look.signal):
+        raise ValueError(
+            f"nothing could be measured at learning rate {look.learning_rate:.3g}: training ended after {look.steps} "
+            "steps. Leave out the callback that stops it, give more steps, or more data; in a warm-up, the first step "
+            "does nothing."
+        )
+    if not (look.signal.any() or look.curvature.any()):
+        raise ValueError(
+            f"the weights do not change at learning rate {look.learning_rate:.3g}: it is too small for their "
+            "precision. Start from a higher one, or keep the weights in float32."
+        )
 
 
 def _finite(value: float) -> float | None:

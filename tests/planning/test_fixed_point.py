@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.utils.data import Dataset
-from transformers import Trainer
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from hf_flerm import FLeRMConfig, FLeRMTrainer, plan
 from hf_flerm.planning.curvature import AT_BEST, CurvatureProbe, Look
@@ -272,3 +273,63 @@ def test_adamw_on_a_transformer_is_found_from_both_sides(tmp_path: Path) -> None
 
     low, high = found(1e-4), found(1.0)
     assert 1 / 2 < low / high < 2
+
+
+@pytest.mark.parametrize("max_steps", [1, 5])
+def test_a_training_shorter_than_a_look_is_looked_at(tmp_path: Path, max_steps: int) -> None:
+    """The same numbers as a look that asks for no more steps than there are."""
+    args = bowl_options(tmp_path, learning_rate=1e-2, max_steps=max_steps)
+
+    def found(steps: int) -> Plan:
+        return plan(Bowl(), args, Points(1.0), optimizer=lambda m: SGD(m.parameters(), lr=1.0), steps=steps, looks=1)
+
+    assert found(64).to_dict() == found(max_steps).to_dict()
+    assert 0 < found(64).last.ratio < math.inf
+
+
+def test_a_schedule_without_a_warmup_has_none_whatever_the_arguments_say(tmp_path: Path) -> None:
+    args = bowl_options(tmp_path, learning_rate=1e-3, max_steps=100, warmup_steps=90)
+    assert args.lr_scheduler_type == "constant"
+    assert plan(Bowl(), args, Points(0.0), steps=8, looks=1).last.warmup == 1.0
+
+
+class Stops(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+
+class Exhausted(IterableDataset[Any]):
+    """A stream that can be read once."""
+
+    def __init__(self) -> None:
+        self.rows = iter([{"x": point["x"]} for point in (Points(1.0)[index] for index in range(30))])
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.rows
+
+
+def test_a_look_that_says_nothing_is_an_error_that_says_why(tmp_path: Path) -> None:
+    def refused(message: str, model: nn.Module, rate: float = 1e-2, data: Any = None, **options: Any) -> None:
+        own = {"accelerator_config": {"dispatch_batches": False}}
+        args = bowl_options(tmp_path, learning_rate=rate, max_steps=12, **own)
+        with pytest.raises(ValueError, match=message):
+            plan(model, args, Points(1.0) if data is None else data, steps=12, **options)
+
+    broken = Bowl()
+    with torch.no_grad():
+        broken.flat.fill_(math.nan)
+    refused("the loss is nan before the first step", broken)
+    refused("the weights do not change at learning rate 1e-12", Bowl(), 1e-12)
+    refused("training ended after 1 steps", Bowl(), callbacks=[Stops()])
+    refused("yields nothing when it is read a second time", Bowl(), data=Exhausted())
+    refused("the learning rate is inf", Bowl(), math.inf)
+    refused("train_dataset is empty", Bowl(), data=Points(1.0, count=0))
+
+
+def test_an_optimizer_that_chooses_its_learning_rate_is_refused(tmp_path: Path) -> None:
+    model = Bowl()
+    optimizer = Adafactor(model.parameters())  # relative steps
+    made = optimizer, AdafactorSchedule(optimizer)
+    trainer = Trainer(model, bowl_options(tmp_path), train_dataset=Points(1.0), optimizers=made)
+    with pytest.raises(ValueError, match="Adafactor chooses its learning rate itself"):
+        plan(trainer)
