@@ -76,11 +76,14 @@ class Look:
     def excess(self) -> float:
         """log(h / m / AT_BEST), as it would be after the warm-up: above 0, the learning rate is too high.
 
-        h / m of a step is proportional to its length. It is inf if the loss did not fall.
+        h / m of a step is proportional to its length. It is inf if the loss clearly rises along the updates or in the
+        training, and -inf if no curvature is seen, or noise hides both: longer steps would show more.
         """
-        if self.has_diverged or self.ratio == math.inf:
+        signal = self.signal.sum(2).flatten()
+        rises = len(signal) > 1 and signal.mean() < -2 * signal.std() / len(signal) ** 0.5
+        if self.has_diverged or rises:
             return math.inf
-        return math.log(self.ratio / AT_BEST / self.warmup) if self.ratio > 0 else -math.inf
+        return math.log(self.ratio / AT_BEST / self.warmup) if 0 < self.ratio < math.inf else -math.inf
 
     @property
     def is_too_high(self) -> bool:

@@ -129,7 +129,7 @@ class Plan:
         found = []
         if last.has_diverged:
             found.append("the loss did not fall in any training near it")
-        elif last.curvature.sum() <= 0:
+        elif last.signal.sum() > 0 >= last.curvature.sum():
             found.append("the loss curves downwards along the updates, so longer steps would always be better")
         elif last.error > _NOISY:
             more = math.ceil((min(last.error, _UNKNOWN) / _NOISY) ** 2)

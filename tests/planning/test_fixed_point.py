@@ -181,6 +181,16 @@ def test_a_learning_rate_that_a_lower_one_beats_is_too_high_whatever_its_curvatu
         assert 0.7 < wanted_rate(search(look, start, looks=6)) < 1.5
 
 
+def test_a_signal_that_noise_hides_is_not_taken_for_a_step_that_is_too_long() -> None:
+    noise = torch.tensor([[[3.0], [-4.0]], [[2.0], [-3.0]]], dtype=torch.float64)
+    curvature = torch.ones_like(noise)
+    hidden = Look(1.0, 8, noise, curvature, ("all",), (1.0, 1.0))
+    assert hidden.excess == -math.inf
+    assert "noise exceeds the signal" in Plan((hidden,)).doubts[0]
+    rising = Look(1.0, 8, -1 + 0.1 * noise, curvature, ("all",), (1.0, 1.0))
+    assert rising.excess == math.inf
+
+
 def test_what_makes_an_answer_doubtful_is_said() -> None:
     assert Plan((bare(1.0, AT_BEST),)).doubts == []
     assert "did not fall" in Plan((bare(1.0, AT_BEST, (1.0, 2.0, 2.0, 2.0, 2.0)),)).doubts[0]
