@@ -30,6 +30,7 @@ _AGREES = 1.25  # a learning rate that differs by less from the one looked at ne
 # Standard deviation of the logarithm of an answer around the optimum of a sweep; see `examples/studies`.
 _METHOD_ERROR = 0.3
 _NOISY = 0.7  # standard error of log(h / m) above which noise exceeds the signal
+_LEAST = 3  # measured steps below which an answer is doubtful
 _UNKNOWN = 10.0  # standard error of log(h / m) that stands for "not known"
 _FAR = 3.0  # a kind of tensor whose steps should be so much longer or shorter than all others is named
 
@@ -134,6 +135,8 @@ class Plan:
         elif last.error > _NOISY:
             more = math.ceil((min(last.error, _UNKNOWN) / _NOISY) ** 2)
             found.append(f"noise exceeds the signal: it would take about {more} times as many examples or steps")
+        if len(last.signal) < _LEAST:
+            found.append(f"only {len(last.signal)} steps were measured: give more steps")
         if abs(math.log(self.wanted / last.learning_rate)) > math.log(2 * _AGREES):
             found.append(f"the search ended far from it, at {last.learning_rate:.3g}: start there, or allow more looks")
         return found

@@ -10,6 +10,7 @@ from typing import Any, overload
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..choices import Decision
 from ..config import FLeRMConfig
@@ -23,6 +24,7 @@ from .checks import warn_if_trained
 from .fixed_point import STEPS_OF_A_LOOK, Plan, looks_of
 from .trial import OptimizerFactory, Trial
 
+logger = logging.get_logger(__name__)
 _STEPS_AT_THE_BASE = 32  # of the copy, with a profile
 _DENSE_UNTIL = 8  # steps that are all measured
 # Standard deviation of the logarithm of a measured factor around the one that sweeps find, apart from the sampling
@@ -415,7 +417,12 @@ def plan(
         base = RateProfile.from_pretrained(profile)
         measured = _plan_from(base, trial, steps or _STEPS_AT_THE_BASE, granularity, probe_dataset, config)
         start = measured.base_learning_rate * measured.advised.value
-        return replace(measured, looks=looks_of(trial, start, steps or STEPS_OF_A_LOOK, looks))
+        try:
+            seen = looks_of(trial, start, steps or STEPS_OF_A_LOOK, looks)
+        except Exception as error:  # of a trainer that makes its batches by itself (GRPO), for example
+            logger.warning(f"signal and curvature could not be measured ({error!r:.200}): the rates alone decide.")
+            seen = ()
+        return replace(measured, looks=seen)
     of_a_base = {"granularity": granularity, "probe_dataset": probe_dataset, "config": config}
     if given := [name for name, value in of_a_base.items() if value is not None]:
         raise TypeError(f"plan takes {', '.join(given)} only with the profile of a base: give one, or leave them out.")

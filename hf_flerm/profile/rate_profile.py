@@ -7,7 +7,6 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,14 +70,14 @@ class RateProfile:
         return _tensor(self.table.steps)
 
     @cached_property
-    def rates(self) -> Mapping[str, Tensor]:
+    def rates(self) -> dict[str, Tensor]:
         """`{canonical parameter name: float64 [S]}`."""
         return _tensors(self.table.rates)
 
     @cached_property
-    def joint_rates(self) -> Mapping[str, Mapping[str, Tensor]]:
+    def joint_rates(self) -> dict[str, dict[str, Tensor]]:
         """`{granularity: {path: float64 [S]}}`."""
-        return MappingProxyType({name: _tensors(groups) for name, groups in self.table.joint_rates.items()})
+        return {name: _tensors(groups) for name, groups in self.table.joint_rates.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the tensors, which a copy makes again: they share the memory of `table`."""
@@ -351,8 +350,8 @@ def check_names(base: Mapping[str, Any], other: Mapping[str, Any], base_label: s
     )
 
 
-def _tensors(rows: Mapping[str, Row]) -> Mapping[str, Tensor]:
-    return MappingProxyType({name: _tensor(row) for name, row in rows.items()})
+def _tensors(rows: Mapping[str, Row]) -> dict[str, Tensor]:
+    return {name: _tensor(row) for name, row in rows.items()}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -142,7 +142,7 @@ def test_steps_within_a_warmup_count_as_what_they_would_be_after_it(tmp_path: Pa
 
 
 def bare(learning_rate: float, ratio: float, losses: tuple[float, ...] = (1.0, 0.5)) -> Look:
-    one = torch.ones(2, 2, 1, dtype=torch.float64)
+    one = torch.ones(4, 2, 1, dtype=torch.float64)
     return Look(learning_rate, 8, one, one * ratio, ("all",), losses)
 
 
@@ -161,7 +161,7 @@ def test_the_search_arrives_from_a_hundred_times_too_low_or_too_high(start: floa
 def test_a_learning_rate_between_two_looks_is_interpolated() -> None:
     looks = [bare(1.0, AT_BEST / math.e), bare(16.0, AT_BEST * math.e)]
     assert wanted_rate(looks) == pytest.approx(4.0)
-    looks = [bare(1.0, AT_BEST / math.e), bare(16.0, math.inf)]
+    looks = [bare(1.0, AT_BEST / math.e), bare(16.0, AT_BEST, (1.0, math.nan))]
     share = 1 / (math.log(6) + 1)  # of what is too high, only that is known: a factor of 6
     assert wanted_rate(looks) == pytest.approx(16.0**share)
 
@@ -194,6 +194,8 @@ def test_a_signal_that_noise_hides_is_not_taken_for_a_step_that_is_too_long() ->
 def test_what_makes_an_answer_doubtful_is_said() -> None:
     assert Plan((bare(1.0, AT_BEST),)).doubts == []
     assert "did not fall" in Plan((bare(1.0, AT_BEST, (1.0, 2.0, 2.0, 2.0, 2.0)),)).doubts[0]
+    few = Look(1.0, 2, one := torch.ones(2, 2, 1), AT_BEST * one, ("all",), (1.0, 0.5))
+    assert Plan((few,)).doubts == ["only 2 steps were measured: give more steps"]
     assert "curves downwards" in Plan((bare(1.0, -AT_BEST),)).doubts[0]
     assert "ended far from it, at 1:" in Plan((bare(1.0, AT_BEST / 30),)).doubts[0]
     m = torch.tensor([[[3.0], [-1.0]]], dtype=torch.float64)  # ratios to the mean 3, -1; those of |m| 1.5, 0.5

@@ -12,7 +12,8 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_flerm import FLeRMCallback, FLeRMConfig, Research
-from hf_flerm.model.names import tensor_kinds, without_prefix
+from hf_flerm.model.name_text import without_prefix
+from hf_flerm.model.names import tensor_kinds
 from tests.shared.training import (
     BATCH,
     STEPS,
