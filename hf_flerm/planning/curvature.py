@@ -6,8 +6,10 @@ Along the update U of one step (learning rate included), the loss on fresh examp
 
 with g the gradient on these examples: m is the signal of the step, h its curvature. Both are sums over tensors, so one
 pair of gradients gives them for every tensor, too. The best s is m / h: at h / m = 1 a step of the same direction could
-not be longer. Training wants a little more than the greedy step (the learning rate decays later): over the runs of
-`examples/studies`, h / m at the best learning rate is `AT_BEST`, whatever the model, adapter and optimizer.
+not be longer. Training wants a little more than the greedy step (the learning rate decays later): at the best learning
+rates of 65 base and target runs of `examples/studies`, h / m was about `AT_BEST` (median 1.17, standard deviation 0.34
+in log; one seed each), across models, adapters and optimizers. From scratch it is so above the best one, too; see
+`fixed_point`.
 """
 
 from __future__ import annotations
@@ -237,14 +239,18 @@ class CurvatureProbe(TrainerCallback):
     def _slopes(self, batches: Sequence[Any], updates: Sequence[Tensor]) -> Tensor:
         """Return g . U by batch and kind at the present weights, float64 [B, K]."""
         kinds = list(dict.fromkeys(self._kinds))
-        columns = [kinds.index(kind) for kind in self._kinds]
+        columns = torch.tensor([kinds.index(kind) for kind in self._kinds])
         slopes = torch.zeros(len(batches), len(kinds), dtype=torch.float64)
-        for index, batch in enumerate(batches):
+        for row, batch in zip(slopes, batches, strict=True):
             with torch.enable_grad():
                 gradients = torch.autograd.grad(self._loss(batch), self._parameters, allow_unused=True)
-            for column, gradient, update in zip(columns, gradients, updates, strict=True):
-                if gradient is not None:
-                    slopes[index, column] += torch.sum(gradient.float() * update.float()).item()
+            products = [
+                update.new_zeros((), dtype=torch.float32)
+                if gradient is None
+                else torch.sum(gradient.float() * update.float())
+                for gradient, update in zip(gradients, updates, strict=True)
+            ]
+            row.index_add_(0, columns, torch.stack(products).double().cpu())  # one transfer for all tensors
         return slopes
 
     def _next(self) -> Any:
